@@ -1,0 +1,31 @@
+"""skipsearch: which sublayers an LLM may skip while drafting, found, proven and used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from skipsearch.decoding.generate import self_speculative
+    from skipsearch.mask import SkipMask
+    from skipsearch.maskfile import MaskFile, load_mask
+    from skipsearch.model.load import load_model
+    from skipsearch.model.view import draft_view
+    from skipsearch.search.run import SearchResult, search
+
+__all__ = [
+    "MaskFile", "SearchResult", "SkipMask", "draft_view", "load_mask", "load_model", "search", "self_speculative",
+]  # fmt: skip
+
+_HOMES = {
+    "SkipMask": "mask", "MaskFile": "maskfile", "load_mask": "maskfile", "load_model": "model.load",
+    "draft_view": "model.view", "self_speculative": "decoding.generate", "search": "search.run",
+    "SearchResult": "search.run",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `skipsearch --help` must not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'skipsearch' has no attribute {name!r}")
+    return getattr(import_module(f"skipsearch.{_HOMES[name]}"), name)

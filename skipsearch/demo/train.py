@@ -1,0 +1,258 @@
+"""Train the bundled model: `python -m skipsearch.demo.train --minutes 60 --out DIR`.
+
+Promises a Llama-architecture code model that can lose sublayers the way a large model can. Large
+models are deep and redundant; a plainly trained small one is not, so no mask would pay on it.
+Two means, both stated in the model card:
+
+* stochastic depth on sublayers (Huang et al. 2016; LayerSkip, arXiv 2404.16710): in every step each
+  attention and MLP branch is dropped on its own, with a probability that rises with depth, never in
+  layer 0;
+* in the last part of the run, distillation of a randomly thinned network towards the full one.
+
+The run is a time budget, not a step count: the learning rate follows the elapsed share of it.
+Does not resume: a checkpoint is a finished model with a lower score.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from skipsearch.demo.card import write_card
+from skipsearch.demo.corpus import modules
+
+VOCAB = 4096
+SHAPE = {"num_hidden_layers": 20, "hidden_size": 256, "intermediate_size": 512}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+CONTEXT = 512
+SHORT = 256  # most of the run uses short rows: attention's cost grows with their length
+TOKENS_PER_PASS, PASSES = 4096, 2
+DISTIL_FROM = 0.65  # share of the time budget after which thinned networks are distilled
+PEAK_LR, WARMUP, HOLD = 3e-3, 0.02, 0.3
+END_OF_TEXT = "<|endoftext|>"
+
+Branch = Callable[..., Tensor]
+
+
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of 4096 tokens; every byte string has a token sequence."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
+    """All texts as one row of token ids, each closed by the end-of-text token."""
+    end = tokenizer.eos_token_id
+    rows = tokenizer.backend_tokenizer.encode_batch(texts)
+    return torch.tensor([t for row in rows for t in (*row.ids, end)], dtype=torch.int64)
+
+
+def attention_branch(layer: nn.Module, x_BTD: Tensor, rope: tuple[Tensor, Tensor], causal: Tensor) -> Tensor:
+    out = layer.self_attn(layer.input_layernorm(x_BTD), position_embeddings=rope, attention_mask=causal)
+    return x_BTD + out[0]
+
+
+def mlp_branch(layer: nn.Module, x_BTD: Tensor) -> Tensor:
+    return x_BTD + layer.mlp(layer.post_attention_layernorm(x_BTD))
+
+
+def output_head(model: LlamaForCausalLM, x_BTD: Tensor) -> Tensor:
+    return model.lm_head(model.model.norm(x_BTD)).float()
+
+
+class Net:
+    """The forward pass with a chosen set of branches, each a function that torch.compile can share."""
+
+    def __init__(self, model: LlamaForCausalLM, compiled: bool) -> None:
+        self.model = model
+        wrap: Callable[[Branch], Branch] = torch.compile if compiled else lambda f: f
+        self.attention, self.mlp, self.head = wrap(attention_branch), wrap(mlp_branch), wrap(output_head)
+
+    def __call__(self, ids_BT: Tensor, dropped: set[tuple[int, str]] = frozenset()) -> Tensor:  # type: ignore[assignment]
+        base = self.model.model
+        width = ids_BT.shape[1]
+        causal = torch.full((width, width), -1e30).triu(1)[None, None].bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            x_BTD = base.embed_tokens(ids_BT)
+            rope = base.rotary_emb(x_BTD, torch.arange(width)[None])
+            for i, layer in enumerate(base.layers):
+                if (i, "attention") not in dropped:
+                    x_BTD = self.attention(layer, x_BTD, rope, causal)
+                if (i, "mlp") not in dropped:
+                    x_BTD = self.mlp(layer, x_BTD)
+            logits: Tensor = self.head(self.model, x_BTD)
+        return logits
+
+
+def sample_dropped(layers: int, strength: float, rng: random.Random) -> set[tuple[int, str]]:
+    """Branches to drop: probability strength * (0.15 in layer 1 .. 0.5 in the last), at most 0.9."""
+    return {
+        (i, kind)
+        for i in range(1, layers)
+        for kind in ("attention", "mlp")
+        if rng.random() < min(0.9, strength * (0.15 + 0.35 * (i - 1) / (layers - 2)))
+    }
+
+
+def learning_rate(share: float) -> float:
+    """Warm-up, hold, linear decay to 2 % over the elapsed share of the time budget."""
+    if share < WARMUP:
+        return PEAK_LR * (share + 1e-3) / WARMUP
+    return PEAK_LR * max(0.02, min(1.0, (1 - share) / (1 - HOLD)))
+
+
+def cross_entropy(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
+    return F.cross_entropy(logits_BTV.flatten(0, 1), ids_BT.flatten())
+
+
+@torch.no_grad()
+def held_out_loss(net: Net, ids: Tensor, rows: int = 10**9) -> float:
+    """Mean nats a token of the full model over windows of the context length."""
+    count = min(rows, (len(ids) - 1) // CONTEXT)
+    total = 0.0
+    for r in range(count):
+        window = ids[r * CONTEXT : (r + 1) * CONTEXT + 1][None]
+        total += float(cross_entropy(net(window[:, :-1]), window[:, 1:]))
+    return total / count
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Replace `out` by a complete bf16 checkpoint, never by half of one."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        new = Path(scratch) / "new"
+        state = {k: v.bfloat16() for k, v in model.state_dict().items() if k != "lm_head.weight"}
+        model.save_pretrained(new, state_dict=state)
+        config = json.loads((new / "config.json").read_text())
+        config["dtype"] = "bfloat16"
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        tokenizer.save_pretrained(new)
+        if out.exists():
+            os.replace(out, Path(scratch) / "old")
+        os.replace(new, out)
+
+
+def train(minutes: float, out: Path, seed: int, compiled: bool) -> None:
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    texts = [text for _, text in modules(held_out=False)]
+    rng.shuffle(texts)
+    tokenizer = train_tokenizer(texts[::3])
+    ids, held = encode(tokenizer, texts), encode(tokenizer, [t for _, t in modules(held_out=True)])
+    print(f"{len(ids):,} training tokens, {len(held):,} held-out tokens", flush=True)
+
+    config = LlamaConfig(
+        vocab_size=VOCAB, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=0, pad_token_id=0, **SHAPE, **HEADS,
+    )  # fmt: skip
+    config._attn_implementation = "eager"  # compiled, it trains a third faster than sdpa's CPU backward
+    model = LlamaForCausalLM(config)
+    depth = config.num_hidden_layers
+    for name, weight in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight.data /= math.sqrt(2 * depth)
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=PEAK_LR, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=PEAK_LR, weight_decay=0.0, betas=(0.9, 0.95), fused=True),
+    ]
+    net = Net(model, compiled)
+
+    def batch(width: int) -> Tensor:
+        starts = torch.randint(0, len(ids) - width - 1, (TOKENS_PER_PASS // width,))
+        return torch.stack([ids[s : s + width + 1] for s in starts.tolist()])
+
+    seen = step = 0
+    begin = saved = time.monotonic()
+    while (share := (time.monotonic() - begin) / (60 * minutes)) < 1:
+        for group in (g for o in optimizers for g in o.param_groups):
+            group["lr"] = learning_rate(share)
+        losses = []
+        for _ in range(PASSES):
+            if share < DISTIL_FROM:
+                window = batch(SHORT)
+                full = rng.random() < 0.2
+                dropped = set() if full else sample_dropped(depth, rng.uniform(0.4, 2.0), rng)
+                loss = cross_entropy(net(window[:, :-1], dropped), window[:, 1:])
+                losses.append(f"{len(dropped):2d} dropped {loss.item():.3f}")
+                (loss / PASSES).backward()
+            else:
+                window = batch(CONTEXT)
+                teacher = net(window[:, :-1])
+                loss = cross_entropy(teacher, window[:, 1:])
+                (loss / PASSES).backward()
+                target = teacher.detach().softmax(-1).flatten(0, 1)
+                dropped = sample_dropped(depth, rng.uniform(0.8, 2.2), rng)
+                soft = F.cross_entropy(net(window[:, :-1], dropped).flatten(0, 1), target)
+                (soft / PASSES).backward()
+                losses.append(f"full {loss.item():.3f}, {len(dropped):2d} dropped {soft.item():.3f}")
+            seen += window[:, 1:].numel()
+        nn.utils.clip_grad_norm_(others, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        step += 1
+        if step % 20 == 0:
+            rate = seen / (time.monotonic() - begin)
+            print(f"{share:6.1%} step {step} {seen / 1e6:.2f}M tokens {rate:.0f}/s | {losses[0]}", flush=True)
+        if time.monotonic() - saved > 240:
+            saved = time.monotonic()
+            save(model, tokenizer, out)
+            print(f"{share:6.1%} held-out loss {held_out_loss(net, held, 40):.3f}", flush=True)
+
+    save(model, tokenizer, out)
+    net = Net(LlamaForCausalLM.from_pretrained(out, dtype=torch.float32, attn_implementation="eager"), False)
+    loss = held_out_loss(net, held)
+    facts = {
+        "held_out_loss": round(loss, 4), "held_out_tokens": len(held), "training_tokens_seen": seen,
+        "corpus_tokens": len(ids), "steps": step, "minutes": round(minutes, 1), "seed": seed,
+        "parameters": sum(p.numel() for p in model.parameters()), "layers": depth,
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    write_card(out, facts)
+    print(json.dumps(facts))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
+    parser.add_argument("--seed", type=int, default=0)
+    has_compiler = bool(shutil.which("g++") or shutil.which("clang++"))
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=has_compiler)
+    args = parser.parse_args()
+    train(args.minutes, args.out, args.seed, args.compile)
+
+
+if __name__ == "__main__":
+    main()

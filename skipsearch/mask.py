@@ -1,0 +1,151 @@
+"""SkipMask: which attention and MLP sublayers the draft leaves out.
+
+A frozen value, True = skipped. Knows no model, no tensor, no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from skipsearch.errors import MaskError
+
+Kind = Literal["attention", "mlp"]
+KINDS: tuple[Kind, Kind] = ("attention", "mlp")
+
+
+def _layer_ids(kind: Kind, ids: Iterable[int], num_layers: int) -> frozenset[int]:
+    found: set[int] = set()
+    for i in ids:
+        if isinstance(i, bool) or not isinstance(i, int):
+            raise MaskError(f"skip.{kind} must hold whole layer numbers, got {i!r}; write them as 0, 1, 2, ...")
+        if not 0 <= i < num_layers:
+            raise MaskError(
+                f"skip.{kind} holds layer {i}, must be in 0..{num_layers - 1} for a model of {num_layers} layers; "
+                f"use a mask made for this model"
+            )
+        if i in found:
+            raise MaskError(f"skip.{kind} holds layer {i} twice; remove one of them")
+        found.add(i)
+    return frozenset(found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkipMask:
+    """The sublayers that drafting skips, out of `num_layers` decoder layers with one of each kind.
+
+    Args:
+        attention: 0-based ids of layers whose attention sublayer is skipped, each at most once.
+        mlp: the same for MLP sublayers.
+        num_layers: decoder layers of the model, at least 1.
+
+    Raises:
+        MaskError: an id is duplicate, out of range or not an integer.
+    """
+
+    attention: frozenset[int] = field(default=frozenset())
+    mlp: frozenset[int] = field(default=frozenset())
+    num_layers: int
+
+    def __init__(self, *, attention: Iterable[int] = (), mlp: Iterable[int] = (), num_layers: int) -> None:
+        if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
+            raise MaskError(f"num_layers must be a whole number of at least 1, got {num_layers!r}; count the layers")
+        object.__setattr__(self, "num_layers", num_layers)
+        object.__setattr__(self, "attention", _layer_ids("attention", attention, num_layers))
+        object.__setattr__(self, "mlp", _layer_ids("mlp", mlp, num_layers))
+
+    @classmethod
+    def from_bits(cls, bits: Iterable[int | bool]) -> SkipMask:
+        """Build from 2L flags, attention 0..L-1 then mlp 0..L-1, nonzero = skipped."""
+        flags = [bool(b) for b in bits]
+        if len(flags) % 2:
+            raise MaskError(f"a mask needs an even number of bits, got {len(flags)}; give attention, then mlp")
+        half = len(flags) // 2
+        return cls(
+            attention=[i for i in range(half) if flags[i]],
+            mlp=[i for i in range(half) if flags[half + i]],
+            num_layers=half,
+        )
+
+    @classmethod
+    def from_sublayers(cls, sublayers: Iterable[tuple[Kind, int]], num_layers: int) -> SkipMask:
+        """Build from (kind, layer) pairs, as `sublayers()` yields them."""
+        pairs = list(sublayers)
+        for kind, i in pairs:
+            if kind not in KINDS:
+                raise MaskError(f"sublayer {i} is of kind {kind!r}, must be one of: {', '.join(KINDS)}; mend the name")
+        return cls(
+            attention=[i for kind, i in pairs if kind == "attention"],
+            mlp=[i for kind, i in pairs if kind == "mlp"],
+            num_layers=num_layers,
+        )
+
+    def bits(self) -> tuple[int, ...]:
+        """2L flags, attention 0..L-1 then mlp 0..L-1; 1 = skipped."""
+        layers = range(self.num_layers)
+        return (*(int(i in self.attention) for i in layers), *(int(i in self.mlp) for i in layers))
+
+    def sublayers(self) -> Iterator[tuple[Kind, int]]:
+        """The skipped sublayers in order: attention first, then mlp, each by layer."""
+        for kind in KINDS:
+            for i in sorted(getattr(self, kind)):
+                yield kind, i
+
+    def skips(self, kind: Kind, layer: int) -> bool:
+        return layer in (self.attention if kind == "attention" else self.mlp)
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"attention": [...], "mlp": [...], "num_layers": L}` with sorted ids."""
+        return {"attention": sorted(self.attention), "mlp": sorted(self.mlp), "num_layers": self.num_layers}
+
+    def to_per_layer_config(self) -> dict[str, dict[str, list[str]]]:
+        """The same mask in transformers' own vocabulary: `{"3": {"skip": ["attention"]}, ...}`."""
+        skipped = {i: [k for k in KINDS if self.skips(k, i)] for i in range(self.num_layers)}
+        return {str(i): {"skip": [str(k) for k in kinds]} for i, kinds in skipped.items() if kinds}
+
+    def _same_model(self, other: SkipMask) -> None:
+        if other.num_layers != self.num_layers:
+            raise MaskError(
+                f"masks of {self.num_layers} and {other.num_layers} layers cannot be combined; use masks of one model"
+            )
+
+    def __or__(self, other: SkipMask) -> SkipMask:
+        self._same_model(other)
+        return SkipMask(
+            attention=self.attention | other.attention, mlp=self.mlp | other.mlp, num_layers=self.num_layers
+        )
+
+    def __and__(self, other: SkipMask) -> SkipMask:
+        self._same_model(other)
+        return SkipMask(
+            attention=self.attention & other.attention, mlp=self.mlp & other.mlp, num_layers=self.num_layers
+        )
+
+    def __sub__(self, other: SkipMask) -> SkipMask:
+        self._same_model(other)
+        return SkipMask(
+            attention=self.attention - other.attention, mlp=self.mlp - other.mlp, num_layers=self.num_layers
+        )
+
+    def __xor__(self, other: SkipMask) -> SkipMask:
+        return (self | other) - (self & other)
+
+    def __le__(self, other: SkipMask) -> bool:
+        self._same_model(other)
+        return self.attention <= other.attention and self.mlp <= other.mlp
+
+    def __len__(self) -> int:
+        return len(self.attention) + len(self.mlp)
+
+    def __bool__(self) -> bool:
+        return len(self) > 0
+
+    def __str__(self) -> str:
+        """Two rows of cells, a column a layer: a full block is run, a dot is skipped."""
+        rows = (
+            f"{kind:<9} {''.join('·' if self.skips(kind, i) else '█' for i in range(self.num_layers))}"
+            f"  {len(getattr(self, kind))} of {self.num_layers} skipped"
+            for kind in KINDS
+        )
+        return "\n".join(rows)

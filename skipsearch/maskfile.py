@@ -1,0 +1,217 @@
+"""mask.json, schema version 1: a mask with its draft policy, evidence and provenance.
+
+Promises that a file it loads is whole and consistent, and that what it writes loads again. Also reads
+the skip sets of Self-SD and SWIFT. Knows no model: `model.load.check_mask_belongs` compares the two.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from skipsearch.errors import MaskError
+from skipsearch.files import write_json
+from skipsearch.mask import SkipMask
+
+FORMAT: Final = "skipsearch-mask"
+VERSION: Final = 1
+Count = Annotated[int, Field(strict=True)]  # true and "3" are not counts
+LayerIds = list[Count]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelCard(_Part):
+    """Which model a mask is for; `config_sha256` covers the fields that decide its layers."""
+
+    id: str = "unknown"
+    revision: str | None = None
+    architecture: str = "unknown"
+    num_layers: Count
+    config_sha256: str | None = None
+
+
+class SkipSets(_Part):
+    attention: LayerIds  # no default: a misspelt key must not read as an empty mask
+    mlp: LayerIds
+
+
+class Draft(_Part):
+    """Arguments of `DraftPolicy`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    max_length: Count = Field(default=5, ge=1)
+    exit_threshold: float | None = Field(default=None, gt=0, lt=1)
+
+
+class Evidence(_Part):
+    """What `validate` measured; absent for a mask that nobody has validated."""
+
+    acceptance_rate: float
+    tau: float
+    cost_ratio: float
+    speedup: float
+    speedup_ci: tuple[float, float]
+    baseline: str
+    tokens_per_second: float
+    baseline_tokens_per_second: float
+    greedy_equal: bool
+    backend: str
+    dtype: str
+    device: str
+    prompts: int
+    tokens: int
+    prompts_sha256: str
+    verdict: Literal["use", "do not use"]
+
+
+class Provenance(_Part):
+    """Where a mask comes from."""
+
+    tool_version: str = Field(default_factory=lambda: version("skipsearch"))
+    torch: str | None = None
+    transformers: str | None = None
+    study: str | None = None
+    trial: int | None = None
+    seed: int | None = None
+    created: str = Field(
+        default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    )
+
+
+class MaskFile(_Part):
+    """A validated mask file.
+
+    Attributes:
+        mask: the SkipMask (derived from `skip` and `model.num_layers`).
+        draft, model, evidence, provenance: as in the file.
+    """
+
+    format: Literal["skipsearch-mask"] = FORMAT
+    version: Literal[1] = VERSION
+    model: ModelCard
+    skip: SkipSets
+    draft: Draft = Draft()
+    evidence: Evidence | None = None
+    provenance: Provenance = Field(default_factory=Provenance)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_derived(cls, data: Any) -> Any:
+        return {k: v for k, v in data.items() if k != "per_layer_config"} if isinstance(data, dict) else data
+
+    @property
+    def mask(self) -> SkipMask:
+        return SkipMask(attention=self.skip.attention, mlp=self.skip.mlp, num_layers=self.model.num_layers)
+
+    @classmethod
+    def of(cls, mask: SkipMask, *, model: ModelCard, **parts: Any) -> MaskFile:
+        skip = SkipSets(attention=sorted(mask.attention), mlp=sorted(mask.mlp))
+        return cls(model=model, skip=skip, **parts)
+
+    def save(self, path: str | Path) -> None:
+        """Write atomically; `skip` is repeated in transformers' vocabulary as `per_layer_config`.
+
+        Raises:
+            ResultsError: the folder cannot be written to.
+        """
+        data = self.model_dump(mode="json")
+        data["per_layer_config"] = self.mask.to_per_layer_config()
+        write_json(Path(path), data)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MaskError(f"mask file {path} does not exist; make one with `skipsearch run`") from None
+    except json.JSONDecodeError as error:
+        raise MaskError(
+            f"mask file {path} is not whole JSON (line {error.lineno}: {error.msg}); export it again"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a number of 4,300 digits
+        raise MaskError(f"mask file {path} cannot be read ({error}); check the path and its permissions") from error
+
+
+def parse_mask(data: Any, source: str = "mask") -> MaskFile:
+    """Check parsed JSON against the schema.
+
+    Raises:
+        MaskError: the first thing that is wrong, by field and value.
+    """
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        got = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise MaskError(
+            f"{source}: format is {got!r}, must be {FORMAT!r}; convert other skip sets with `skipsearch import`"
+        )
+    if data.get("version") != VERSION:
+        raise MaskError(
+            f"{source}: version is {data.get('version')!r}, this skipsearch reads version {VERSION}; update skipsearch"
+        )
+    try:
+        file = MaskFile.model_validate(data)
+        _ = file.mask
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = repr(".".join(str(part) for part in first["loc"]) or "file")[1:-1]  # repr: a key may hold a newline
+        got = "" if first["type"] == "missing" else f", got {first['input']!r}"
+        raise MaskError(f"{source}: {field}: {first['msg'].lower()}{got}; export the mask again") from None
+    except MaskError as error:
+        raise MaskError(f"{source}: {error}") from None
+    return file
+
+
+def load_mask(path: str | Path) -> MaskFile:
+    """Read and check a mask file.
+
+    Raises:
+        MaskError: missing, truncated, of another format or version, or inconsistent.
+    """
+    return parse_mask(_read_json(Path(path)), str(path))
+
+
+def import_mask(path: str | Path, *, num_layers: int, key: str | None = None, model_id: str = "unknown") -> MaskFile:
+    """Read a skip set in the dialect of Self-SD or SWIFT: `{"name": {"attention": [..], "mlp": [..]}}`.
+
+    A bare `{"attention": .., "mlp": ..}` is read too, and so are such sets under a "sources" table.
+
+    Args:
+        key: which entry; may be left out if there is one alone.
+
+    Raises:
+        MaskError: no such entry, or ids that do not fit `num_layers`.
+    """
+    entries = dict(_skip_sets(_read_json(Path(path))))
+    if key is None and len(entries) == 1:
+        key = next(iter(entries))
+    if key not in entries:
+        raise MaskError(
+            f"{path} holds no skip set named {key!r}; pass --key with one of: {', '.join(sorted(entries)) or 'none'}"
+        )
+    sets = entries[key]
+    for kind in ("attention", "mlp"):
+        if not isinstance(sets.get(kind, []), list):
+            raise MaskError(f"{path}: {key}.{kind} must be a list of layer numbers, got {sets[kind]!r}; mend the file")
+    mask = SkipMask(attention=sets.get("attention", []), mlp=sets.get("mlp", []), num_layers=num_layers)
+    return MaskFile.of(
+        mask, model=ModelCard(id=model_id, num_layers=num_layers), provenance=Provenance(study=f"import:{key}")
+    )
+
+
+def _skip_sets(data: Any, name: str = "mask") -> list[tuple[str, dict[str, Any]]]:
+    if not isinstance(data, dict):
+        return []
+    if "attention" in data or "mlp" in data:
+        return [(name, data)]
+    found = []
+    for key, value in data.items():
+        path = key if name in ("mask", "sources") else f"{name}/{key}"
+        found += _skip_sets(value, path)
+    return found

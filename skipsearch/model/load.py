@@ -1,0 +1,132 @@
+"""Loading a model by preset, hub id or folder, and telling whether a mask belongs to it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from skipsearch.errors import MaskError, ModelLoadError
+from skipsearch.maskfile import MaskFile, ModelCard
+from skipsearch.model.preset import Preset, presets
+from skipsearch.model.sublayers import find_sublayers
+
+DEMO = Path(__file__).resolve().parents[1] / "demo" / "model"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A model ready to search: proven sublayers, evaluation mode.
+
+    Attributes:
+        name: short name, used for the results folder.
+        preset: the preset it came from, if any.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    preset: Preset | None
+
+
+def load_model(
+    name: str, *, dtype: str = "auto", device: str = "auto", revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Loaded:  # fmt: skip
+    """Load a preset ("demo", "llama-2-13b"), a hub id or a local folder.
+
+    Args:
+        dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, else as stored.
+        device: "cpu", "cuda", ..., or "auto": cuda if there is one; "map" spreads over all devices.
+        revision: hub revision.
+        trust_remote_code: run modelling code from the hub; off unless asked for.
+
+    Raises:
+        ModelLoadError: not found, no access, no network, or not a causal LM.
+        UnsupportedModel: its sublayers cannot be skipped with proof.
+    """
+    preset = presets().get(name)
+    source = str(DEMO) if name == "demo" else preset.model_id if preset else name
+    if dtype not in ("auto", *DTYPES):
+        raise ModelLoadError(f"dtype is {dtype!r}, must be auto, {', '.join(DTYPES)}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    weights: Any = DTYPES.get(dtype) or (torch.float32 if device == "cpu" else "auto")
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if (looks_local := source.startswith((".", "/", "~"))) or Path(source).exists():
+        source = str(Path(source).expanduser())
+        if looks_local and not (Path(source) / "config.json").is_file():
+            raise ModelLoadError(f"model folder {source} has no config.json; give a folder saved by save_pretrained")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=weights, device_map="auto" if device == "map" else None, **options
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ModelLoadError(_explain(name, source, error)) from error
+    if device != "map":
+        model = model.to(device)
+    model.eval().requires_grad_(False)
+    find_sublayers(model)
+    short = name if preset else Path(source).name if Path(source).exists() else name.replace("/", "--")
+    return Loaded(name=short, model=model, tokenizer=tokenizer, preset=preset)
+
+
+def _explain(name: str, source: str, error: Exception) -> str:
+    """One sentence for the ways in which a load fails."""
+    text = str(error)
+    what = name if name == source else f"{name} ({source})"
+    if "gated repo" in text or "401" in text or "403" in text:
+        return (
+            f"model {what} is gated: ask for access at https://huggingface.co/{source}, run `hf auth login`, "
+            f"and try again"
+        )
+    if "couldn't connect" in text or "offline" in text.lower() or "Couldn't reach" in text or "resolve" in text:
+        return (
+            f"model {what} is not in the local cache and the hub cannot be reached; connect to the network, "
+            f"or pass --model a folder that holds the weights"
+        )
+    if "not a valid model identifier" in text or "not a local folder" in text or "Repo id must" in text:
+        return (
+            f"model {what} is neither a preset, a folder nor a hub id; `skipsearch models` lists the presets, "
+            f"and private repositories need `hf auth login`"
+        )
+    return f"model {what} cannot be loaded: {text.strip().splitlines()[0] if text.strip() else error!r}; check its files"
+
+
+_FINGERPRINT_LEAVES_OUT = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures"}
+
+
+def model_card(model: PreTrainedModel, model_id: str) -> ModelCard:
+    """Identity of a model for mask.json; the fingerprint covers its config, not where it lies or its dtype."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _FINGERPRINT_LEAVES_OUT}
+    text = json.dumps(config, sort_keys=True, default=str)
+    return ModelCard(
+        id=model_id, revision=getattr(model.config, "_commit_hash", None), architecture=type(model).__name__,
+        num_layers=find_sublayers(model).num_layers, config_sha256=hashlib.sha256(text.encode()).hexdigest(),
+    )  # fmt: skip
+
+
+def check_mask_belongs(file: MaskFile, model: PreTrainedModel) -> None:
+    """Compare a mask file with a model.
+
+    Raises:
+        MaskError: another layer count, or another config fingerprint (files without one pass on layers alone).
+    """
+    card = model_card(model, file.model.id)
+    if file.model.num_layers != card.num_layers:
+        raise MaskError(
+            f"model.num_layers of the mask is {file.model.num_layers}, this model has {card.num_layers}; "
+            f"use a mask that was searched on this model"
+        )
+    if file.model.config_sha256 is not None and file.model.config_sha256 != card.config_sha256:
+        raise MaskError(
+            f"model.config_sha256 of the mask is {file.model.config_sha256[:12]}... (made for {file.model.id}), "
+            f"this model's is {str(card.config_sha256)[:12]}...; search a mask for this model with `skipsearch run`"
+        )

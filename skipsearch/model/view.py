@@ -1,0 +1,112 @@
+"""draft_view: the model with some sublayers left out, sharing every parameter with it.
+
+Promises that the model given is never patched, toggled or copied, and that any number of views may be
+alive at once. The view keeps the model's class, so it runs wherever the model does, also as the
+`assistant_model` of `generate`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from typing import Any, TypeVar, cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from skipsearch.errors import MaskError
+from skipsearch.mask import KINDS, SkipMask
+from skipsearch.model.sublayers import Stub, Sublayers, find_sublayers
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class _Layers(nn.ModuleList):
+    """A layer list whose slice costs nothing: models slice it on every forward."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self._modules.values())[index]
+        return super().__getitem__(index)
+
+
+class _Gone(nn.Module):
+    """A layer skipped whole, norms included: keeps its place so that per-layer settings stay aligned."""
+
+    def __init__(self, layer: nn.Module, as_tuple: bool) -> None:
+        super().__init__()
+        self.as_tuple = as_tuple
+        if hasattr(layer, "attention_type"):  # some models choose the layer's mask by this attribute
+            self.attention_type = layer.attention_type
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden_states,) if self.as_tuple else hidden_states
+
+
+def draft_view(model: PreTrainedModel, mask: SkipMask) -> PreTrainedModel:
+    """A module of the model's class, sharing all its parameters, that skips the mask's sublayers.
+
+    Args:
+        model: a decoder-only model with proven sublayers (`find_sublayers`).
+        mask: one bit a sublayer, for exactly this number of layers.
+
+    Raises:
+        MaskError: the mask is for another number of layers.
+        UnsupportedModel: the model's sublayers cannot be skipped with proof.
+    """
+    sublayers = find_sublayers(model)
+    if mask.num_layers != sublayers.num_layers:
+        raise MaskError(
+            f"the mask is for num_layers {mask.num_layers}, but the model has {sublayers.num_layers}; "
+            f"use a mask that was searched on this model"
+        )
+    root, parents = _clone(model), []
+    module = root
+    for name in sublayers.path.split("."):
+        parents.append((module, name))
+        nested = module._modules[name]
+        assert nested is not None
+        module._modules[name] = _clone(nested)
+        module = cast(nn.Module, module._modules[name])
+    layers = _Layers(_draft_layer(layer, i, mask, sublayers) for i, layer in enumerate(cast(nn.ModuleList, module)))
+    parent, name = parents[-1]
+    parent._modules[name] = layers
+    # A cache made from the view's own config (as `generate` does for an assistant) holds no keys where
+    # attention is skipped, so lengths and positions are read from a layer that runs.
+    config = copy.deepcopy(model.config)
+    config.get_text_config(decoder=True).kv_sharing_modes = [
+        "reuse" if mask.skips("attention", i) else None for i in range(mask.num_layers)
+    ]
+    if len(mask.attention) == mask.num_layers:
+        config.use_cache = False  # nothing is left that could be cached
+    for module in {id(m): m for m, _ in parents}.values():
+        if getattr(module, "config", None) is model.config:
+            module.config = config
+    return root
+
+
+def _draft_layer(layer: nn.Module, i: int, mask: SkipMask, sublayers: Sublayers) -> nn.Module:
+    """The draft form of one layer: itself, a layer with stubs, or nothing."""
+    skipped = [kind for kind in KINDS if mask.skips(kind, i)]
+    if not skipped:
+        return layer
+    if len(skipped) == len(KINDS):
+        return _Gone(layer, sublayers.layer_returns_tuple)
+    new = _clone(layer)
+    for kind in skipped:
+        new._modules[sublayers.child[kind]] = Stub(sublayers.returns[i][kind])
+        for norm in sublayers.norms[kind]:
+            new._modules[norm] = nn.Identity()
+    return new
+
+
+def _clone(module: M) -> M:
+    """A shallow copy with child and parameter tables of its own; the tensors stay shared."""
+    new = copy.copy(module)
+    new._modules = module._modules.copy()
+    if "_hf_hook" in vars(module):  # accelerate binds forward to the original: bind it to the copy
+        vars(new).pop("_old_forward", None)
+        new._old_forward = types.MethodType(type(module).forward, new)
+        new.forward = functools.partial(cast(Any, vars(module)["forward"]).func, new)
+    return new

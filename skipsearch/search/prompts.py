@@ -1,0 +1,153 @@
+"""Prompts to search and validate with: built in, from a file, or from a data set; split in two, disjoint."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from skipsearch.demo.corpus import modules
+from skipsearch.errors import PromptError
+
+BUILT_IN = "builtin"
+BUILT_IN_TOKENS = 64
+COLUMNS = ("prompt", "text", "question", "turns", "messages", "article", "instruction")
+FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSource:
+    """Where prompts come from.
+
+    Attributes:
+        name: "builtin", a .txt/.json/.jsonl/.csv/.parquet file, or a `datasets` id.
+        column: which column holds them; by default the first of `COLUMNS` that exists.
+        config, split: of a `datasets` id.
+        chat: whether to wrap prompts in the tokenizer's chat template where it has one.
+    """
+
+    name: str = BUILT_IN
+    column: str | None = None
+    config: str | None = None
+    split: str = "test"
+    chat: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompts:
+    """Token ids of calibration and held-out prompts; no prompt is in both."""
+
+    calibration: tuple[Ids, ...]
+    held_out: tuple[Ids, ...]
+
+
+def fingerprint(prompts: Iterable[Ids]) -> str:
+    """SHA-256 over the token ids of prompts, in order."""
+    return hashlib.sha256(repr(list(prompts)).encode()).hexdigest()
+
+
+def load_prompts(
+    source: PromptSource, tokenizer: PreTrainedTokenizerBase, *, calibration: int, held_out: int,
+    max_tokens: int | None, room: int, seed: int,
+) -> Prompts:  # fmt: skip
+    """Read, tokenise, deduplicate, shuffle with the seed, and split.
+
+    Args:
+        calibration, held_out: how many of each; a smaller source is shared out in this proportion.
+        max_tokens: cut prompts to their first so many tokens; None leaves them whole.
+        room: the longest prompt that still fits the model's context with what will be generated.
+
+    Raises:
+        PromptError: missing or empty source, missing column, a prompt that does not fit.
+    """
+    texts: Iterable[Any] = _built_in(seed) if source.name == BUILT_IN else _rows(source)
+    limit = BUILT_IN_TOKENS if source.name == BUILT_IN and max_tokens is None else max_tokens
+    wanted = calibration + held_out
+    unique: dict[Ids, None] = {}
+    for number, row in enumerate(texts, 1):
+        ids = _tokens(row, tokenizer, source.chat and source.name != BUILT_IN)[:limit]
+        if not ids:
+            continue
+        if len(ids) > room:
+            raise PromptError(
+                f"prompt {number} of {source.name} has {len(ids)} tokens, at most {room} fit the model's context; "
+                f"cut prompts with --prompt-tokens {room}, or leave it out"
+            )
+        unique.setdefault(ids)
+        if source.name == BUILT_IN and len(unique) == wanted:
+            break
+    if len(unique) < 2:
+        raise PromptError(
+            f"prompt source {source.name} holds {len(unique)} different prompts, at least 2 are needed "
+            f"(one to search with, one held out); add prompts"
+        )
+    chosen = list(unique)
+    random.Random(seed).shuffle(chosen)
+    chosen = chosen[:wanted]
+    cut = min(max(1, round(len(chosen) * calibration / wanted)), len(chosen) - 1)
+    return Prompts(calibration=tuple(chosen[:cut]), held_out=tuple(chosen[cut:]))
+
+
+def _built_in(seed: int) -> Iterator[str]:
+    """Definitions of standard-library modules that the bundled model never saw, in seeded order."""
+    spans: list[str] = []
+    for _, text in modules(held_out=True):
+        starts = [m.start() for m in re.finditer(r"^(?:class|def|    def) ", text, re.MULTILINE)]
+        spans += [text[start : start + 1200] for start in starts if len(text) - start > 400]
+    random.Random(seed).shuffle(spans)
+    yield from spans
+
+
+def _rows(source: PromptSource) -> Iterator[Any]:
+    import datasets  # slow to import, and not needed for the built-in prompts
+
+    path = Path(source.name).expanduser()
+    try:
+        if path.suffix in FORMATS:
+            if not path.is_file():
+                raise PromptError(f"prompt file {path} does not exist; check --prompts")
+            if not path.stat().st_size:
+                raise PromptError(f"prompt file {path} is empty; add at least 2 prompts")
+            table = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+        else:
+            table = datasets.load_dataset(source.name, source.config, split=source.split)
+    except PromptError:
+        raise
+    except Exception as error:  # the library raises many kinds; its first line says which
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PromptError(
+            f"prompt source {source.name} cannot be read ({reason}); give a .txt, .jsonl, .csv or .parquet file, "
+            f"or a data set id with --prompt-config and --prompt-split"
+        ) from error
+    column = source.column or next((c for c in COLUMNS if c in table.column_names), None)
+    if column not in table.column_names:
+        raise PromptError(
+            f"prompt column {column or '/'.join(COLUMNS[:4])} is not in {source.name}, which has "
+            f"{', '.join(table.column_names)}; choose one with --prompt-column"
+        )
+    yield from table[column]
+
+
+def _tokens(row: Any, tokenizer: PreTrainedTokenizerBase, chat: bool) -> Ids:
+    """Token ids of a row: text, a list of turns (the first one counts), or a list of chat messages."""
+    if isinstance(row, list) and row and isinstance(row[0], dict):
+        messages = row
+    else:
+        text = row[0] if isinstance(row, list) and row else row
+        if not isinstance(text, str):
+            raise PromptError(f"a prompt must be text, a list of turns or chat messages, got {text!r}; check the column")
+        if not text.strip():
+            return ()
+        messages = [{"role": "user", "content": text}]
+    if chat and tokenizer.chat_template:
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    else:
+        ids = tokenizer("\n".join(m["content"] for m in messages))["input_ids"]
+    return tuple(ids)

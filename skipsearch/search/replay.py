@@ -1,0 +1,226 @@
+"""Replay: what speculative decoding with a mask would accept, without decoding.
+
+Greedy output is known in advance (the trace), so a draft that starts behind t committed tokens can be
+run over the reference tokens t..t+K in one pass against the reference keys and values: up to its first
+mismatch it is the real draft. Promises the accepted counts of real decoding, exactly (in fp32). Knows no
+seconds. With a confidence exit, how far a draft goes *beyond* its first mismatch is taken from the
+reference tokens too; that decides its cost by a fraction of a token, never what is accepted.
+
+Shapes: R rows, each a block start; K drafted tokens; T reference positions; V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DummyLayer, DynamicLayer
+
+from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.errors import UnsupportedModel
+from skipsearch.mask import SkipMask
+from skipsearch.model.view import draft_view
+from skipsearch.search.trace import Trace
+
+Start = tuple[int, int]  # (prompt, committed tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What a draft from one block start looks like.
+
+    Attributes:
+        matches: how many of its first K tokens equal the reference, up to the first that does not.
+        confidence: the largest draft probability at each of K positions.
+    """
+
+    matches: int
+    confidence: tuple[float, ...]
+
+    def drafted(self, policy: DraftPolicy, limit: int) -> int:
+        """K of this block under a policy, with at most `limit` tokens left to draft."""
+        longest = min(policy.max_length, limit)
+        if policy.exit_threshold is not None:
+            for j in range(longest):
+                if self.confidence[j] < policy.exit_threshold:
+                    return j + 1
+        return longest
+
+
+class _ReferenceLayer(DynamicLayer):
+    """Gives the draft the reference keys and values of its rows in front of its own, and stores nothing."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.reference = (keys, values)
+        self.rows: Tensor | None = None
+        self.length = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        out = []
+        for reference, own in zip(self.reference, (key_states, value_states), strict=True):
+            kept = reference[:, :, : self.length]
+            out.append(torch.cat([kept if self.rows is None else kept[self.rows], own], dim=-2))
+        return out[0], out[1]
+
+
+class Replay:
+    """Scores masks on one trace.
+
+    Args:
+        model: the target.
+        trace: its own greedy continuations.
+        max_length: the largest K that a policy may have.
+        rows: block starts to run in one pass; bounds memory.
+    """
+
+    def __init__(self, model: PreTrainedModel, trace: Trace, max_length: int = 8, rows: int = 64) -> None:
+        implementation = model.config._attn_implementation
+        if implementation not in ("sdpa", "eager"):
+            raise UnsupportedModel(
+                f"replay needs masks that {implementation} attention does not take; "
+                f"load the model with attn_implementation='sdpa'"
+            )
+        self.model, self.trace, self.max_length, self.rows = model, trace, max_length, rows
+        sequences = [p + c for p, c in zip(trace.prompts, trace.continuations, strict=True)]
+        self.lengths = [len(s) for s in sequences]
+        # Room behind each row, so that a draft near the end has (meaningless) tokens to read.
+        self.ids = torch.zeros((len(sequences), max(self.lengths) + max_length), dtype=torch.long, device=model.device)
+        for i, sequence in enumerate(sequences):
+            self.ids[i, : len(sequence)] = torch.tensor(sequence)
+        self.reference = self._reference()
+
+    @torch.no_grad()
+    def _reference(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values [P, H, T, D] of every layer over the whole trace; padding is behind, so unseen."""
+        config = self.model.config.get_text_config(decoder=True)
+        kept: list[list[tuple[Tensor, Tensor]]] = []
+        for chunk in self.ids.split(8):
+            cache = Cache(layers=[DynamicLayer() for _ in range(config.num_hidden_layers)])
+            ids = chunk[:, : max(self.lengths)]
+            self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+            kept.append([(layer.keys, layer.values) for layer in cache.layers])
+        return [
+            (torch.cat([c[i][0] for c in kept]), torch.cat([c[i][1] for c in kept]))
+            for i in range(config.num_hidden_layers)
+        ]
+
+    def of(self, mask: SkipMask) -> MaskReplay:
+        """The replay of one mask."""
+        return MaskReplay(self, mask)
+
+    def attention_masks(self, starts: Tensor, length: int) -> Any:
+        """What each of K draft tokens may see of `length` reference keys and K own, as the model wants it."""
+        config = self.model.config.get_text_config(decoder=True)
+        steps = torch.arange(self.max_length, device=starts.device)
+        # A draft behind t committed tokens has the reference up to t - 2; token t - 1 is its first input.
+        query_RK = starts[:, None] - 1 + steps
+        key_T = torch.arange(length, device=starts.device)
+        seen_RKT = (key_T < starts[:, None, None] - 1).expand(-1, self.max_length, -1)
+        own_RKK = (steps <= steps[:, None]).expand(len(starts), -1, -1)
+        full = torch.cat([seen_RKT, own_RKK], dim=-1)[:, None]
+        window = getattr(config, "sliding_window", None)
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if window is None or kinds == {"full_attention"}:
+            return self._as_wanted(full)
+        near_RKT = query_RK[:, :, None] - key_T < window
+        near_RKK = (steps[:, None] - steps < window).expand(len(starts), -1, -1)
+        sliding = full & torch.cat([near_RKT, near_RKK], dim=-1)[:, None]
+        if len(kinds) < 2:
+            return self._as_wanted(sliding)
+        return {"full_attention": self._as_wanted(full), "sliding_attention": self._as_wanted(sliding)}
+
+    def _as_wanted(self, allowed: Tensor) -> Tensor:
+        if self.model.config._attn_implementation == "sdpa":
+            return allowed
+        smallest = torch.finfo(self.model.dtype).min
+        return torch.zeros(allowed.shape, dtype=self.model.dtype, device=allowed.device).masked_fill(~allowed, smallest)
+
+
+class MaskReplay:
+    """Drafts of one mask, run where they are asked for and remembered."""
+
+    def __init__(self, replay: Replay, mask: SkipMask) -> None:
+        self.replay, self.mask = replay, mask
+        self.view = draft_view(replay.model, mask)
+        self.layers: list[Any] = [
+            DummyLayer() if mask.skips("attention", i) else _ReferenceLayer(*reference)
+            for i, reference in enumerate(replay.reference)
+        ]
+        self.drafts: dict[Start, Draft] = {}
+
+    @torch.no_grad()
+    def run(self, starts: Iterable[Start]) -> None:
+        """Run the drafts of these block starts that are not known yet."""
+        missing = [s for s in starts if s not in self.drafts]
+        for first in range(0, len(missing), self.replay.rows):
+            self._run(missing[first : first + self.replay.rows])
+
+    def _run(self, starts: list[Start]) -> None:
+        replay, k = self.replay, self.replay.max_length
+        device = replay.ids.device
+        prompts = torch.tensor([p for p, _ in starts], device=device)
+        committed = torch.tensor([t for _, t in starts], device=device)
+        length = int(committed.max()) - 1
+        everyone = [p for p, _ in starts] == list(range(len(replay.lengths)))
+        for layer in self.layers:
+            if isinstance(layer, _ReferenceLayer):
+                layer.rows, layer.length = None if everyone else prompts, length
+        at_RK = committed[:, None] - 1 + torch.arange(k, device=device)
+        alone = len(self.mask.attention) == self.mask.num_layers
+        logits_RKV = self.view(
+            input_ids=replay.ids[prompts[:, None], at_RK], position_ids=at_RK, use_cache=not alone,
+            past_key_values=None if alone else Cache(layers=self.layers),
+            attention_mask=None if alone else replay.attention_masks(committed, length),
+        ).logits  # fmt: skip
+        highest_RK, token_RK = logits_RKV.max(-1)
+        confidence_RK = (highest_RK.float() - logits_RKV.float().logsumexp(-1)).exp()
+        ends = torch.tensor([replay.lengths[p] for p, _ in starts], device=device)
+        right_RK = (token_RK == replay.ids[prompts[:, None], at_RK + 1]) & (at_RK + 1 < ends[:, None])
+        matches = right_RK.long().cumprod(-1).sum(-1).tolist()
+        for start, n, confidence in zip(starts, matches, confidence_RK.tolist(), strict=True):
+            self.drafts[start] = Draft(n, tuple(confidence))
+
+    def walk(self, policy: DraftPolicy) -> Counter[tuple[int, int]]:
+        """Blocks by (drafted, accepted), as `DecodeStats.blocks` of real decoding with this policy.
+
+        All prompts advance together, a block a round, so that each round is one pass.
+        """
+        assert policy.max_length <= self.replay.max_length
+        trace, ends = self.replay.trace, self.replay.lengths
+        blocks: Counter[tuple[int, int]] = Counter()
+        at = {p: len(prompt) + 1 for p, prompt in enumerate(trace.prompts) if len(prompt) + 1 < ends[p]}
+        while at:
+            self.run(at.items())
+            for p, t in list(at.items()):
+                draft = self.drafts[p, t]
+                k = draft.drafted(policy, len(trace.prompts[p]) + trace.new_tokens - t - 1)
+                n = min(draft.matches, k)
+                blocks[k, n] += 1
+                at[p] = t + n + 1
+                if at[p] >= ends[p]:
+                    del at[p]
+        return blocks
+
+    def outlook(self) -> list[tuple[list[bool], list[float]]]:
+        """For each prompt, position by position: would a draft be right there, and how sure was it?
+
+        Read off the drafts run so far. Positions that no draft reached count as right and sure. Good for
+        comparing policies, since where a block starts matters little; `walk` gives the exact counts.
+        """
+        rows = []
+        for p, prompt in enumerate(self.replay.trace.prompts):
+            size = self.replay.lengths[p] - len(prompt) - 1
+            right, sure = [True] * max(0, size), [1.0] * max(0, size)
+            for (q, t), draft in self.drafts.items():
+                if q == p:
+                    first = t - len(prompt) - 1
+                    for j in range(min(draft.matches + 1, self.replay.max_length, size - first)):
+                        right[first + j], sure[first + j] = j < draft.matches, draft.confidence[j]
+            rows.append((right, sure))
+        return rows

@@ -1,0 +1,90 @@
+"""Trace: the full model's own greedy continuation of each calibration prompt.
+
+Everything the search scores is scored against it, so it is made once and kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from skipsearch.decoding.loop import SpeculativeSequence, decode
+from skipsearch.files import write_json
+from skipsearch.search.prompts import Ids, fingerprint
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """Prompts and what the target says to them.
+
+    Attributes:
+        prompts: token ids, one row a prompt.
+        continuations: greedy tokens, each row at most `new_tokens` long, shorter after an end of sequence.
+        new_tokens: the length asked for.
+    """
+
+    prompts: tuple[Ids, ...]
+    continuations: tuple[Ids, ...]
+    new_tokens: int
+
+    def head(self, prompts: int, new_tokens: int) -> Trace:
+        """The first prompts and tokens alone, for scoring at lower fidelity."""
+        return Trace(
+            prompts=self.prompts[:prompts],
+            continuations=tuple(c[:new_tokens] for c in self.continuations[:prompts]),
+            new_tokens=min(new_tokens, self.new_tokens),
+        )
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.continuations))
+
+    @property
+    def mean_context(self) -> float:
+        """Mean length of what a step attends to, in tokens."""
+        pairs = zip(self.prompts, self.continuations, strict=True)
+        return sum((len(p) + len(c) / 2) * len(c) for p, c in pairs) / max(1, self.tokens)
+
+
+def eos_ids(model: PreTrainedModel) -> frozenset[int]:
+    """End-of-sequence tokens of the model's generation config."""
+    config = model.generation_config
+    eos = config.eos_token_id if config is not None else None
+    return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
+
+
+def record(model: PreTrainedModel, prompts: tuple[Ids, ...], new_tokens: int, progress: Progress) -> Trace:
+    """Decode every prompt plainly and greedily."""
+    rows = []
+    for i, prompt in enumerate(prompts):
+        limit = len(prompt) + new_tokens
+        sequence = SpeculativeSequence(model, torch.tensor([prompt], device=model.device), capacity=limit + 1)
+        for _ in decode(sequence, max_length=limit, policy=None, eos_ids=eos_ids(model)):
+            pass
+        rows.append(tuple(sequence.ids[0, len(prompt) : sequence.length].tolist()))
+        progress("record", i + 1, len(prompts))
+    return Trace(prompts=prompts, continuations=tuple(rows), new_tokens=new_tokens)
+
+
+def record_or_load(
+    path: Path, model: PreTrainedModel, prompts: tuple[Ids, ...], new_tokens: int, identity: str, progress: Progress
+) -> Trace:
+    """The trace in `path` if it was made for this identity (model, dtype) and these prompts; else a new one, saved."""
+    key = {"identity": identity, "prompts_sha256": fingerprint(prompts), "new_tokens": new_tokens}
+    try:
+        data = json.loads(path.read_text())
+        if data["key"] == key:
+            rows = tuple(tuple(row) for row in data["continuations"])
+            return Trace(prompts=prompts, continuations=rows, new_tokens=new_tokens)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none yet, or not ours: it is made anew
+    trace = record(model, prompts, new_tokens, progress)
+    write_json(path, {"key": key, "prompts": trace.prompts, "continuations": trace.continuations})
+    return trace

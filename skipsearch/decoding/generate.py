@@ -132,7 +132,9 @@ def _refuse_unsupported(input_ids: Tensor, config: GenerationConfig, model_kwarg
         if getattr(config, name, False):
             raise DecodingError(f"{name} is True, must be False: a block has no such outputs for single tokens")
     if given := sorted(k for k, v in model_kwargs.items() if v is not None and k not in _HONOURED):
-        raise DecodingError(f"generate was given {', '.join(given)}, which self_speculative cannot honour; leave it out")
+        raise DecodingError(
+            f"generate was given {', '.join(given)}, which self_speculative cannot honour; leave it out"
+        )
 
 
 def self_speculative(

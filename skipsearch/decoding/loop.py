@@ -140,21 +140,25 @@ class SpeculativeSequence:
         assert self.draft_model is not None
         # Without any attention there is no draft cache, and each token needs no more than itself.
         probs: list[Tensor] = []
+        threshold = policy.exit_threshold
         first = end = self.length
         for _ in range(min(policy.max_length, limit)):
             scores_V = self._forward(self.draft_model, self.draft_cache, end - 1, end, 1)[0]
             if self.processors:
                 scores_V = self._process(scores_V, end)
+            sure: Tensor | None = None
             if self.sampling is None:
                 token = scores_V.argmax()
-                sure = None if policy.exit_threshold is None else (scores_V[token] - scores_V.float().logsumexp(-1)).exp()
+                if threshold is not None:
+                    sure = (scores_V[token] - scores_V.float().logsumexp(-1)).exp()
             else:
                 probs.append(probabilities(scores_V))
                 token = torch.multinomial(probs[-1], 1, generator=self.sampling.draft)[0]
-                sure = None if policy.exit_threshold is None else probs[-1].max()
+                if threshold is not None:
+                    sure = probs[-1].max()
             self.ids[0, end] = token
             end += 1
-            if sure is not None and sure.item() < policy.exit_threshold:
+            if threshold is not None and sure is not None and sure.item() < threshold:
                 break
         return self.ids[0, first:end].tolist(), probs
 
@@ -182,9 +186,7 @@ class SpeculativeSequence:
         self.ids[0, self.length + n] = bonus
         self.cache.commit(self.length + n)
         self.length += n + 1
-        return Block(
-            tokens=[*drafted[:n], bonus], drafted=k, accepted=n, logits_KV=logits_KV, scores_KV=scores_KV
-        )
+        return Block(tokens=[*drafted[:n], bonus], drafted=k, accepted=n, logits_KV=logits_KV, scores_KV=scores_KV)
 
     def truncate(self, length: int) -> None:
         """Forget all tokens behind the first `length`; the last one left will be processed again."""
@@ -193,8 +195,9 @@ class SpeculativeSequence:
 
 
 def decode(
-    sequence: SpeculativeSequence, *, max_length: int, policy: DraftPolicy | None, eos_ids: frozenset[int] = frozenset(),
-    should_stop: Callable[[Tensor, Tensor], bool] | None = None, stats: DecodeStats | None = None,
+    sequence: SpeculativeSequence, *, max_length: int, policy: DraftPolicy | None,
+    eos_ids: frozenset[int] = frozenset(), should_stop: Callable[[Tensor, Tensor], bool] | None = None,
+    stats: DecodeStats | None = None,
 ) -> Iterator[Block]:  # fmt: skip
     """Yield block after block until an end-of-sequence token, `should_stop`, or `max_length` tokens in all.
 

@@ -28,7 +28,9 @@ class DraftPolicy:
             raise MaskError(f"draft.max_length must be a whole number of at least 1, got {self.max_length!r}; try 5")
         threshold = self.exit_threshold
         if threshold is not None and not (isinstance(threshold, int | float) and 0 < threshold < 1):
-            raise MaskError(f"draft.exit_threshold must lie between 0 and 1, got {threshold!r}; try 0.6, or leave it out")
+            raise MaskError(
+                f"draft.exit_threshold must lie between 0 and 1, got {threshold!r}; try 0.6, or leave it out"
+            )
 
     def __str__(self) -> str:
         exit_rule = "" if self.exit_threshold is None else f", exit below {self.exit_threshold:g}"

@@ -20,16 +20,16 @@ tested offline on trained weights and real text.
 (Python Software Foundation License): {corpus_tokens:,} tokens. One module in sixteen, chosen by a hash of
 its path (`skipsearch.demo.corpus`), was left out; those modules supply calibration and held-out prompts.
 
-**Recipe.** `python -m skipsearch.demo.train --minutes {minutes} --seed {seed}`: {steps} steps, {training_tokens_seen:,}
-tokens seen, {threads} CPU threads, bf16 autocast, Muon for the matrices and AdamW for the rest. *It was trained to be
-skippable*: every attention and MLP branch from layer 1 on was dropped at random (probability rising with depth
-from about 0.15 to 0.5, spread around that from step to step), and in the last third of the run randomly thinned
-networks were distilled towards the full one. Large models tolerate skipping because they are deep and
-redundant; a plainly trained model of this size does not. Speed-ups on this model say how well the tool works,
-not what to expect from another model.
+**Recipe.** `python -m skipsearch.demo.train --minutes {minutes} --seed {seed}`: {steps} steps,
+{training_tokens_seen:,} tokens seen, {threads} CPU threads, bf16 autocast, Muon for the matrices and AdamW for
+the rest. *It was trained to be skippable*: every attention and MLP branch from layer 1 on was dropped at random
+(probability rising with depth from about 0.15 to 0.5, spread around that from step to step), and in the last
+third of the run randomly thinned networks were distilled towards the full one. Large models tolerate skipping
+because they are deep and redundant; a plainly trained model of this size does not. Speed-ups on this model say
+how well the tool works, not what to expect from another model.
 
-**Result.** Held-out loss {held_out_loss} nats a token over {held_out_tokens:,} tokens of unseen modules (fp32 arithmetic
-on the shipped weights).
+**Result.** Held-out loss {held_out_loss} nats a token over {held_out_tokens:,} tokens of unseen modules (fp32
+arithmetic on the shipped weights).
 
 **Not for** writing code that anyone runs, for judging language models, or for text other than Python.
 """

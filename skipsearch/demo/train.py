@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -76,17 +77,20 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
     return torch.tensor([t for row in rows for t in (*row.ids, end)], dtype=torch.int64)
 
 
-def attention_branch(layer: nn.Module, x_BTD: Tensor, rope: tuple[Tensor, Tensor], causal: Tensor) -> Tensor:
+def attention_branch(layer: Any, x_BTD: Tensor, rope: tuple[Tensor, Tensor], causal: Tensor) -> Tensor:
     out = layer.self_attn(layer.input_layernorm(x_BTD), position_embeddings=rope, attention_mask=causal)
-    return x_BTD + out[0]
+    result: Tensor = x_BTD + out[0]
+    return result
 
 
-def mlp_branch(layer: nn.Module, x_BTD: Tensor) -> Tensor:
-    return x_BTD + layer.mlp(layer.post_attention_layernorm(x_BTD))
+def mlp_branch(layer: Any, x_BTD: Tensor) -> Tensor:
+    result: Tensor = x_BTD + layer.mlp(layer.post_attention_layernorm(x_BTD))
+    return result
 
 
-def output_head(model: LlamaForCausalLM, x_BTD: Tensor) -> Tensor:
-    return model.lm_head(model.model.norm(x_BTD)).float()
+def output_head(model: Any, x_BTD: Tensor) -> Tensor:
+    logits: Tensor = model.lm_head(model.model.norm(x_BTD)).float()
+    return logits
 
 
 class Net:
@@ -232,9 +236,9 @@ def train(minutes: float, out: Path, seed: int, compiled: bool) -> None:
 
     save(model, tokenizer, out)
     net = Net(LlamaForCausalLM.from_pretrained(out, dtype=torch.float32, attn_implementation="eager"), False)
-    loss = held_out_loss(net, held)
+    final = held_out_loss(net, held)
     facts = {
-        "held_out_loss": round(loss, 4), "held_out_tokens": len(held), "training_tokens_seen": seen,
+        "held_out_loss": round(final, 4), "held_out_tokens": len(held), "training_tokens_seen": seen,
         "corpus_tokens": len(ids), "steps": step, "minutes": round(minutes, 1), "seed": seed,
         "parameters": sum(p.numel() for p in model.parameters()), "layers": depth,
         "threads": torch.get_num_threads(),

@@ -18,7 +18,7 @@ from skipsearch.errors import DecodingError
 from skipsearch.mask import SkipMask
 
 
-class BufferLayer(DynamicLayer):
+class BufferLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values in a buffer with room to spare: appending copies the new tokens alone.
 
     `keys` and `values` are views of shape [B, H, T, D] of the buffers, as in any dynamic layer.

@@ -62,8 +62,20 @@ def find_sublayers(model: PreTrainedModel) -> Sublayers:
     return _found[model]
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go: the embedding's device, also when its weights are offloaded."""
+    embedding = model.get_input_embeddings()
+    device = next(embedding.parameters()).device
+    if device.type == "meta":
+        hook = getattr(embedding, "_hf_hook", None) or getattr(model, "_hf_hook", None)
+        device = torch.device(getattr(hook, "execution_device", None) or "cpu")
+    return device
+
+
 def _refuse(model: nn.Module, why: str) -> UnsupportedModel:
-    return UnsupportedModel(f"{type(model).__name__} is not supported: {why}; see `skipsearch models` for those that are")
+    return UnsupportedModel(
+        f"{type(model).__name__} is not supported: {why}; see `skipsearch models` for those that are"
+    )
 
 
 def _detect(model: PreTrainedModel) -> Sublayers:
@@ -84,8 +96,12 @@ def _detect(model: PreTrainedModel) -> Sublayers:
     norms: dict[Kind, tuple[str, ...]] = {kind: () for kind in KINDS}
     for i, layer in enumerate(layers):
         x = _random_input(model, layer)
-        with _replaced(layer, {child[kind]: Stub(returns[i][kind]) for kind in KINDS}):
-            out = _run_layer(layer, x)
+        try:
+            with _replaced(layer, {child[kind]: Stub(returns[i][kind]) for kind in KINDS}):
+                out = _run_layer(layer, x)
+        except Exception as error:  # whatever a layer makes of a branch that adds nothing
+            reason = str(error).splitlines()[0]
+            raise _refuse(model, f"layer {i} does not run with its attention and MLP left out ({reason})") from error
         if not torch.equal(out, x):
             raise _refuse(
                 model, f"with attention and MLP of layer {i} left out, the layer does not return its input (it is "
@@ -133,7 +149,7 @@ def _return_arity(
     for i, layer in enumerate(layers):
         handles += [getattr(layer, child[kind]).register_forward_hook(note(i, kind)) for kind in KINDS]
     try:
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=input_device(model)), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

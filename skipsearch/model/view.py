@@ -106,7 +106,6 @@ def _clone(module: M) -> M:
     new = copy.copy(module)
     new._modules = module._modules.copy()
     if "_hf_hook" in vars(module):  # accelerate binds forward to the original: bind it to the copy
-        vars(new).pop("_old_forward", None)
-        new._old_forward = types.MethodType(type(module).forward, new)
-        new.forward = functools.partial(cast(Any, vars(module)["forward"]).func, new)
+        vars(new)["_old_forward"] = types.MethodType(type(module).forward, new)
+        vars(new)["forward"] = functools.partial(cast(Any, vars(module)["forward"]).func, new)
     return new

@@ -83,15 +83,15 @@ def load_prompts(
         unique.setdefault(ids)
         if source.name == BUILT_IN and len(unique) == wanted:
             break
-    if len(unique) < 2:
+    if len(unique) < 4:
         raise PromptError(
-            f"prompt source {source.name} holds {len(unique)} different prompts, at least 2 are needed "
-            f"(one to search with, one held out); add prompts"
+            f"prompt source {source.name} holds {len(unique)} different prompts, at least 4 are needed "
+            f"(two to search with, two held out); add prompts"
         )
     chosen = list(unique)
     random.Random(seed).shuffle(chosen)
     chosen = chosen[:wanted]
-    cut = min(max(1, round(len(chosen) * calibration / wanted)), len(chosen) - 1)
+    cut = min(max(2, round(len(chosen) * calibration / wanted)), len(chosen) - 2)
     return Prompts(calibration=tuple(chosen[:cut]), held_out=tuple(chosen[cut:]))
 
 
@@ -142,7 +142,9 @@ def _tokens(row: Any, tokenizer: PreTrainedTokenizerBase, chat: bool) -> Ids:
     else:
         text = row[0] if isinstance(row, list) and row else row
         if not isinstance(text, str):
-            raise PromptError(f"a prompt must be text, a list of turns or chat messages, got {text!r}; check the column")
+            raise PromptError(
+                f"a prompt must be text, a list of turns or chat messages, got {text!r}; check the column"
+            )
         if not text.strip():
             return ()
         messages = [{"role": "user", "content": text}]

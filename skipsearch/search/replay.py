@@ -24,6 +24,7 @@ from transformers.cache_utils import DummyLayer, DynamicLayer
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.errors import UnsupportedModel
 from skipsearch.mask import SkipMask
+from skipsearch.model.sublayers import input_device
 from skipsearch.model.view import draft_view
 from skipsearch.search.trace import Trace
 
@@ -52,7 +53,7 @@ class Draft:
         return longest
 
 
-class _ReferenceLayer(DynamicLayer):
+class _ReferenceLayer(DynamicLayer):  # type: ignore[misc]
     """Gives the draft the reference keys and values of its rows in front of its own, and stores nothing."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -90,7 +91,9 @@ class Replay:
         sequences = [p + c for p, c in zip(trace.prompts, trace.continuations, strict=True)]
         self.lengths = [len(s) for s in sequences]
         # Room behind each row, so that a draft near the end has (meaningless) tokens to read.
-        self.ids = torch.zeros((len(sequences), max(self.lengths) + max_length), dtype=torch.long, device=model.device)
+        self.ids = torch.zeros(
+            (len(sequences), max(self.lengths) + max_length), dtype=torch.long, device=input_device(model)
+        )
         for i, sequence in enumerate(sequences):
             self.ids[i, : len(sequence)] = torch.tensor(sequence)
         self.reference = self._reference()

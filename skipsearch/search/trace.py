@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from skipsearch.decoding.loop import SpeculativeSequence, decode
 from skipsearch.files import write_json
+from skipsearch.model.sublayers import input_device
 from skipsearch.search.prompts import Ids, fingerprint
 
 Progress = Callable[[str, int, int], None]
@@ -65,7 +66,7 @@ def record(model: PreTrainedModel, prompts: tuple[Ids, ...], new_tokens: int, pr
     rows = []
     for i, prompt in enumerate(prompts):
         limit = len(prompt) + new_tokens
-        sequence = SpeculativeSequence(model, torch.tensor([prompt], device=model.device), capacity=limit + 1)
+        sequence = SpeculativeSequence(model, torch.tensor([prompt], device=input_device(model)), capacity=limit + 1)
         for _ in decode(sequence, max_length=limit, policy=None, eos_ids=eos_ids(model)):
             pass
         rows.append(tuple(sequence.ids[0, len(prompt) : sequence.length].tolist()))

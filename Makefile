@@ -1,0 +1,36 @@
+# Two commands: `make demo` runs the main job on the bundled model, `make test` checks everything.
+# Each sets up its own .venv first. `make PYTHON=python3.12 ...` picks another interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test bench clean
+
+# torch comes first and by itself: a resolver that sees it among the others may choose a CUDA build.
+$(READY): pyproject.toml constraints.txt
+	@echo "setting up .venv (once; about a minute)"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/skipsearch run --model demo
+	$(BIN)/skipsearch generate --model demo --mask results/demo/mask.json --compare --prompt 'def read_config(path):'
+	$(BIN)/skipsearch show results/demo/mask.json
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+bench: $(READY)
+	$(BIN)/python benchmarks/replay_speed.py
+	$(BIN)/python benchmarks/search_speed.py
+	$(BIN)/python benchmarks/cost_model.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/lossless.py
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,280 @@
+"""The command line: parses, calls one function, prints.
+
+Results go to stdout, progress and logs to stderr. With --json stdout holds one JSON object, nothing else.
+Exit codes: 0 success, 1 a failed verdict or run, 2 wrong use, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from skipsearch.errors import SkipsearchError
+
+if TYPE_CHECKING:
+    from skipsearch.model.load import Loaded
+    from skipsearch.search.run import SearchOptions
+
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Find which sublayers an LLM may skip while drafting, prove it, and decode with it.",
+)  # fmt: skip
+out = Console()
+err = Console(stderr=True)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="preset (see `skipsearch models`), hub id or local folder")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
+Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, or map to spread over all devices")]
+Revision = Annotated[str | None, typer.Option(help="hub revision")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run modelling code from the hub")]
+PromptsFrom = Annotated[
+    str, typer.Option("--prompts", help="builtin, a .txt/.jsonl/.csv/.parquet file, or a data set id")
+]
+Column = Annotated[str | None, typer.Option("--prompt-column", help="column that holds the prompts")]
+Config = Annotated[str | None, typer.Option("--prompt-config", help="configuration of a data set id")]
+Split = Annotated[str, typer.Option("--prompt-split", help="split of a data set id")]
+Chat = Annotated[bool, typer.Option(help="use the model's chat template where it has one")]
+PromptTokens = Annotated[int | None, typer.Option(min=1, help="cut prompts to so many tokens")]
+NewTokens = Annotated[int, typer.Option(min=2, help="tokens to decode from each prompt")]
+Calibration = Annotated[int, typer.Option("--num-prompts", min=2, help="prompts to search with")]
+HeldOut = Annotated[int, typer.Option("--num-held-out", min=2, help="prompts to validate on")]
+Rounds = Annotated[int, typer.Option(min=1, help="repetitions of validation")]
+Seed = Annotated[int, typer.Option(help="seed of everything random")]
+
+
+def _load(name: str, dtype: str, device: str, revision: str | None, trust: bool) -> Loaded:
+    with err.status(f"loading {name}"):
+        from skipsearch.model.load import load_model
+
+        return load_model(name, dtype=dtype, device=device, revision=revision, trust_remote_code=trust)
+
+
+def _options(
+    source: str, column: str | None, config: str | None, split: str, chat: bool, **settings: Any
+) -> SearchOptions:
+    from skipsearch.search.prompts import PromptSource
+    from skipsearch.search.run import SearchOptions
+
+    prompts = PromptSource(name=source, column=column, config=config, split=split, chat=chat)
+    return SearchOptions(source=prompts, **settings)
+
+
+def _print(data: dict[str, Any], as_json: bool, *shown: Any) -> None:
+    if as_json:
+        print(json.dumps(data))
+    else:
+        for part in shown:
+            out.print(part)
+
+
+@app.command()
+def run(
+    model: Model,
+    trials: Annotated[int, typer.Option(min=1, help="finished trials that the study shall hold")] = 150,
+    time_budget: Annotated[float | None, typer.Option(min=0, help="seconds for trials")] = None,
+    sampler: Annotated[str, typer.Option(help="gp, tpe or random")] = "gp",
+    prompts: PromptsFrom = "builtin", prompt_column: Column = None, prompt_config: Config = None,
+    prompt_split: Split = "test", chat: Chat = True, num_prompts: Calibration = 24, num_held_out: HeldOut = 16,
+    prompt_tokens: PromptTokens = None, new_tokens: NewTokens = 128, rounds: Rounds = 3, seed: Seed = 0,
+    folder: Annotated[Path | None, typer.Option("--out", help="results folder (default results/<model>)")] = None,
+    storage: Annotated[str | None, typer.Option(help="Optuna storage URL (default SQLite in the folder)")] = None,
+    study: Annotated[str, typer.Option(help="name of the study")] = "search",
+    dtype: Dtype = "auto", device: Device = "auto", revision: Revision = None, trust: Trust = False,
+    as_json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Search a mask, validate it on held-out prompts, and write mask.json. Run it again to continue."""
+    options = _options(
+        prompts, prompt_column, prompt_config, prompt_split, chat, trials=trials, time_budget=time_budget,
+        sampler=sampler, prompts=num_prompts, held_out=num_held_out, prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens, rounds=rounds, seed=seed, storage=storage, study=study,
+    )  # fmt: skip
+    from skipsearch.report.progress import stages
+
+    loaded = _load(model, dtype, device, revision, trust)
+    from skipsearch.report.tables import summary_table
+    from skipsearch.search.run import search, summary
+
+    with stages(err, quiet=as_json) as progress:
+        result = search(loaded, out=folder, options=options, progress=progress.stage, report=progress.trials(trials))
+    data = summary(result)
+    _print(data, as_json, summary_table(data), str(result.mask), f"\nNext: {_next_step(model, result.folder, data)}")
+    raise typer.Exit(0 if result.file.evidence and result.file.evidence.verdict == "use" else 1)
+
+
+def _next_step(model: str, folder: Path, data: dict[str, Any]) -> str:
+    if data["evidence"]["verdict"] != "use":
+        return "this mask does not pay here; try more --trials, other --prompts, or a model that tolerates skipping"
+    return f"skipsearch generate --model {model} --mask {folder / 'mask.json'} --prompt 'def '"
+
+
+@app.command()
+def generate(
+    model: Model,
+    mask: Annotated[Path | None, typer.Option(help="mask.json; without it, plain decoding")] = None,
+    prompt: Annotated[str, typer.Option(help="text to continue")] = "def main(",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 decodes greedily")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0)] = 0,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    compare: Annotated[bool, typer.Option(help="decode plainly too, and compare speed and tokens")] = False,
+    seed: Seed = 0, dtype: Dtype = "auto", device: Device = "auto", revision: Revision = None, trust: Trust = False,
+    as_json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Continue a prompt with a mask (or plainly), streaming."""
+    loaded = _load(model, dtype, device, revision, trust)
+    from skipsearch.decoding.continuation import continue_text
+    from skipsearch.report.tables import generation_line
+
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
+    }  # fmt: skip
+    arms = [("plain", None), ("mask", mask)] if compare and mask else [("mask" if mask else "plain", mask)]
+    results: dict[str, Any] = {}
+    if compare:
+        for _, path in arms:  # warm-up, so that the first arm pays for nothing alone
+            continue_text(loaded, prompt, path, stream=False, **{**settings, "max_new_tokens": min(16, max_new_tokens)})
+    for name, path in arms:
+        if not as_json and len(arms) > 1:
+            out.rule(name)
+        results[name] = continue_text(loaded, prompt, path, stream=not as_json, **settings)
+        if not as_json:
+            out.print(generation_line(results[name]))
+    equal = None
+    if len(results) > 1 and temperature == 0:
+        equal = results["plain"]["tokens"] == results["mask"]["tokens"]
+        if not as_json:
+            out.print("same tokens as plain decoding" if equal else "tokens differ from plain decoding")
+    if as_json:
+        print(json.dumps({**results, "greedy_equal": equal}))
+    # In half precision verifying several rows at once may round differently: a difference is no failure there.
+    raise typer.Exit(1 if equal is False and str(loaded.model.dtype) == "torch.float32" else 0)
+
+
+@app.command()
+def validate(
+    mask: Annotated[Path, typer.Argument(help="mask.json")],
+    model: Model = "demo",
+    prompts: PromptsFrom = "builtin", prompt_column: Column = None, prompt_config: Config = None,
+    prompt_split: Split = "test", chat: Chat = True, num_prompts: Calibration = 24, num_held_out: HeldOut = 16,
+    prompt_tokens: PromptTokens = None, new_tokens: NewTokens = 128, rounds: Rounds = 3, seed: Seed = 0,
+    write: Annotated[bool, typer.Option(help="put the new evidence into the mask file")] = False,
+    dtype: Dtype = "auto", device: Device = "auto", revision: Revision = None, trust: Trust = False,
+    as_json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Time a mask against plain decoding on held-out prompts of this machine."""
+    from skipsearch.maskfile import load_mask
+
+    file = load_mask(mask)
+    options = _options(
+        prompts, prompt_column, prompt_config, prompt_split, chat, prompts=num_prompts, held_out=num_held_out,
+        prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds, seed=seed,
+    )  # fmt: skip
+    loaded = _load(model, dtype, device, revision, trust)
+    from skipsearch.model.load import check_mask_belongs
+    from skipsearch.report.progress import stages
+    from skipsearch.report.tables import mask_table
+    from skipsearch.search.run import validate_file
+
+    check_mask_belongs(file, loaded.model)
+    with stages(err, quiet=as_json) as progress:
+        fresh = validate_file(loaded, file, options, progress.stage)
+    if write:
+        fresh.save(mask)
+    _print(fresh.model_dump(mode="json"), as_json, mask_table(fresh))
+    raise typer.Exit(0 if fresh.evidence and fresh.evidence.verdict == "use" else 1)
+
+
+@app.command()
+def show(mask: Annotated[Path, typer.Argument(help="mask.json")], as_json: Json = False, debug: Debug = False) -> None:
+    """Draw a mask file: a row of cells for each kind of sublayer, and its evidence."""
+    from skipsearch.maskfile import load_mask
+    from skipsearch.report.tables import mask_table
+
+    file = load_mask(mask)
+    _print(file.model_dump(mode="json"), as_json, mask_table(file))
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="skip_layers.json of Self-SD or SWIFT")],
+    layers: Annotated[int, typer.Option(min=1, help="decoder layers of the model")],
+    to: Annotated[Path, typer.Option("--to", help="mask file to write")] = Path("mask.json"),
+    key: Annotated[str | None, typer.Option(help="which entry of the file")] = None,
+    model_id: Annotated[str, typer.Option(help="hub id to note in the file")] = "unknown",
+    as_json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Turn a skip set of Self-SD or SWIFT into a mask file."""
+    from skipsearch.maskfile import import_mask
+    from skipsearch.report.tables import mask_table
+
+    file = import_mask(source, num_layers=layers, key=key, model_id=model_id)
+    file.save(to)
+    _print({"file": str(to), **file.model_dump(mode="json")}, as_json, mask_table(file), f"written to {to}")
+
+
+@app.command()
+def models(as_json: Json = False, debug: Debug = False) -> None:
+    """List the presets."""
+    from skipsearch.model.preset import presets
+    from skipsearch.report.tables import preset_table
+
+    found = presets()
+    data = {
+        n: {"id": p.model_id, "num_layers": p.num_layers, "masks": [m.name for m in p.masks]} for n, p in found.items()
+    }
+    _print(data, as_json, preset_table(data))
+
+
+@app.command()
+def dashboard(
+    results: Annotated[Path | None, typer.Argument(help="a results folder or study.db (default: newest)")] = None,
+    storage: Annotated[str | None, typer.Option(help="an Optuna storage URL instead")] = None,
+    host: str = "127.0.0.1", port: Annotated[int, typer.Option(min=0, max=65535)] = 8080, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Open optuna-dashboard on a study."""
+    from skipsearch.report.dashboard import serve
+
+    serve(results, storage, host, port, announce=err.print)
+
+
+@app.command()
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """Print versions, device and backend, and what is missing."""
+    from skipsearch.report.doctor import examine
+    from skipsearch.report.tables import doctor_table
+
+    data = examine()
+    _print(data, as_json, doctor_table(data))
+    raise typer.Exit(1 if data["missing"] else 0)
+
+
+def main() -> None:
+    """Entry point: turns our errors into one line, and an interruption into exit 130."""
+    import logging
+    import warnings
+
+    debug = "--debug" in sys.argv
+    if not debug:
+        warnings.filterwarnings("ignore")
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        app()
+    except SkipsearchError as error:
+        if debug:
+            raise
+        err.print(f"[red]error:[/] {error}", markup=True, highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("\ninterrupted; every finished trial is kept, run the same command again to continue")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

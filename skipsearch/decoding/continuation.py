@@ -1,0 +1,63 @@
+"""Continuing a text prompt through `model.generate`, as `skipsearch generate` does."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from skipsearch.decoding.generate import self_speculative
+from skipsearch.errors import DecodingError
+from skipsearch.model.load import Loaded
+from skipsearch.model.sublayers import input_device
+
+
+def continue_text(
+    loaded: Loaded, prompt: str, mask: Path | None, *, stream: bool, max_new_tokens: int, temperature: float = 0.0,
+    top_k: int = 0, top_p: float = 1.0, seed: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Generate and time it, prefill included.
+
+    Returns:
+        text, tokens (the new ones), seconds, tokens_per_second, and the raw counts of blocks.
+
+    Raises:
+        DecodingError: an empty prompt, or one that leaves no room in the context.
+    """
+    model, tokenizer = loaded.model, loaded.tokenizer
+    inputs = tokenizer(prompt, return_tensors="pt").to(input_device(model))
+    length = inputs["input_ids"].shape[1]
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 1 << 20)
+    if not length:
+        raise DecodingError(f"prompt {prompt!r} has no tokens; give some text with --prompt")
+    if length + max_new_tokens > context:
+        raise DecodingError(
+            f"the prompt's {length} tokens and max_new_tokens {max_new_tokens} exceed the model's context of "
+            f"{context}; pass --max-new-tokens {max(1, context - length)} or a shorter prompt"
+        )
+    streamer = TextStreamer(tokenizer, skip_prompt=False) if stream else None
+    method = self_speculative(mask, streamer=streamer)
+    if streamer is not None:
+        streamer.put(inputs["input_ids"])
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p} if temperature else {
+        "do_sample": False
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    output = model.generate(**_known(inputs), max_new_tokens=max_new_tokens, custom_generate=method, **sampling)
+    seconds = time.perf_counter() - start
+    tokens = output[0, length:].tolist()
+    stats = method.stats
+    return {
+        "text": tokenizer.decode(tokens), "tokens": tokens, "seconds": seconds,
+        "tokens_per_second": len(tokens) / seconds, "drafted": stats.drafted, "accepted": stats.accepted,
+        "verifies": stats.verifies, "acceptance_rate": stats.acceptance_rate, "tau": stats.tau,
+    }  # fmt: skip
+
+
+def _known(inputs: Any) -> dict[str, Any]:
+    """What every causal LM takes of a tokenizer's output (some also return token types)."""
+    return {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}

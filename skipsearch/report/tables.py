@@ -1,0 +1,118 @@
+"""Tables for the terminal, made from plain data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from skipsearch.mask import KINDS, SkipMask
+from skipsearch.maskfile import MaskFile
+
+
+def _pairs(title: str, rows: list[tuple[str, Any]]) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
+    table.add_column(style="cyan")
+    table.add_column()
+    for name, value in rows:
+        table.add_row(name, value if isinstance(value, Text) else str(value))
+    return table
+
+
+def _verdict(proof: dict[str, Any]) -> Text:
+    if proof["verdict"] == "use":
+        return Text("use", style="bold green")
+    return Text("do not use: not proven faster than plain decoding", style="bold red")
+
+
+def _evidence_rows(proof: dict[str, Any]) -> list[tuple[str, Any]]:
+    low, high = proof["speedup_ci"]
+    bound = 1 / proof["cost_ratio"] if proof["cost_ratio"] else float("nan")
+    rows = [
+        ("speed-up, measured", f"{proof['speedup']:.2f}x  (95 % interval {low:.2f} to {high:.2f})"),
+        ("against", proof["baseline"]),
+        (
+            "tokens/s",
+            f"{proof['tokens_per_second']:.1f} with the mask, {proof['baseline_tokens_per_second']:.1f} without",
+        ),
+        ("acceptance rate, tau", f"{proof['acceptance_rate']:.3f}, {proof['tau']:.2f} tokens a verify"),
+        ("cost ratio c, bound 1/c", f"{proof['cost_ratio']:.3f}, {bound:.2f}x"),
+        ("same tokens as plain", "yes, on every prompt" if proof["greedy_equal"] else "no"),
+        ("held-out", f"{proof['prompts']} prompts, {proof['tokens']} tokens"),
+        ("on", f"{proof['device']}, {proof['dtype']}, {proof['backend']}"),
+        ("verdict", _verdict(proof)),
+    ]
+    if proof["cost_ratio"] and proof["speedup"] > bound:
+        rows.append(("warning", Text("faster than the bound 1/c: the baseline was slowed down", style="yellow")))
+    return rows
+
+
+def draw_mask(mask: SkipMask) -> Text:
+    """A row of cells for each kind of sublayer, with layer numbers every five layers."""
+    text = Text()
+    ruler = "".join(f"{i:<5}" for i in range(0, mask.num_layers, 5))[: mask.num_layers + 4]
+    text.append(f"{'layer':<10}{ruler}\n", style="dim")
+    for kind in KINDS:
+        text.append(f"{kind:<10}")
+        for i in range(mask.num_layers):
+            skipped = mask.skips(kind, i)
+            text.append("·" if skipped else "█", style="red" if skipped else "green")
+        skipped_count = len(mask.attention if kind == "attention" else mask.mlp)
+        text.append(f"  {skipped_count} of {mask.num_layers} skipped\n")
+    text.append("█ runs while drafting   · skipped", style="dim")
+    return text
+
+
+def mask_table(file: MaskFile) -> Panel:
+    """One mask file: picture, policy, evidence."""
+    draft = file.draft
+    exit_rule = "" if draft.exit_threshold is None else f", exit below confidence {draft.exit_threshold:g}"
+    rows: list[tuple[str, Any]] = [("draft", f"K = {draft.max_length}{exit_rule}")]
+    if file.evidence is None:
+        rows.append(("evidence", "none yet; measure it with `skipsearch validate`"))
+    else:
+        rows += _evidence_rows(file.evidence.model_dump())
+    grid = Table.grid(padding=(1, 0))
+    grid.add_row(draw_mask(file.mask))
+    grid.add_row(_pairs("", rows))
+    return Panel(grid, title=f"{file.model.id}, {file.model.num_layers} layers", title_align="left", expand=False)
+
+
+def summary_table(data: dict[str, Any]) -> Table:
+    """The end of a run, from `search.run.summary`."""
+    draft, mask = data["draft"], data["mask"]
+    exit_rule = "" if draft["exit_threshold"] is None else f", exit below confidence {draft['exit_threshold']:g}"
+    rows: list[tuple[str, Any]] = [
+        ("model", data["model"]),
+        ("skipped", f"{len(mask['attention'])} attention, {len(mask['mlp'])} MLP of {mask['num_layers']} layers"),
+        ("draft", f"K = {draft['max_length']}{exit_rule}"),
+        *_evidence_rows(data["evidence"]),
+        ("predicted", f"{data['predicted']['speedup']:.2f}x, {data['predicted']['tokens_per_second']:.1f} tokens/s"),
+        ("trials", f"{data['trials']} ({', '.join(f'{k} {v:.0f} s' for k, v in data['seconds'].items())})"),
+        ("mask file", data["files"]["mask.json"]),
+    ]  # fmt: skip
+    return _pairs("summary", rows)
+
+
+def generation_line(result: dict[str, Any]) -> str:
+    """One line under a generated text."""
+    line = f"[{len(result['tokens'])} tokens, {result['tokens_per_second']:.1f} tokens/s"
+    if result["drafted"]:
+        line += f", {result['accepted']} of {result['drafted']} drafted tokens accepted, tau {result['tau']:.2f}"
+    return line.replace("[", r"\[", 1) + "]"
+
+
+def preset_table(data: dict[str, Any]) -> Table:
+    table = Table("preset", "hub id", "layers", "published masks", title="presets", title_justify="left")
+    for name, preset in data.items():
+        table.add_row(name, preset["id"], str(preset["num_layers"]), ", ".join(preset["masks"]) or "-")
+    return table
+
+
+def doctor_table(data: dict[str, Any]) -> Table:
+    rows: list[tuple[str, Any]] = [(k, v) for k, v in data.items() if k not in ("missing", "versions")]
+    rows[0:0] = list(data["versions"].items())
+    rows.append(("missing", Text("; ".join(data["missing"]), style="red") if data["missing"] else "nothing"))
+    return _pairs("doctor", rows)

@@ -1,0 +1,259 @@
+"""The speculative loop through `model.generate`: the same output, the right counts, nothing ignored."""
+
+from __future__ import annotations
+
+import random
+import threading
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from skipsearch import SkipMask, self_speculative
+from skipsearch.decoding.loop import DecodeStats, SpeculativeSequence, decode
+from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.errors import DecodingError, MaskError
+
+MASK = SkipMask(attention=[0, 2], mlp=[1], num_layers=4)
+
+
+def greedy(model: Any, ids: torch.Tensor, **changes: Any) -> Any:
+    options: dict[str, Any] = {
+        "max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids),
+    }  # fmt: skip
+    return model.generate(ids, **{**options, **changes})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_output_equals_generate(family: str, tiny: Any, ids: torch.Tensor) -> None:
+    """Prevents any wrong position, mask or leftover key: tokens must match for masks of every kind."""
+    model = tiny(family)
+    expected = greedy(model, ids)
+    rng = random.Random(1)
+    masks = [SkipMask(attention=range(4), num_layers=4), SkipMask(mlp=range(4), num_layers=4), SkipMask(num_layers=4),
+             SkipMask(attention=range(4), mlp=range(4), num_layers=4), SkipMask(attention=[0], num_layers=4)]  # fmt: skip
+    masks += [SkipMask.from_bits([rng.random() < p for _ in range(8)]) for p in (0.2, 0.4, 0.6, 0.8)]
+    for mask in masks:
+        method = self_speculative(mask, max_length=rng.randint(1, 7), exit_threshold=rng.choice([None, 0.3]))
+        assert torch.equal(greedy(model, ids, custom_generate=method), expected), (str(mask), method.policy)
+        assert method.stats.committed == 40
+
+
+@settings(max_examples=40, deadline=None)
+@given(bits=st.lists(st.booleans(), min_size=8, max_size=8), k=st.integers(1, 9), new=st.integers(1, 30),
+       threshold=st.sampled_from([None, 0.1, 0.5, 0.99]), eos=st.integers(3, 96))  # fmt: skip
+def test_any_mask_policy_length_and_eos(bits: Any, k: int, new: int, threshold: Any, eos: int) -> None:
+    """Prevents end-of-sequence and length limits from being missed inside a block."""
+    from conftest import make_tiny
+
+    model = _kept.setdefault("llama", make_tiny("llama"))
+    ids = torch.arange(5, 14)[None]
+    method = self_speculative(SkipMask.from_bits(bits), max_length=k, exit_threshold=threshold)
+    options: dict[str, Any] = {"max_new_tokens": new, "eos_token_id": [eos, eos + 1 if eos < 96 else 3]}
+    assert torch.equal(greedy(model, ids, custom_generate=method, **options), greedy(model, ids, **options))
+
+
+_kept: dict[str, Any] = {}
+
+
+def test_eos_inside_an_accepted_block(tiny: Any, ids: torch.Tensor) -> None:
+    """Prevents tokens behind the end of sequence: with the empty mask every draft is accepted whole."""
+    model = tiny("gpt2")
+    continuation = greedy(model, ids)[0, ids.shape[1] :].tolist()
+    for end in sorted(set(continuation)):
+        method = self_speculative(SkipMask(num_layers=4), max_length=6)
+        out = greedy(model, ids, eos_token_id=end, custom_generate=method)[0, ids.shape[1] :].tolist()
+        assert out == continuation[: continuation.index(end) + 1]
+        assert method.stats.committed == len(out)
+
+
+def test_empty_mask_accepts_everything(tiny: Any, ids: torch.Tensor) -> None:
+    """Prevents off-by-one counts: the full model as its own draft is right every time."""
+    method = self_speculative(SkipMask(num_layers=4), max_length=4)
+    greedy(tiny("llama"), ids, custom_generate=method)
+    stats = method.stats
+    assert stats.acceptance_rate == 1 and stats.drafted == stats.accepted
+    # 40 tokens: one from the prefill, seven blocks of 4 + 1, one of 3 + 1.
+    assert stats.blocks == {(4, 4): 7, (3, 3): 1} and stats.committed == 40
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral"])
+def test_cache_after_every_commit_equals_a_fresh_prefill(family: str, tiny: Any, ids: torch.Tensor) -> None:
+    """Prevents committed keys from being cropped, or draft keys from staying (both seen in stock caches)."""
+    model = tiny(family)
+    sequence = SpeculativeSequence(model, ids, capacity=64, mask=MASK)
+    for block in decode(sequence, max_length=50, policy=DraftPolicy(max_length=5)):
+        assert block.tokens
+        fresh = DynamicCache(config=model.config)
+        model(sequence.ids[:, : sequence.length - 1], past_key_values=fresh, use_cache=True)
+        for mine, theirs in zip(sequence.cache.cache.layers, fresh.layers, strict=True):
+            assert mine.get_seq_length() == theirs.get_seq_length() == sequence.length - 1
+            size = min(mine.keys.shape[-2], theirs.keys.shape[-2])
+            torch.testing.assert_close(mine.keys[..., -size:, :], theirs.keys[..., -size:, :], atol=1e-4, rtol=1e-4)
+
+
+def test_continuing_from_past_key_values(tiny: Any, ids: torch.Tensor) -> None:
+    """Prevents a handed-over cache from being ignored or processed twice."""
+    model = tiny("llama")
+    expected = greedy(model, ids)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :-1], past_key_values=cache, use_cache=True)
+    out = greedy(model, ids, past_key_values=cache, custom_generate=self_speculative(MASK))
+    assert torch.equal(out, expected)
+    assert cache.get_seq_length() == out.shape[1] - 1
+    assert torch.equal(greedy(model, out, past_key_values=cache), greedy(model, expected))
+
+
+def test_left_padding(tiny: Any, ids: torch.Tensor) -> None:
+    """Prevents padding from shifting positions."""
+    model = tiny("llama")
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], dim=1)
+    mask = (padded != 0).long()
+    out = greedy(model, padded, attention_mask=mask, custom_generate=self_speculative(MASK))
+    assert torch.equal(out, greedy(model, padded, attention_mask=mask))
+
+
+class _Favour(LogitsProcessor):
+    """Depends on the whole prefix: forbids the token seen two places back."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.scatter(1, input_ids[:, -2:-1], float("-inf"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.3},
+        {"no_repeat_ngram_size": 2},
+        {"min_new_tokens": 12, "eos_token_id": 5},
+        {"bad_words_ids": [[7], [9, 4]]},
+        {"suppress_tokens": [3, 4, 5]},
+        {"logits_processor": LogitsProcessorList([_Favour()])},
+    ],
+    ids=lambda o: next(iter(o)),
+)
+def test_logits_processors_see_each_extended_prefix(options: Any, tiny: Any, ids: torch.Tensor) -> None:
+    """Prevents processors from being applied once a block, or to the target alone."""
+    model = tiny("qwen2")
+    method = self_speculative(MASK, max_length=5)
+    assert torch.equal(greedy(model, ids, custom_generate=method, **options), greedy(model, ids, **options))
+
+
+class _StopAt(StoppingCriteria):
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.tensor([input_ids.shape[1] >= self.length])
+
+
+def test_stopping_criteria_are_asked_after_every_token(tiny: Any, ids: torch.Tensor) -> None:
+    """Prevents a block from overshooting a criterion."""
+    model = tiny("llama")
+    for length in range(12, 20):
+        method = self_speculative(SkipMask(num_layers=4), max_length=6)
+        out = greedy(model, ids, stopping_criteria=[_StopAt(length)], custom_generate=method)
+        assert out.shape[1] == length
+
+
+class _Collect(BaseStreamer):
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_streamer_gets_every_token_once(tiny: Any, ids: torch.Tensor) -> None:
+    """Prevents lost, doubled or rejected tokens in a stream."""
+    streamer = _Collect()
+    out = greedy(tiny("llama"), ids, custom_generate=self_speculative(MASK, streamer=streamer))
+    assert streamer.tokens == out[0, ids.shape[1] :].tolist() and streamer.ended
+
+
+def test_returned_scores_and_logits_are_the_targets(tiny: Any, ids: torch.Tensor) -> None:
+    """Prevents draft scores from being handed out, or a row too many."""
+    model = tiny("llama")
+    options: dict[str, Any] = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True,
+                               "repetition_penalty": 1.2}  # fmt: skip
+    ours = greedy(model, ids, custom_generate=self_speculative(MASK), **options)
+    plain = greedy(model, ids, **options)
+    assert torch.equal(ours.sequences, plain.sequences)
+    for name in ("scores", "logits"):
+        assert len(ours[name]) == len(plain[name]) == 40
+        torch.testing.assert_close(torch.cat(ours[name]), torch.cat(plain[name]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"num_beams": 2}, "num_beams is 2"),
+        ({"use_cache": False}, "use_cache is False"),
+        ({"return_dict_in_generate": True, "output_attentions": True}, "output_attentions is True"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(options: Any, field: str, tiny: Any, ids: torch.Tensor) -> None:
+    """Prevents options from being ignored in silence."""
+    with pytest.raises(DecodingError, match=field):
+        greedy(tiny("llama"), ids, custom_generate=self_speculative(MASK), **options)
+
+
+def test_batches_are_refused(tiny: Any, ids: torch.Tensor) -> None:
+    """Prevents rows beyond the first from being dropped."""
+    with pytest.raises(DecodingError, match="batch holds 2 sequences"):
+        greedy(tiny("llama"), ids.repeat(2, 1), custom_generate=self_speculative(MASK))
+
+
+def test_static_caches_are_refused(tiny: Any, ids: torch.Tensor) -> None:
+    """Prevents a cache without rollback from keeping rejected drafts."""
+    model = tiny("llama")
+    with pytest.raises(DecodingError, match="StaticLayer"):
+        greedy(model, ids, past_key_values=StaticCache(config=model.config, max_cache_len=64),
+               custom_generate=self_speculative(MASK))  # fmt: skip
+
+
+def test_wrong_arguments() -> None:
+    """Prevents a silent default for a mask or a policy that makes no sense."""
+    with pytest.raises(MaskError, match=r"max_length .* got 0"):
+        self_speculative(MASK, max_length=0)
+    with pytest.raises(MaskError, match=r"exit_threshold .* got 1"):
+        self_speculative(MASK, exit_threshold=1.0)
+    with pytest.raises(MaskError, match="must be a SkipMask"):
+        self_speculative({"attention": [1]})  # type: ignore[arg-type]
+
+
+def test_two_masks_in_two_threads(tiny: Any, ids: torch.Tensor) -> None:
+    """Prevents shared state between views of one model."""
+    model = tiny("llama")
+    expected = greedy(model, ids)
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        method = self_speculative(SkipMask(attention=[number], mlp=[3 - number], num_layers=4))
+        for _ in range(3):
+            if not torch.equal(greedy(model, ids, custom_generate=method), expected):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_stats_make_ratios_of_sums() -> None:
+    """Prevents averages of ratios, and a division by zero before anything was drafted."""
+    stats = DecodeStats()
+    assert stats.acceptance_rate == 0 and stats.tau == 0
+    stats.blocks.update({(4, 4): 1, (2, 0): 3})
+    assert stats.acceptance_rate == 4 / 10 and stats.tau == 4 / 4 + 1

@@ -1,0 +1,67 @@
+"""The rooms of the package: imports point one way."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "skipsearch"
+ORDER = ["mask", "model", "decoding", "search", "report", "cli"]
+VALUES = {"mask.py", "maskfile.py", "errors.py", "files.py"}
+
+
+def room(path: Path) -> str:
+    name = path.relative_to(PACKAGE).parts[0]
+    return "mask" if name in VALUES else name.removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """Modules named at any depth of a file, TYPE_CHECKING blocks included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent.name != "demo" and p.name != "__init__.py")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    """Prevents a room from leaning on one that is built on top of it."""
+    if room(path) in ("report", "cli"):
+        return
+    for name in imported(path):
+        if name.startswith("skipsearch."):
+            target = name.split(".")[1]
+            target = "mask" if f"{target}.py" in VALUES else target
+            if target in ORDER:
+                assert ORDER.index(target) <= ORDER.index(room(path)), f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_optuna_lives_in_the_study_alone(path: Path) -> None:
+    """Prevents a second place that must change with Optuna; and nothing may import the CLI."""
+    names = imported(path)
+    if path.name != "study.py":
+        assert not {n for n in names if n == "optuna" or n.startswith("optuna.")}
+    assert "skipsearch.cli" not in names
+
+
+@pytest.mark.parametrize("path", [PACKAGE / name for name in sorted(VALUES)], ids=lambda p: p.name)
+def test_values_know_no_framework(path: Path) -> None:
+    """Prevents masks from needing torch to be read."""
+    assert not {n.split(".")[0] for n in imported(path)} & {"torch", "transformers", "optuna"}
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    """Prevents `skipsearch --help` from taking seconds."""
+    code = "import sys, skipsearch, skipsearch.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -19,13 +19,14 @@ __all__ = [
 
 _HOMES = {
     "SkipMask": "mask", "MaskFile": "maskfile", "load_mask": "maskfile", "load_model": "model.load",
-    "draft_view": "model.view", "self_speculative": "decoding.generate", "search": "search.run",
-    "SearchResult": "search.run",
+    "draft_view": "model.view", "self_speculative": "decoding.generate", "SearchResult": "search.run",
 }  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: `skipsearch --help` must not wait for torch."""
+    if name == "search":
+        return import_module("skipsearch.search")
     if name not in _HOMES:
         raise AttributeError(f"module 'skipsearch' has no attribute {name!r}")
     return getattr(import_module(f"skipsearch.{_HOMES[name]}"), name)

@@ -18,7 +18,7 @@ from skipsearch.errors import SkipsearchError
 
 if TYPE_CHECKING:
     from skipsearch.model.load import Loaded
-    from skipsearch.search.run import SearchOptions
+    from skipsearch.search.options import SearchOptions
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -59,8 +59,8 @@ def _load(name: str, dtype: str, device: str, revision: str | None, trust: bool)
 def _options(
     source: str, column: str | None, config: str | None, split: str, chat: bool, **settings: Any
 ) -> SearchOptions:
+    from skipsearch.search.options import SearchOptions
     from skipsearch.search.prompts import PromptSource
-    from skipsearch.search.run import SearchOptions
 
     prompts = PromptSource(name=source, column=column, config=config, split=split, chat=chat)
     return SearchOptions(source=prompts, **settings)
@@ -81,8 +81,8 @@ def run(
     time_budget: Annotated[float | None, typer.Option(min=0, help="seconds for trials")] = None,
     sampler: Annotated[str, typer.Option(help="gp, tpe or random")] = "gp",
     prompts: PromptsFrom = "builtin", prompt_column: Column = None, prompt_config: Config = None,
-    prompt_split: Split = "test", chat: Chat = True, num_prompts: Calibration = 24, num_held_out: HeldOut = 16,
-    prompt_tokens: PromptTokens = None, new_tokens: NewTokens = 128, rounds: Rounds = 3, seed: Seed = 0,
+    prompt_split: Split = "test", chat: Chat = True, num_prompts: Calibration = 24, num_held_out: HeldOut = 20,
+    prompt_tokens: PromptTokens = None, new_tokens: NewTokens = 96, rounds: Rounds = 2, seed: Seed = 0,
     folder: Annotated[Path | None, typer.Option("--out", help="results folder (default results/<model>)")] = None,
     storage: Annotated[str | None, typer.Option(help="Optuna storage URL (default SQLite in the folder)")] = None,
     study: Annotated[str, typer.Option(help="name of the study")] = "search",
@@ -162,8 +162,8 @@ def validate(
     mask: Annotated[Path, typer.Argument(help="mask.json")],
     model: Model = "demo",
     prompts: PromptsFrom = "builtin", prompt_column: Column = None, prompt_config: Config = None,
-    prompt_split: Split = "test", chat: Chat = True, num_prompts: Calibration = 24, num_held_out: HeldOut = 16,
-    prompt_tokens: PromptTokens = None, new_tokens: NewTokens = 128, rounds: Rounds = 3, seed: Seed = 0,
+    prompt_split: Split = "test", chat: Chat = True, num_prompts: Calibration = 24, num_held_out: HeldOut = 20,
+    prompt_tokens: PromptTokens = None, new_tokens: NewTokens = 96, rounds: Rounds = 2, seed: Seed = 0,
     write: Annotated[bool, typer.Option(help="put the new evidence into the mask file")] = False,
     dtype: Dtype = "auto", device: Device = "auto", revision: Revision = None, trust: Trust = False,
     as_json: Json = False, debug: Debug = False,

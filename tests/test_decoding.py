@@ -35,8 +35,14 @@ def test_greedy_output_equals_generate(family: str, tiny: Any, ids: torch.Tensor
     model = tiny(family)
     expected = greedy(model, ids)
     rng = random.Random(1)
-    masks = [SkipMask(attention=range(4), num_layers=4), SkipMask(mlp=range(4), num_layers=4), SkipMask(num_layers=4),
-             SkipMask(attention=range(4), mlp=range(4), num_layers=4), SkipMask(attention=[0], num_layers=4)]  # fmt: skip
+    everything = range(4)
+    masks = [
+        SkipMask(num_layers=4),
+        SkipMask(attention=[0], num_layers=4),
+        SkipMask(attention=everything, num_layers=4),
+        SkipMask(mlp=everything, num_layers=4),
+        SkipMask(attention=everything, mlp=everything, num_layers=4),
+    ]
     masks += [SkipMask.from_bits([rng.random() < p for _ in range(8)]) for p in (0.2, 0.4, 0.6, 0.8)]
     for mask in masks:
         method = self_speculative(mask, max_length=rng.randint(1, 7), exit_threshold=rng.choice([None, 0.3]))

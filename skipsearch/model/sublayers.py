@@ -65,7 +65,7 @@ def find_sublayers(model: PreTrainedModel) -> Sublayers:
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where token ids go: the embedding's device, also when its weights are offloaded."""
     embedding = model.get_input_embeddings()
-    device = next(embedding.parameters()).device
+    device: torch.device = next(embedding.parameters()).device
     if device.type == "meta":
         hook = getattr(embedding, "_hf_hook", None) or getattr(model, "_hf_hook", None)
         device = torch.device(getattr(hook, "execution_device", None) or "cpu")

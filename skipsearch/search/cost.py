@@ -108,7 +108,7 @@ def profile(
     contexts: list[int],
     max_length: int,
     progress: Progress,
-    repeats: int = 11,
+    repeats: int = 9,
 ) -> Costs:
     """Measure at each context length: drafts with sublayers left out, verifies of 0..max_length tokens.
 

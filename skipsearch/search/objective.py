@@ -10,7 +10,7 @@ from skipsearch.mask import SkipMask
 from skipsearch.search.cost import Point, draft_step
 from skipsearch.search.replay import MaskReplay, Replay
 
-THRESHOLDS = (None, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+THRESHOLDS = (None, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,7 @@ def plain_score(num_layers: int, point: Point) -> Score:
     )  # fmt: skip
 
 
-def score(replay: Replay, mask: SkipMask, point: Point, thresholds: tuple[float | None, ...] = THRESHOLDS) -> Score:
+def score(replay: Replay, mask: SkipMask, point: Point, *, thorough: bool = False) -> Score:
     """The best policy for a mask and what it reaches, by exact replay.
 
     A walk with the longest drafts shows where the mask is right and how sure it is; arithmetic on that
@@ -66,10 +66,11 @@ def score(replay: Replay, mask: SkipMask, point: Point, thresholds: tuple[float 
     longest = DraftPolicy(max_length=replay.max_length)
     known = {longest: join(drafts.walk(longest), mask, longest, point)}
     outlook = drafts.outlook()
+    step = 1 if thorough else 2  # neighbouring policies differ by less than trials on part of the trace can tell
     policies = [
         DraftPolicy(max_length=k, exit_threshold=threshold)
-        for threshold in thresholds
-        for k in range(1, replay.max_length + 1)
+        for threshold in THRESHOLDS[::step]
+        for k in (*range(1, 5), *range(5, replay.max_length + 1, step))
     ]
     estimates = {p: join(_foresee(outlook, p), mask, p, point).tokens_per_second for p in policies}
     best = max(estimates, key=estimates.__getitem__)

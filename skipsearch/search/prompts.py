@@ -31,6 +31,7 @@ class PromptSource:
         column: which column holds them; by default the first of `COLUMNS` that exists.
         config, split: of a `datasets` id.
         chat: whether to wrap prompts in the tokenizer's chat template where it has one.
+        texts: the prompts themselves; the name is then only a name.
     """
 
     name: str = BUILT_IN
@@ -38,6 +39,7 @@ class PromptSource:
     config: str | None = None
     split: str = "test"
     chat: bool = True
+    texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,12 +69,13 @@ def load_prompts(
     Raises:
         PromptError: missing or empty source, missing column, a prompt that does not fit.
     """
-    texts: Iterable[Any] = _built_in(seed) if source.name == BUILT_IN else _rows(source)
-    limit = BUILT_IN_TOKENS if source.name == BUILT_IN and max_tokens is None else max_tokens
+    texts: Iterable[Any] = source.texts or (_built_in(seed) if source.name == BUILT_IN else _rows(source))
+    built_in = source.name == BUILT_IN and not source.texts
+    limit = BUILT_IN_TOKENS if built_in and max_tokens is None else max_tokens
     wanted = calibration + held_out
     unique: dict[Ids, None] = {}
     for number, row in enumerate(texts, 1):
-        ids = _tokens(row, tokenizer, source.chat and source.name != BUILT_IN)[:limit]
+        ids = _tokens(row, tokenizer, source.chat and not built_in)[:limit]
         if not ids:
             continue
         if len(ids) > room:
@@ -81,7 +84,7 @@ def load_prompts(
                 f"cut prompts with --prompt-tokens {room}, or leave it out"
             )
         unique.setdefault(ids)
-        if source.name == BUILT_IN and len(unique) == wanted:
+        if built_in and len(unique) == wanted:
             break
     if len(unique) < 4:
         raise PromptError(

@@ -5,76 +5,31 @@ Running it again with the same settings continues where it stopped.
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from skipsearch.errors import ModelLoadError, PromptError, ResultsError, SkipsearchError
+from skipsearch.errors import ModelLoadError, ResultsError, SkipsearchError
 from skipsearch.files import write_json
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import Draft, MaskFile, Provenance
 from skipsearch.model.load import Loaded, model_card
 from skipsearch.model.sublayers import find_sublayers
-from skipsearch.search.cost import Costs, profile_or_load, set_up
 from skipsearch.search.objective import Score, score
-from skipsearch.search.prompts import Prompts, PromptSource, fingerprint, load_prompts
+from skipsearch.search.options import MAX_LENGTH, SearchOptions
+from skipsearch.search.prepare import Prepared, chosen_prompts, prepare
+from skipsearch.search.prompts import PromptSource
 from skipsearch.search.replay import Replay
 from skipsearch.search.seeds import by_sensitivity, published, single_skip_loss, uniform
 from skipsearch.search.space import Space
-from skipsearch.search.study import SAMPLERS, Study, storage_url
-from skipsearch.search.trace import Progress, Trace, record_or_load
+from skipsearch.search.study import Study, storage_url
+from skipsearch.search.trace import Progress
 from skipsearch.search.validate import Measured, evidence, measure
-
-MAX_LENGTH = 12  # the longest draft that a policy may have
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SearchOptions:
-    """Settings of a run; the defaults give a good mask.
-
-    Attributes:
-        trials: finished trials that the study shall hold.
-        time_budget: seconds for trials, None without limit.
-        sampler: gp, tpe or random.
-        source: where prompts come from.
-        prompts, held_out: how many to search with and to validate on.
-        prompt_tokens: cut prompts to so many tokens.
-        new_tokens: decoded from each prompt.
-        trial_prompts, trial_tokens: the part of the trace that a trial is scored on; the best are
-            scored again on all of it.
-        rounds: repetitions of validation.
-        storage: Optuna URL; by default study.db in the results folder.
-    """
-
-    trials: int = 150
-    time_budget: float | None = None
-    sampler: str = "gp"
-    source: PromptSource = field(default_factory=PromptSource)
-    prompts: int = 24
-    held_out: int = 16
-    prompt_tokens: int | None = None
-    new_tokens: int = 128
-    trial_prompts: int = 16
-    trial_tokens: int = 64
-    rounds: int = 3
-    seed: int = 0
-    storage: str | None = None
-    study: str = "search"
-
-    def __post_init__(self) -> None:
-        for name in ("trials", "prompts", "held_out", "new_tokens", "trial_prompts", "trial_tokens", "rounds"):
-            if getattr(self, name) < 1:
-                raise SkipsearchError(
-                    f"{name} is {getattr(self, name)}, must be at least 1; leave it out for the default"
-                )
-        if self.sampler not in SAMPLERS:
-            raise SkipsearchError(f"sampler is {self.sampler!r}, must be one of {', '.join(SAMPLERS)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,65 +53,6 @@ class SearchResult:
     folder: Path
     trials: int
     seconds: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """Everything that scoring needs, made or read back: prompts, trace, costs."""
-
-    prompts: Prompts
-    trace: Trace
-    costs: Costs
-    identity: dict[str, str]
-
-
-def prepare(loaded: Loaded, folder: Path, options: SearchOptions, progress: Progress) -> Prepared:
-    """Prompts, record and profile."""
-    model = loaded.model
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 1 << 20)
-    room = context - options.new_tokens - MAX_LENGTH
-    if room < 1:
-        raise PromptError(
-            f"new_tokens is {options.new_tokens}, at most {context - MAX_LENGTH - 1} fit the model's context of "
-            f"{context}; pass a smaller --new-tokens"
-        )
-    prompts = load_prompts(
-        options.source, loaded.tokenizer, calibration=options.prompts, held_out=options.held_out,
-        max_tokens=options.prompt_tokens, room=room, seed=options.seed,
-    )  # fmt: skip
-    # Weights, not only the config: a fine-tuned model must not continue the study of its base.
-    identity = {
-        "model": str(model_card(model, loaded.name).config_sha256),
-        "weights": _weights_fingerprint(model),
-        "set_up": set_up(model),
-        "prompts": fingerprint(prompts.calibration),
-        "space": repr(Space.of(find_sublayers(model).num_layers, loaded.preset)),
-        "tokens": f"{options.new_tokens} recorded, {options.trial_prompts} x {options.trial_tokens} a trial",
-    }
-    made_with = f"{identity['model']} {identity['weights']} {identity['set_up']}"
-    trace = record_or_load(folder / "trace.json", model, prompts.calibration, options.new_tokens, made_with, progress)
-    if not trace.tokens:
-        raise PromptError("the model ends every calibration prompt at once; choose other prompts with --prompts")
-    mean = trace.mean_context
-    longest = max(map(len, prompts.calibration)) + options.new_tokens
-    contexts = sorted(
-        {max(8, round(mean / 2)), round(mean), max(round(mean) + 1, min(longest, context - MAX_LENGTH - 4))}
-    )
-    costs = profile_or_load(
-        folder / "costs.json", model, made_with, contexts=contexts, max_length=MAX_LENGTH, progress=progress
-    )
-    return Prepared(prompts=prompts, trace=trace, costs=costs, identity=identity)
-
-
-def _weights_fingerprint(model: PreTrainedModel) -> str:
-    """A hash over a sample of every parameter: cheap for any size, different after any training."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode())
-        if parameter.device.type != "meta":
-            flat = parameter.detach().flatten()
-            digest.update(flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def search_trials(
@@ -187,6 +83,7 @@ def search_trials(
 def search(
     model: PreTrainedModel | Loaded,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    prompts: Sequence[str] | PromptSource | None = None,
     *,
     out: str | Path | None = None,
     options: SearchOptions | None = None,
@@ -198,6 +95,7 @@ def search(
     Args:
         model: a causal LM, or what `load_model` returned.
         tokenizer: needed with a bare model.
+        prompts: texts, or where to read them; by default those of `options`.
         out: results folder, by default results/<model name>.
         progress: told (stage, done, total).
         report: told (finished trials, best predicted tokens per second).
@@ -206,6 +104,9 @@ def search(
         SkipsearchError: see `skipsearch.errors`; nothing half-written is left behind.
     """
     options = options or SearchOptions()
+    if prompts is not None:
+        source = prompts if isinstance(prompts, PromptSource) else PromptSource(name="texts", texts=tuple(prompts))
+        options = replace(options, source=source)
     if isinstance(model, Loaded):
         loaded = model
     else:
@@ -255,7 +156,7 @@ def rescore(model: PreTrainedModel, prepared: Prepared, study: Study, progress: 
     finalists = study.best(6)
     scored = []
     for number, (mask, _, trial) in enumerate(finalists):
-        scored.append((score(replay, mask, point), trial))
+        scored.append((score(replay, mask, point, thorough=True), trial))
         progress("finalists", number + 1, len(finalists))
     return max(scored, key=lambda pair: pair[0].tokens_per_second)
 
@@ -278,11 +179,7 @@ def summary(result: SearchResult) -> dict[str, object]:
 
 def validate_file(loaded: Loaded, file: MaskFile, options: SearchOptions, progress: Progress) -> MaskFile:
     """Time a mask file again on held-out prompts; returns it with fresh evidence."""
-    context = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", 1 << 20)
-    prompts = load_prompts(
-        options.source, loaded.tokenizer, calibration=options.prompts, held_out=options.held_out,
-        max_tokens=options.prompt_tokens, room=context - options.new_tokens - MAX_LENGTH, seed=options.seed,
-    ).held_out  # fmt: skip
+    prompts = chosen_prompts(loaded, options).held_out
     from skipsearch.decoding.generate import self_speculative
 
     policy = self_speculative(file).policy

@@ -6,8 +6,10 @@ trials of different set-ups never mix. The only module that imports Optuna.
 
 from __future__ import annotations
 
+import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,6 @@ from skipsearch.search.objective import Score
 from skipsearch.search.seeds import Seed
 from skipsearch.search.space import Space
 
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 HEARTBEAT, GRACE = 5, 15  # seconds: a killed worker's trial is taken up again after the grace period
@@ -61,11 +62,12 @@ def open_storage(url: str) -> RDBStorage:
     """
     try:
         sqlite = url.startswith("sqlite")
-        storage = RDBStorage(
-            url, heartbeat_interval=HEARTBEAT, grace_period=GRACE,
-            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=3),
-            engine_kwargs={"connect_args": {"timeout": 60}} if sqlite else None,
-        )  # fmt: skip
+        with _experiments_welcome():
+            storage = RDBStorage(
+                url, heartbeat_interval=HEARTBEAT, grace_period=GRACE,
+                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=3),
+                engine_kwargs={"connect_args": {"timeout": 60}} if sqlite else None,
+            )  # fmt: skip
         if sqlite:
             sqlalchemy.event.listen(storage.engine, "connect", _write_ahead)
             storage.engine.dispose()  # connections made before the listener know nothing of it
@@ -77,6 +79,14 @@ def open_storage(url: str) -> RDBStorage:
             f"storage {url} cannot be opened ({reason}); choose another with --storage or --out"
         ) from None
     return storage
+
+
+@contextmanager
+def _experiments_welcome() -> Iterator[None]:
+    """Optuna marks heartbeats and deterministic objectives as experimental; we know."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
 
 
 def _write_ahead(connection: Any, _record: Any) -> None:
@@ -102,12 +112,15 @@ class Study:
 
     def __init__(self, url: str, name: str, space: Space, identity: dict[str, str], sampler: str, seed: int) -> None:
         self.space, self.url = space, url
+        self.climbs, self.rng = sampler == "gp", random.Random(seed)
+        self.repeated = False  # whether the last trial's mask was known already
         self.distributions = {n: optuna.distributions.IntDistribution(0, 1) for n in space.names}
-        self.study = optuna.create_study(
-            storage=open_storage(url), study_name=name, direction="maximize", load_if_exists=True,
-            sampler=SAMPLERS[sampler](seed),
-        )  # fmt: skip
-        self.study.set_metric_names(["tokens per second (predicted)"])
+        with _experiments_welcome():
+            self.study = optuna.create_study(
+                storage=open_storage(url), study_name=name, direction="maximize", load_if_exists=True,
+                sampler=SAMPLERS[sampler](seed),
+            )  # fmt: skip
+            self.study.set_metric_names(["tokens per second (predicted)"])
         known = self.study.user_attrs.get("identity")
         if known is None:
             self.study.set_user_attr("identity", identity)
@@ -155,7 +168,8 @@ class Study:
 
         def objective(trial: optuna.Trial) -> float:
             mask = self.space.mask({name: trial.suggest_int(name, 0, 1) for name in self.space.names})
-            if mask not in self.memo:  # samplers repeat themselves; replay would only do so too
+            self.repeated = mask in self.memo
+            if not self.repeated:  # samplers repeat themselves; replay would only do so too
                 result = scorer(mask)
                 for key, value in (
                     ("mask", "".join(map(str, mask.bits()))), ("skipped", len(mask)),
@@ -170,12 +184,30 @@ class Study:
         def after(study: optuna.Study, trial: FrozenTrial) -> None:
             done = self.finished()
             report(len(done), max((t.value for t in done if t.value is not None), default=0.0))
+            if self.climbs:
+                for _ in range(3 if self.repeated else len(done) % 2):
+                    self._enqueue_neighbour()
             if len(done) >= trials:
                 study.stop()
 
         if len(self.finished()) < trials:
             deadline = None if time_budget is None else max(0.0, time_budget)
             self.study.optimize(objective, timeout=deadline, callbacks=[after])
+
+    def _enqueue_neighbour(self) -> None:
+        """Queue the best mask so far with one or two sublayers flipped: every other trial, and whenever
+        the sampler has repeated itself. The model finds the hill, the climb its top, at no cost.
+        """
+        if not self.memo:
+            return
+        best = max(self.memo, key=self.memo.__getitem__)
+        for _ in range(50):
+            flips = SkipMask.from_sublayers(
+                self.rng.sample(self.space.free, self.rng.choice((1, 1, 2))), best.num_layers
+            )
+            if (mask := best ^ flips) not in self.memo:
+                self.study.enqueue_trial(self.space.params(mask), user_attrs={"seed": "neighbour"})
+                return
 
     def best(self, count: int) -> list[tuple[SkipMask, DraftPolicy, int]]:
         """The best different masks with their policies and trial numbers, best first."""

@@ -1,0 +1,54 @@
+"""Settings of a search, with defaults that give a good mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from skipsearch.errors import SkipsearchError
+from skipsearch.search.prompts import PromptSource
+from skipsearch.search.study import SAMPLERS
+
+MAX_LENGTH = 12  # the longest draft that a policy may have
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchOptions:
+    """Settings of a run; the defaults give a good mask.
+
+    Attributes:
+        trials: finished trials that the study shall hold.
+        time_budget: seconds for trials, None without limit.
+        sampler: gp, tpe or random.
+        source: where prompts come from.
+        prompts, held_out: how many to search with and to validate on.
+        prompt_tokens: cut prompts to so many tokens.
+        new_tokens: decoded from each prompt.
+        trial_prompts, trial_tokens: the part of the trace that a trial is scored on; the best are
+            scored again on all of it.
+        rounds: repetitions of validation.
+        storage: Optuna URL; by default study.db in the results folder.
+    """
+
+    trials: int = 150
+    time_budget: float | None = None
+    sampler: str = "gp"
+    source: PromptSource = field(default_factory=PromptSource)
+    prompts: int = 24
+    held_out: int = 20
+    prompt_tokens: int | None = None
+    new_tokens: int = 96
+    trial_prompts: int = 24
+    trial_tokens: int = 40
+    rounds: int = 2
+    seed: int = 0
+    storage: str | None = None
+    study: str = "search"
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "prompts", "held_out", "new_tokens", "trial_prompts", "trial_tokens", "rounds"):
+            if getattr(self, name) < 1:
+                raise SkipsearchError(
+                    f"{name} is {getattr(self, name)}, must be at least 1; leave it out for the default"
+                )
+        if self.sampler not in SAMPLERS:
+            raise SkipsearchError(f"sampler is {self.sampler!r}, must be one of {', '.join(SAMPLERS)}")

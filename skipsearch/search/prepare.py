@@ -1,0 +1,89 @@
+"""What scoring needs before the first trial: prompts, the trace, the costs, and the identity of all three."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from skipsearch.errors import PromptError
+from skipsearch.model.load import Loaded, model_card
+from skipsearch.model.sublayers import find_sublayers
+from skipsearch.search.cost import Costs, profile_or_load, set_up
+from skipsearch.search.options import MAX_LENGTH, SearchOptions
+from skipsearch.search.prompts import Prompts, fingerprint, load_prompts
+from skipsearch.search.space import Space
+from skipsearch.search.trace import Progress, Trace, record_or_load
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """Everything that scoring needs, made or read back: prompts, trace, costs."""
+
+    prompts: Prompts
+    trace: Trace
+    costs: Costs
+    identity: dict[str, str]
+
+
+def chosen_prompts(loaded: Loaded, options: SearchOptions) -> Prompts:
+    """The prompts of a run, checked against the model's context.
+
+    Raises:
+        PromptError: see `load_prompts`; or no room for any prompt.
+    """
+    room = _context(loaded.model) - options.new_tokens - MAX_LENGTH
+    if room < 1:
+        raise PromptError(
+            f"new_tokens is {options.new_tokens}, at most {_context(loaded.model) - MAX_LENGTH - 1} fit the model's "
+            f"context of {_context(loaded.model)}; pass a smaller --new-tokens"
+        )
+    return load_prompts(
+        options.source, loaded.tokenizer, calibration=options.prompts, held_out=options.held_out,
+        max_tokens=options.prompt_tokens, room=room, seed=options.seed,
+    )  # fmt: skip
+
+
+def _context(model: PreTrainedModel) -> int:
+    return int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 1 << 20))
+
+
+def prepare(loaded: Loaded, folder: Path, options: SearchOptions, progress: Progress) -> Prepared:
+    """Prompts, record and profile."""
+    model = loaded.model
+    prompts = chosen_prompts(loaded, options)
+    # Weights, not only the config: a fine-tuned model must not continue the study of its base.
+    identity = {
+        "model": str(model_card(model, loaded.name).config_sha256),
+        "weights": _weights_fingerprint(model),
+        "set_up": set_up(model),
+        "prompts": fingerprint(prompts.calibration),
+        "space": repr(Space.of(find_sublayers(model).num_layers, loaded.preset)),
+        "tokens": f"{options.new_tokens} recorded, {options.trial_prompts} x {options.trial_tokens} a trial",
+    }
+    made_with = f"{identity['model']} {identity['weights']} {identity['set_up']}"
+    trace = record_or_load(folder / "trace.json", model, prompts.calibration, options.new_tokens, made_with, progress)
+    if not trace.tokens:
+        raise PromptError("the model ends every calibration prompt at once; choose other prompts with --prompts")
+    mean = trace.mean_context
+    longest = max(map(len, prompts.calibration)) + options.new_tokens
+    contexts = sorted(
+        {max(8, round(mean / 2)), round(mean), max(round(mean) + 1, min(longest, _context(model) - MAX_LENGTH - 4))}
+    )
+    costs = profile_or_load(
+        folder / "costs.json", model, made_with, contexts=contexts, max_length=MAX_LENGTH, progress=progress
+    )
+    return Prepared(prompts=prompts, trace=trace, costs=costs, identity=identity)
+
+
+def _weights_fingerprint(model: PreTrainedModel) -> str:
+    """A hash over a sample of every parameter: cheap for any size, different after any training."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        if parameter.device.type != "meta":
+            flat = parameter.detach().flatten()
+            digest.update(flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()

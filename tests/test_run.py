@@ -1,0 +1,124 @@
+"""The main job from end to end, small: files written, evidence honest, resume, refusals."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from skipsearch import load_mask, search, self_speculative
+from skipsearch.errors import PromptError, ResultsError, SkipsearchError, StudyMismatch
+from skipsearch.search.options import SearchOptions
+from skipsearch.search.prepare import chosen_prompts
+from skipsearch.search.run import validate_file
+from skipsearch.search.validate import interval
+
+SMALL = SearchOptions(
+    trials=14, prompts=3, held_out=2, prompt_tokens=16, new_tokens=16, trial_prompts=3, trial_tokens=12, rounds=1
+)
+
+
+def quiet(*_: Any) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def result(demo: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return search(demo, out=tmp_path_factory.mktemp("results"), options=SMALL)
+
+
+def test_a_run_leaves_a_mask_that_decodes(result: Any, demo: Any) -> None:
+    """Prevents an export that the runtime cannot load, or that changes the output."""
+    file = load_mask(result.folder / "mask.json")
+    assert file.mask == result.mask and file.evidence is not None and file.evidence.greedy_equal
+    assert file.evidence.verdict == ("use" if file.evidence.speedup_ci[0] > 1 else "do not use")
+    inputs = demo.tokenizer("def main(argv):\n", return_tensors="pt")
+    options: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "attention_mask": inputs.attention_mask}
+    plain = demo.model.generate(inputs.input_ids, **options)
+    method = self_speculative(result.folder / "mask.json")
+    assert torch.equal(demo.model.generate(inputs.input_ids, custom_generate=method, **options), plain)
+
+
+def test_a_run_leaves_every_stage_on_disk(result: Any) -> None:
+    """Prevents results that cannot be checked later, and leftovers of half-written files."""
+    names = {p.name for p in result.folder.iterdir()}
+    assert {"trace.json", "costs.json", "study.db", "trials.csv", "mask.json", "summary.json"} <= names
+    assert not {n for n in names if n.startswith(".")}
+    summary = json.loads((result.folder / "summary.json").read_text())
+    assert summary["trials"] == 14 and summary["evidence"]["prompts"] == 2
+
+
+def test_running_again_continues(result: Any, demo: Any) -> None:
+    """Prevents finished trials, the trace or the costs from being made again."""
+    stages: list[str] = []
+    again = search(demo, out=result.folder, options=replace(SMALL, trials=15), progress=lambda s, *_: stages.append(s))
+    assert again.trials == 15 and not {"record", "profile"} & set(stages)
+
+
+def test_another_set_up_is_refused(result: Any, demo: Any) -> None:
+    """Prevents trials on other prompts from joining the study."""
+    with pytest.raises(StudyMismatch, match="prompts"):
+        search(demo, out=result.folder, options=replace(SMALL, seed=5))
+
+
+def test_calibration_and_held_out_prompts_are_disjoint(demo: Any) -> None:
+    """Prevents validation on what the search has seen."""
+    prompts = chosen_prompts(demo, SearchOptions())
+    assert not set(prompts.calibration) & set(prompts.held_out)
+    assert len(prompts.calibration) == 24 and len(prompts.held_out) == 20
+
+
+def test_unwritable_folder_is_found_out_first(demo: Any, tmp_path: Path) -> None:
+    """Prevents minutes of search before the first write fails."""
+    (tmp_path / "file").write_text("")
+    stages: list[str] = []
+    with pytest.raises(ResultsError, match="--out"):
+        search(demo, out=tmp_path / "file" / "x", options=SMALL, progress=lambda s, *_: stages.append(s))
+    assert not stages
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"trials": 0}, "trials is 0"),
+        ({"sampler": "magic"}, "sampler is 'magic'"),
+        ({"new_tokens": 0}, "new_tokens is 0"),
+    ],
+)
+def test_settings_are_checked(changes: Any, words: str) -> None:
+    """Prevents settings that fail deep inside."""
+    with pytest.raises(SkipsearchError, match=words):
+        replace(SMALL, **changes)
+
+
+def test_no_room_in_the_context(demo: Any) -> None:
+    """Prevents positions beyond what the model was trained on."""
+    with pytest.raises(PromptError, match="new_tokens is 600"):
+        chosen_prompts(demo, replace(SMALL, new_tokens=600))
+
+
+def test_validate_gives_fresh_evidence(result: Any, demo: Any) -> None:
+    """Prevents old evidence from being carried along as if measured here."""
+    fresh = validate_file(demo, result.file, SMALL, quiet)
+    assert fresh.mask == result.mask and fresh.evidence is not None
+    assert fresh.evidence.tokens == result.file.evidence.tokens
+    assert fresh.evidence.tokens_per_second != result.file.evidence.tokens_per_second
+
+
+def test_interval_covers_the_ratio_and_narrows() -> None:
+    """Prevents an interval of a mean of ratios, or one that ignores pairing."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    plain = rng.uniform(1, 3, 40)
+    low, high = interval(plain, plain / 1.5, 0)
+    assert low == pytest.approx(1.5) and high == pytest.approx(1.5)
+    noisy = plain / 1.5 * rng.uniform(0.8, 1.25, 40)
+    low, high = interval(plain, noisy, 0)
+    assert low < plain.sum() / noisy.sum() < high and high - low < 0.3
+    few = interval(plain[:8], noisy[:8], 0)
+    assert few[1] - few[0] > high - low

@@ -1,0 +1,95 @@
+"""Peak memory of speculative decoding against plain decoding of the same tokens.
+
+    python benchmarks/memory.py [--mask results/demo/mask.json]
+
+Each arm is a fresh process that loads the demo model and decodes 4 prompts x 384 tokens. Three figures: the
+peak resident size of the process (on a GPU: the allocator's peak); how far that lies above the size before
+the model was loaded, which on a small model is half library code; and the bytes of all tensors alive at
+the end, parameters and caches, shared storage counted once. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import resource
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROUNDS, TOKENS = 3, 384
+KEYS = ("peak", "above_start", "tensors")
+
+
+def resident() -> int:
+    """Bytes resident now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def arm(mask_path: str) -> None:
+    import torch
+
+    from skipsearch import load_model, self_speculative
+    from skipsearch.search.options import SearchOptions
+    from skipsearch.search.prepare import chosen_prompts
+
+    before = resident()
+    loaded = load_model("demo")
+    method = self_speculative(mask_path or None)
+    prompts = chosen_prompts(loaded, SearchOptions()).held_out[:4]
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=loaded.model.device)
+        out = loaded.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False, custom_generate=method,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if torch.cuda.is_available():
+        peak, before = torch.cuda.max_memory_allocated(), 0
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in gc.get_objects()
+        if isinstance(t, torch.Tensor)
+    }
+    assert out is not None
+    print(
+        json.dumps(
+            {
+                "peak": peak,
+                "above_start": peak - before,
+                "tensors": sum(storages.values()),
+                "tokens": method.stats.committed,
+            }
+        )
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--mask", default="results/demo/mask.json")
+    parser.add_argument("--arm", choices=["plain", "mask"])
+    args = parser.parse_args()
+    if args.arm:
+        arm(args.mask if args.arm == "mask" else "")
+        return
+    found: dict[str, list[dict[str, int]]] = {"plain": [], "mask": []}
+    for _ in range(ROUNDS):
+        for name, results in found.items():
+            command = [sys.executable, __file__, "--mask", args.mask, "--arm", name]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            results.append(json.loads(output.splitlines()[-1]))
+    median = {
+        name: {key: statistics.median(r[key] for r in results) for key in KEYS} for name, results in found.items()
+    }
+    ratio = {key: median["mask"][key] / median["plain"][key] for key in KEYS}
+    for key in KEYS:
+        plain, mask = (median[name][key] / 2**20 for name in ("plain", "mask"))
+        print(f"{key:12} {plain:8.1f} MiB plain, {mask:8.1f} MiB with the mask, ratio {ratio[key]:.3f}")
+    print(json.dumps({"benchmark": "memory", "ratio": {k: round(v, 4) for k, v in ratio.items()}, "bytes": median,
+                      "peaks": {n: [r["peak"] for r in rs] for n, rs in found.items()}}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Replay of one mask against really decoding with it: seconds, and whether the accepted counts agree.
+
+    python benchmarks/replay_speed.py [--mask results/demo/mask.json]
+
+16 calibration prompts x 128 tokens of the demo model, fp32. Both do the same block walk: once with the
+mask's K as a fixed length, once with its own policy. Arms alternate, medians of 5 rounds. A replay starts
+from nothing but the trace's keys and values, which a search makes once. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from skipsearch import load_mask, load_model
+from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.search.options import SearchOptions
+from skipsearch.search.prepare import chosen_prompts
+from skipsearch.search.replay import Replay
+from skipsearch.search.trace import record
+from skipsearch.search.validate import timed_decode
+
+PROMPTS, TOKENS, ROUNDS = 16, 128, 5
+
+
+def accepted(blocks: Counter[tuple[int, int]]) -> Counter[int]:
+    counts: Counter[int] = Counter()
+    for (_, n), count in blocks.items():
+        counts[n] += count
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--mask", type=Path, default=Path("results/demo/mask.json"))
+    file = load_mask(parser.parse_args().mask)
+    loaded = load_model("demo")
+    prompts = chosen_prompts(loaded, SearchOptions(new_tokens=TOKENS)).calibration[:PROMPTS]
+    trace = record(loaded.model, prompts, TOKENS, lambda *_: None)
+    draft = file.draft
+    policies = {
+        "fixed K": DraftPolicy(max_length=draft.max_length),
+        "the mask's policy": DraftPolicy(max_length=draft.max_length, exit_threshold=draft.exit_threshold),
+    }
+    begin = time.perf_counter()
+    replay = Replay(loaded.model, trace, draft.max_length)
+    set_up = time.perf_counter() - begin
+    rows = []
+    for name, policy in policies.items():
+        real_seconds, replay_seconds = [], []
+        for _ in range(ROUNDS):
+            begin = time.perf_counter()
+            replayed = replay.of(file.mask).walk(policy)
+            replay_seconds.append(time.perf_counter() - begin)
+            real: Counter[tuple[int, int]] = Counter()
+            seconds = 0.0
+            for prompt in prompts:
+                run = timed_decode(loaded.model, prompt, TOKENS, file.mask, policy)
+                real += run.stats.blocks
+                seconds += run.seconds
+            real_seconds.append(seconds)
+        a, b = statistics.median(replay_seconds), statistics.median(real_seconds)
+        rows.append({
+            "policy": f"{name}: {policy}", "replay_s": round(a, 3), "decoding_s": round(b, 3), "ratio": round(b / a, 1),
+            "ratio_range": [
+                round(min(real_seconds) / max(replay_seconds), 1), round(max(real_seconds) / min(replay_seconds), 1),
+            ],
+            "accepted_counts_identical": accepted(real) == accepted(replayed), "blocks_identical": real == replayed,
+        })  # fmt: skip
+        print(f"{rows[-1]['policy']}: replay {a:.2f} s, decoding {b:.2f} s, {b / a:.1f} times faster, accepted counts "
+              f"{'identical' if rows[-1]['accepted_counts_identical'] else 'DIFFER'}")  # fmt: skip
+    print(json.dumps({
+        "benchmark": "replay_speed", "prompts": PROMPTS, "tokens": trace.tokens, "set_up_s": round(set_up, 3),
+        "threads": torch.get_num_threads(), "rows": rows,
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

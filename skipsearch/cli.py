@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from skipsearch.errors import SkipsearchError
 
@@ -50,7 +51,7 @@ Seed = Annotated[int, typer.Option(help="seed of everything random")]
 
 
 def _load(name: str, dtype: str, device: str, revision: str | None, trust: bool) -> Loaded:
-    with err.status(f"loading {name}"):
+    with err.status(f"loading {escape(name)}"):
         from skipsearch.model.load import load_model
 
         return load_model(name, dtype=dtype, device=device, revision=revision, trust_remote_code=trust)
@@ -71,7 +72,7 @@ def _print(data: dict[str, Any], as_json: bool, *shown: Any) -> None:
         print(json.dumps(data))
     else:
         for part in shown:
-            out.print(part)
+            out.print(part, markup=False, soft_wrap=isinstance(part, str))
 
 
 @app.command()
@@ -241,7 +242,7 @@ def dashboard(
     """Open optuna-dashboard on a study."""
     from skipsearch.report.dashboard import serve
 
-    serve(results, storage, host, port, announce=err.print)
+    serve(results, storage, host, port, announce=lambda line: err.print(line, markup=False, soft_wrap=True))
 
 
 @app.command()
@@ -258,21 +259,25 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
 def main() -> None:
     """Entry point: turns our errors into one line, and an interruption into exit 130."""
     import logging
+    import os
     import warnings
 
     debug = "--debug" in sys.argv
     if not debug:
         warnings.filterwarnings("ignore")
         logging.getLogger("transformers").setLevel(logging.ERROR)
+        os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # our error says it; the library says it again
     try:
         app()
     except SkipsearchError as error:
         if debug:
             raise
-        err.print(f"[red]error:[/] {error}", markup=True, highlight=False, soft_wrap=True)
+        err.print(f"[red]error:[/] {escape(str(error))}", markup=True, highlight=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("\ninterrupted; every finished trial is kept, run the same command again to continue")
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != 130:  # typer makes 130 of an interruption
+            raise
+        err.print("\ninterrupted; every finished trial is kept, run the same command again to continue", soft_wrap=True)
         sys.exit(130)
 
 

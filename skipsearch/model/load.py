@@ -59,9 +59,9 @@ def load_model(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     weights: Any = DTYPES.get(dtype) or (torch.float32 if device == "cpu" else "auto")
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if (looks_local := source.startswith((".", "/", "~"))) or Path(source).exists():
+    if source.startswith((".", "/", "~")) or Path(source).is_dir():
         source = str(Path(source).expanduser())
-        if looks_local and not (Path(source) / "config.json").is_file():
+        if not (Path(source) / "config.json").is_file():
             raise ModelLoadError(f"model folder {source} has no config.json; give a folder saved by save_pretrained")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -71,7 +71,13 @@ def load_model(
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ModelLoadError(_explain(name, source, error)) from error
     if device != "map":
-        model = model.to(device)
+        try:
+            model = model.to(device)
+        except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
+            reason = str(error).strip().splitlines()[0]
+            raise ModelLoadError(
+                f"model {name} cannot be put on device {device!r} ({reason}); choose another with --device"
+            ) from error
     model.eval().requires_grad_(False)
     find_sublayers(model)
     short = name if preset else Path(source).name if Path(source).exists() else name.replace("/", "--")
@@ -81,18 +87,19 @@ def load_model(
 def _explain(name: str, source: str, error: Exception) -> str:
     """One sentence for the ways in which a load fails."""
     text = str(error)
+    words = text.replace(source, "")  # a name may hold "401" or "offline"
     what = name if name == source else f"{name} ({source})"
-    if "gated repo" in text or "401" in text or "403" in text:
+    if "gated repo" in words or "401 Client" in words or "403 Client" in words:
         return (
             f"model {what} is gated: ask for access at https://huggingface.co/{source}, run `hf auth login`, "
             f"and try again"
         )
-    if "couldn't connect" in text or "offline" in text.lower() or "Couldn't reach" in text or "resolve" in text:
+    if "couldn't connect" in words or "offline" in words.lower() or "Couldn't reach" in words or "resolve" in words:
         return (
             f"model {what} is not in the local cache and the hub cannot be reached; connect to the network, "
             f"or pass --model a folder that holds the weights"
         )
-    if "not a valid model identifier" in text or "not a local folder" in text or "Repo id must" in text:
+    if "not a valid model identifier" in words or "not a local folder" in words or "Repo id must" in words:
         return (
             f"model {what} is neither a preset, a folder nor a hub id; `skipsearch models` lists the presets, "
             f"and private repositories need `hf auth login`"

@@ -17,7 +17,7 @@ def _pairs(title: str, rows: list[tuple[str, Any]]) -> Table:
     table.add_column(style="cyan")
     table.add_column()
     for name, value in rows:
-        table.add_row(name, value if isinstance(value, Text) else str(value))
+        table.add_row(name, value if isinstance(value, Text) else Text(str(value)))
     return table
 
 
@@ -77,7 +77,7 @@ def mask_table(file: MaskFile) -> Panel:
     grid = Table.grid(padding=(1, 0))
     grid.add_row(draw_mask(file.mask))
     grid.add_row(_pairs("", rows))
-    return Panel(grid, title=f"{file.model.id}, {file.model.num_layers} layers", title_align="left", expand=False)
+    return Panel(grid, title=Text(f"{file.model.id}, {file.model.num_layers} layers"), title_align="left", expand=False)
 
 
 def summary_table(data: dict[str, Any]) -> Table:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from skipsearch.demo.corpus import modules
@@ -117,14 +118,14 @@ def _rows(source: PromptSource) -> Iterator[Any]:
             if not path.is_file():
                 raise PromptError(f"prompt file {path} does not exist; check --prompts")
             if not path.stat().st_size:
-                raise PromptError(f"prompt file {path} is empty; add at least 2 prompts")
+                raise PromptError(f"prompt file {path} is empty; add at least 4 prompts")
             table = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
         else:
             table = datasets.load_dataset(source.name, source.config, split=source.split)
     except PromptError:
         raise
     except Exception as error:  # the library raises many kinds; its first line says which
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
         raise PromptError(
             f"prompt source {source.name} cannot be read ({reason}); give a .txt, .jsonl, .csv or .parquet file, "
             f"or a data set id with --prompt-config and --prompt-split"
@@ -142,6 +143,11 @@ def _tokens(row: Any, tokenizer: PreTrainedTokenizerBase, chat: bool) -> Ids:
     """Token ids of a row: text, a list of turns (the first one counts), or a list of chat messages."""
     if isinstance(row, list) and row and isinstance(row[0], dict):
         messages = row
+        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+            raise PromptError(
+                f"chat messages must hold text under 'content', got {messages[0]!r}; convert them, "
+                f"or choose another column with --prompt-column"
+            )
     else:
         text = row[0] if isinstance(row, list) and row else row
         if not isinstance(text, str):
@@ -152,7 +158,10 @@ def _tokens(row: Any, tokenizer: PreTrainedTokenizerBase, chat: bool) -> Ids:
             return ()
         messages = [{"role": "user", "content": text}]
     if chat and tokenizer.chat_template:
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        try:
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        except TemplateError as error:
+            raise PromptError(f"the chat template refuses {messages!r} ({error}); pass --no-chat") from error
     else:
         ids = tokenizer("\n".join(m["content"] for m in messages))["input_ids"]
     return tuple(ids)

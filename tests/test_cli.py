@@ -1,0 +1,115 @@
+"""The command line: exit codes, one JSON object, one line an error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from skipsearch import cli
+from skipsearch.mask import SkipMask
+from skipsearch.maskfile import MaskFile, ModelCard
+
+runner = CliRunner()
+COMMANDS = ["run", "generate", "validate", "show", "import", "models", "dashboard", "doctor"]
+
+
+@pytest.fixture
+def mask_path(tmp_path: Path) -> Path:
+    path = tmp_path / "mask.json"
+    mask = SkipMask(attention=[4, 5, 9], mlp=[7, 8], num_layers=20)
+    MaskFile.of(mask, model=ModelCard(id="demo", num_layers=20)).save(path)
+    return path
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["skipsearch", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
+    """Prevents a command that cannot be asked what it does."""
+    assert runner.invoke(cli.app, [command, "--help"]).exit_code == 0
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["show"], ["run", "--model", "demo", "--trials", "many"]])
+def test_wrong_use_exits_2(arguments: list[str]) -> None:
+    """Prevents wrong use from looking like a failed run."""
+    assert runner.invoke(cli.app, arguments).exit_code == 2
+
+
+def test_show_draws_both_rows_and_prints_json(mask_path: Path) -> None:
+    """Prevents a picture without a row, and JSON with anything around it."""
+    shown = runner.invoke(cli.app, ["show", str(mask_path)])
+    assert shown.exit_code == 0 and "attention" in shown.output and "mlp" in shown.output
+    assert "3 of 20 skipped" in shown.output
+    data = json.loads(runner.invoke(cli.app, ["show", str(mask_path), "--json"]).stdout)
+    assert data["skip"] == {"attention": [4, 5, 9], "mlp": [7, 8]}
+
+
+def test_errors_are_one_line(mask_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Prevents tracebacks for a truncated file."""
+    mask_path.write_text(mask_path.read_text()[:50])
+    assert run_main(monkeypatch, "show", str(mask_path)) == 1
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("error:") and "\n" not in message and "not whole JSON" in message
+
+
+def test_import_of_a_published_skip_set(tmp_path: Path) -> None:
+    """Prevents layer ids from being changed on the way in."""
+    source = tmp_path / "skip_layers.json"
+    source.write_text(json.dumps({"a": {"attention": [3, 5], "mlp": [6]}}))
+    target = tmp_path / "out.json"
+    result = runner.invoke(cli.app, ["import", str(source), "--layers", "8", "--to", str(target), "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(target.read_text())["skip"] == {"attention": [3, 5], "mlp": [6]}
+
+
+def test_models_lists_the_presets() -> None:
+    """Prevents a preset that nobody can find."""
+    assert {"demo", "llama-2-13b"} <= set(json.loads(runner.invoke(cli.app, ["models", "--json"]).stdout))
+
+
+def test_generate_compares_with_plain_decoding(mask_path: Path) -> None:
+    """Prevents a mask from changing the tokens seen by a user."""
+    arguments = [
+        "generate",
+        "--model",
+        "demo",
+        "--mask",
+        str(mask_path),
+        "--max-new-tokens",
+        "12",
+        "--compare",
+        "--json",
+    ]
+    result = runner.invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert data["greedy_equal"] is True and len(data["mask"]["tokens"]) == 12
+
+
+def test_dashboard_without_a_study_creates_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Prevents an empty database from being made and served."""
+    assert run_main(monkeypatch, "dashboard", str(tmp_path)) == 1
+    assert "no study.db" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_an_interruption_exits_130_and_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Prevents Ctrl-C from looking like a crash."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_load", interrupted)
+    assert run_main(monkeypatch, "run", "--model", "demo") == 130
+    assert "run the same command again" in capsys.readouterr().err

@@ -1,9 +1,9 @@
 """Predicted against really measured tokens per second over random masks of the demo model.
 
-    python benchmarks/cost_model.py [--masks 20]
+    python benchmarks/cost_model.py [--masks 20] [--prompts 8] [--rounds 2]
 
 Masks of random density, each with a random fixed K; predicted from replay counts and profiled costs,
-measured by decoding the same 8 prompts x 64 tokens, in two rounds of random order. Reports Spearman's rank
+measured by decoding the same prompts x 64 tokens, in rounds of random order (medians). Reports Spearman's rank
 correlation with its bootstrap interval, and the median error. The last line is JSON.
 """
 
@@ -27,16 +27,19 @@ from skipsearch.search.replay import Replay
 from skipsearch.search.trace import record
 from skipsearch.search.validate import timed_decode
 
-TOKENS, ROUNDS = 64, 2
+TOKENS = 64
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--masks", type=int, default=20)
-    count = parser.parse_args().masks
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=2)
+    args = parser.parse_args()
+    count = args.masks
     loaded = load_model("demo")
     model, rng = loaded.model, random.Random(0)
-    prompts = chosen_prompts(loaded, SearchOptions(new_tokens=TOKENS)).calibration[:8]
+    prompts = chosen_prompts(loaded, SearchOptions(new_tokens=TOKENS)).calibration[: args.prompts]
     trace = record(model, prompts, TOKENS, lambda *_: None)
     costs = profile(model, "", contexts=[64, 96, 128], max_length=8, progress=lambda *_: None)
     replay, point = Replay(model, trace, 8), costs.at(trace.mean_context)
@@ -48,7 +51,7 @@ def main() -> None:
     predicted = [exact(replay.of(mask), policy, point).tokens_per_second for mask, policy in chosen]
     seconds: list[list[float]] = [[] for _ in chosen]
     tokens = [0] * count
-    for _ in range(ROUNDS):
+    for _ in range(args.rounds):
         for i in rng.sample(range(count), count):
             runs = [timed_decode(model, prompt, TOKENS, *chosen[i]) for prompt in prompts]
             seconds[i].append(sum(run.seconds for run in runs))
@@ -65,7 +68,8 @@ def main() -> None:
               f"predicted {p:6.1f}, measured {m:6.1f} tokens/s")  # fmt: skip
     print(f"Spearman {rank:.3f} ({interval.low:.3f} to {interval.high:.3f}), median error {error:.1%}")
     print(json.dumps({
-        "benchmark": "cost_model", "masks": count, "spearman": round(rank, 4),
+        "benchmark": "cost_model", "masks": count, "prompts": args.prompts, "rounds": args.rounds,
+        "spearman": round(rank, 4),
         "spearman_ci": [round(float(interval.low), 4), round(float(interval.high), 4)],
         "median_error": round(error, 4), "predicted": [round(p, 1) for p in predicted],
         "measured": [round(m, 1) for m in measured],

@@ -104,9 +104,8 @@ def _explain(name: str, source: str, error: Exception) -> str:
             f"model {what} is neither a preset, a folder nor a hub id; `skipsearch models` lists the presets, "
             f"and private repositories need `hf auth login`"
         )
-    return (
-        f"model {what} cannot be loaded: {text.strip().splitlines()[0] if text.strip() else error!r}; check its files"
-    )
+    reason = (text.strip().splitlines() or [type(error).__name__])[0]
+    return f"model {what} cannot be loaded: {reason}; check its files"
 
 
 _FINGERPRINT_LEAVES_OUT = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures"}

@@ -1,4 +1,4 @@
-"""Small models for every test: tiny random ones of each family, and the bundled one."""
+"""Small models for every test: tiny random ones of each family in the registry, and the bundled one."""
 
 from __future__ import annotations
 
@@ -8,44 +8,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
+
+from skipsearch.model.families import FAMILIES, prove, tiny_model
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(2)
 
-_SHAPE: dict[str, Any] = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"sliding_window": 8},
-    "qwen2": {},
-    "qwen3": {"head_dim": 8},
-    "gemma2": {"head_dim": 8, "sliding_window": 8},
-    "gemma3_text": {
-        "head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2,
-    },
-    "phi3": {"sliding_window": None},
-    "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 4, "n_positions": 128},
-    "gpt_neox": {},
-    "olmo2": {},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-}  # fmt: skip
-
-
-def make_tiny(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A random model of 4 layers, its weights enlarged so that greedy decoding does not settle on one token."""
-    torch.manual_seed(seed)
-    shape = dict(_SHAPE)
-    if family == "gpt2":
-        shape = {k: v for k, v in shape.items() if k in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
-    config = AutoConfig.for_model(family, **{**shape, **FAMILIES.get(family, {}), **changes})
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        if parameter.ndim >= 2:
-            parameter.data.mul_(6)
-    return model
+make_tiny = tiny_model
+# What the installed library's models turn out to be, one list for every contract test.
+PROVEN = {family: prove(family) for family in FAMILIES}
+SUPPORTED = [name for name, row in PROVEN.items() if row.supported]
+REFUSED = [name for name, row in PROVEN.items() if not row.supported]
 
 
 @pytest.fixture(scope="session")

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import random
 import threading
 from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache, StoppingCriteria
+from transformers import DynamicCache, StaticCache, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from skipsearch import SkipMask, self_speculative
-from skipsearch.decoding.loop import DecodeStats, SpeculativeSequence, decode
-from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.decoding.loop import DecodeStats
 from skipsearch.errors import DecodingError, MaskError
 
 MASK = SkipMask(attention=[0, 2], mlp=[1], num_layers=4)
@@ -27,27 +24,6 @@ def greedy(model: Any, ids: torch.Tensor, **changes: Any) -> Any:
         "max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids),
     }  # fmt: skip
     return model.generate(ids, **{**options, **changes})
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_output_equals_generate(family: str, tiny: Any, ids: torch.Tensor) -> None:
-    """Prevents any wrong position, mask or leftover key: tokens must match for masks of every kind."""
-    model = tiny(family)
-    expected = greedy(model, ids)
-    rng = random.Random(1)
-    everything = range(4)
-    masks = [
-        SkipMask(num_layers=4),
-        SkipMask(attention=[0], num_layers=4),
-        SkipMask(attention=everything, num_layers=4),
-        SkipMask(mlp=everything, num_layers=4),
-        SkipMask(attention=everything, mlp=everything, num_layers=4),
-    ]
-    masks += [SkipMask.from_bits([rng.random() < p for _ in range(8)]) for p in (0.2, 0.4, 0.6, 0.8)]
-    for mask in masks:
-        method = self_speculative(mask, max_length=rng.randint(1, 7), exit_threshold=rng.choice([None, 0.3]))
-        assert torch.equal(greedy(model, ids, custom_generate=method), expected), (str(mask), method.policy)
-        assert method.stats.committed == 40
 
 
 @settings(max_examples=40, deadline=None)
@@ -88,21 +64,6 @@ def test_empty_mask_accepts_everything(tiny: Any, ids: torch.Tensor) -> None:
     assert stats.blocks == {(4, 4): 7, (3, 3): 1} and stats.committed == 40
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral"])
-def test_cache_after_every_commit_equals_a_fresh_prefill(family: str, tiny: Any, ids: torch.Tensor) -> None:
-    """Prevents committed keys from being cropped, or draft keys from staying (both seen in stock caches)."""
-    model = tiny(family)
-    sequence = SpeculativeSequence(model, ids, capacity=64, mask=MASK)
-    for block in decode(sequence, max_length=50, policy=DraftPolicy(max_length=5)):
-        assert block.tokens
-        fresh = DynamicCache(config=model.config)
-        model(sequence.ids[:, : sequence.length - 1], past_key_values=fresh, use_cache=True)
-        for mine, theirs in zip(sequence.cache.cache.layers, fresh.layers, strict=True):
-            assert mine.get_seq_length() == theirs.get_seq_length() == sequence.length - 1
-            size = min(mine.keys.shape[-2], theirs.keys.shape[-2])
-            torch.testing.assert_close(mine.keys[..., -size:, :], theirs.keys[..., -size:, :], atol=1e-4, rtol=1e-4)
-
-
 def test_continuing_from_past_key_values(tiny: Any, ids: torch.Tensor) -> None:
     """Prevents a handed-over cache from being ignored or processed twice."""
     model = tiny("llama")
@@ -122,32 +83,6 @@ def test_left_padding(tiny: Any, ids: torch.Tensor) -> None:
     mask = (padded != 0).long()
     out = greedy(model, padded, attention_mask=mask, custom_generate=self_speculative(MASK))
     assert torch.equal(out, greedy(model, padded, attention_mask=mask))
-
-
-class _Favour(LogitsProcessor):
-    """Depends on the whole prefix: forbids the token seen two places back."""
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return scores.scatter(1, input_ids[:, -2:-1], float("-inf"))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"repetition_penalty": 1.3},
-        {"no_repeat_ngram_size": 2},
-        {"min_new_tokens": 12, "eos_token_id": 5},
-        {"bad_words_ids": [[7], [9, 4]]},
-        {"suppress_tokens": [3, 4, 5]},
-        {"logits_processor": LogitsProcessorList([_Favour()])},
-    ],
-    ids=lambda o: next(iter(o)),
-)
-def test_logits_processors_see_each_extended_prefix(options: Any, tiny: Any, ids: torch.Tensor) -> None:
-    """Prevents processors from being applied once a block, or to the target alone."""
-    model = tiny("qwen2")
-    method = self_speculative(MASK, max_length=5)
-    assert torch.equal(greedy(model, ids, custom_generate=method, **options), greedy(model, ids, **options))
 
 
 class _StopAt(StoppingCriteria):
@@ -211,12 +146,6 @@ def test_what_cannot_be_honoured_is_refused_by_name(options: Any, field: str, ti
     """Prevents options from being ignored in silence."""
     with pytest.raises(DecodingError, match=field):
         greedy(tiny("llama"), ids, custom_generate=self_speculative(MASK), **options)
-
-
-def test_batches_are_refused(tiny: Any, ids: torch.Tensor) -> None:
-    """Prevents rows beyond the first from being dropped."""
-    with pytest.raises(DecodingError, match="batch holds 2 sequences"):
-        greedy(tiny("llama"), ids.repeat(2, 1), custom_generate=self_speculative(MASK))
 
 
 def test_static_caches_are_refused(tiny: Any, ids: torch.Tensor) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import SUPPORTED
 from hypothesis import given
 from hypothesis import strategies as st
 
 from skipsearch import SkipMask
-from skipsearch.decoding.loop import DecodeStats, SpeculativeSequence, decode
+from skipsearch.decoding.loop import DecodeStats, Sequences, decode
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.model.preset import presets
 from skipsearch.search.cost import Costs, Point, draft_step, profile, profile_or_load
@@ -41,14 +41,13 @@ def really_decode(model: Any, trace: Trace, mask: SkipMask, policy: DraftPolicy)
     stats = DecodeStats()
     for prompt, continuation in zip(trace.prompts, trace.continuations, strict=True):
         limit = len(prompt) + trace.new_tokens
-        sequence = SpeculativeSequence(model, torch.tensor([prompt]), capacity=limit + 1, mask=mask)
-        for _ in decode(sequence, max_length=limit, policy=policy, stats=stats, eos_ids=frozenset([2])):
-            pass
-        assert tuple(sequence.ids[0, len(prompt) : sequence.length].tolist()) == continuation
+        sequences = Sequences(model, torch.tensor([prompt]), capacity=limit, mask=mask)
+        blocks = decode(sequences, max_length=limit, policy=policy, stats=stats, eos_ids=frozenset([2]))
+        assert tuple(token for block in blocks for token in block.tokens) == continuation
     return stats.blocks
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SUPPORTED)
 def test_replay_counts_equal_real_decoding(family: str, tiny: Any) -> None:
     """Prevents a proxy: blocks by (drafted, accepted) must be those of real decoding, sliding windows included."""
     model, rng = tiny(family), random.Random(2)

@@ -1,24 +1,28 @@
 """self_speculative: a mask as a `custom_generate` callable for `model.generate`.
 
-Promises the output of plain `generate` under the same options (greedy: the same tokens; sampling: the
-same distribution). Options that a callable cannot honour are refused by name, never ignored.
+Promises the output of plain `generate` under the same options, row by row (greedy: the same tokens;
+sampling: the same distribution). Options that a callable cannot honour are refused by name, never ignored.
 """
 
 from __future__ import annotations
 
+import sys
 import weakref
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from skipsearch.decoding.loop import DecodeStats, Sampling, SpeculativeSequence, decode
+from skipsearch.decoding.loop import ALIGNED, Block, DecodeStats, Sampling, Sequences, decode
 from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.decoding.rows import rows_may_differ
 from skipsearch.errors import DecodingError, MaskError
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import MaskFile, load_mask
@@ -26,18 +30,29 @@ from skipsearch.model.load import check_mask_belongs
 from skipsearch.model.view import draft_view
 
 
+@dataclass(slots=True)
+class _Row:
+    """What one sequence of the batch has produced."""
+
+    tokens: list[int] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    scores: list[Tensor] = field(default_factory=list)
+
+
 class SelfSpeculative:
     """What `self_speculative` returns; pass it as `custom_generate`. One object serves any model and call.
 
     Attributes:
         mask, policy: what it drafts with; mask None decodes plainly.
+        deterministic: whether verification runs in blocks of one fixed shape.
         stats: raw counts of the last call.
     """
 
     def __init__(
-        self, mask: SkipMask | None, policy: DraftPolicy, file: MaskFile | None, streamer: BaseStreamer | None
-    ) -> None:
-        self.mask, self.policy, self.stats = mask, policy, DecodeStats()
+        self, mask: SkipMask | None, policy: DraftPolicy, file: MaskFile | None, streamer: BaseStreamer | None,
+        deterministic: bool = False,
+    ) -> None:  # fmt: skip
+        self.mask, self.policy, self.deterministic, self.stats = mask, policy, deterministic, DecodeStats()
         self._file, self._streamer = file, streamer
         self._drafts: weakref.WeakKeyDictionary[PreTrainedModel, PreTrainedModel] = weakref.WeakKeyDictionary()
 
@@ -66,75 +81,166 @@ class SelfSpeculative:
             MaskError: the mask file is for another model.
         """
         # `generate` hands a callable's own argument names over twice, so these come as keywords alone.
-        _refuse_unsupported(input_ids, generation_config, model_kwargs)
+        batch, config = input_ids.shape[0], generation_config
         past: Cache | None = model_kwargs.get("past_key_values")
-        attention_mask: Tensor | None = model_kwargs.get("attention_mask")
-        pad = 0
-        if attention_mask is not None:
-            pad = int((attention_mask[0] == 0).sum())
-            if attention_mask[0, :pad].any():
-                raise DecodingError("attention_mask has zeros inside the prompt; only padding on the left is supported")
-        max_length = generation_config.max_length - pad
-        seed = int(torch.randint(2**62, ())) if generation_config.do_sample else None
-        sequence = SpeculativeSequence(
-            model, input_ids[:, pad:], capacity=max(max_length, input_ids.shape[1]) + 1, mask=self.mask,
-            draft=self._draft_for(model), processors=logits_processor, past=past,
-            sampling=None if seed is None else Sampling.from_seed(seed, input_ids.device),
-        )  # fmt: skip
-        eos = generation_config._eos_token_tensor  # type: ignore[attr-defined]
-        others = [c for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
-        padding = input_ids[:, :pad]
+        unseen = _not_handed_on()
+        streamer = self._streamer or unseen.get("streamer")
+        _refuse_modes(config, {**model_kwargs, **unseen, "streamer": None}, logits_processor)
+        if batch > 1:
+            _refuse_in_batch(past, logits_processor, streamer)
+        pads, past_only = _layout(input_ids, config, model_kwargs)
+        eos = config._eos_token_tensor  # type: ignore[attr-defined]
+        eos_ids = frozenset() if eos is None else frozenset(eos.flatten().tolist())
+        others = [c for c in stopping_criteria if not _built_in(c, eos_ids, config.max_length)]
+        rows = [_Row() for _ in range(batch)]
+        keep_scores = bool(config.return_dict_in_generate and config.output_scores)
+        keep_logits = bool(config.return_dict_in_generate and config.output_logits)
 
-        def should_stop(ids: Tensor, scores: Tensor) -> bool:
-            full = torch.cat([padding, ids], dim=1) if pad else ids
-            return any(bool(criterion(full, scores).all()) for criterion in others)  # type: ignore[arg-type]
+        self.stats = stats = DecodeStats()
+        draft = self._draft_for(model)
+        together = batch == 1 or (not self.deterministic and rows_may_differ(model))
+        for group in [list(range(batch))] if together else [[b] for b in range(batch)]:
+            seed = int(torch.randint(2**62, ())) if config.do_sample else None
+            sequences = Sequences(
+                model, input_ids[group], capacity=max(config.max_length, input_ids.shape[1]) + 1, mask=self.mask,
+                draft=draft, processors=logits_processor, past=past, pads=[pads[b] for b in group],
+                past_only=past_only, sampling=None if seed is None else Sampling.from_seed(seed, input_ids.device),
+                aligned=ALIGNED if self.deterministic else 0, chunk=config.prefill_chunk_size,
+            )  # fmt: skip
 
-        self.stats = DecodeStats()
-        logits: list[Tensor] = []
-        scores: list[Tensor] = []
-        for block in decode(
-            sequence, max_length=max_length, policy=self.policy, stats=self.stats,
-            eos_ids=frozenset() if eos is None else frozenset(eos.flatten().tolist()),
-            should_stop=should_stop if others else None,
-        ):  # fmt: skip
-            if self._streamer is not None:
-                for token in block.tokens:
-                    self._streamer.put(torch.tensor([token]))
-            if generation_config.return_dict_in_generate:
-                logits += [row[None].float() for row in block.logits_KV[: len(block.tokens)]]
-                scores += [row[None].float() for row in block.scores_KV[: len(block.tokens)]]
-        if self._streamer is not None:
-            self._streamer.end()
-        sequences = torch.cat([padding, sequence.ids[:, : sequence.length]], dim=1)
-        if not generation_config.return_dict_in_generate:
-            return sequences
+            def should_stop(block: Block, i: int, ids: Tensor, group: list[int] = group) -> bool:
+                seen = None
+                if keep_scores:
+                    seen = (*rows[group[block.row]].scores, *_steps(block.scores_KV[: i + 1]))
+                return any(bool(criterion(ids, seen).all()) for criterion in others)  # type: ignore[arg-type]
+
+            for block in decode(
+                sequences, max_length=config.max_length, policy=self.policy, stats=stats, eos_ids=eos_ids,
+                should_stop=should_stop if others else None,
+            ):  # fmt: skip
+                row = rows[group[block.row]]
+                row.tokens += block.tokens
+                if keep_logits:
+                    row.logits += _steps(block.logits_KV[: len(block.tokens)])
+                if keep_scores:
+                    row.scores += _steps(block.scores_KV[: len(block.tokens)])
+                if streamer is not None:
+                    for token in block.tokens:
+                        streamer.put(torch.tensor([token]))
+        if streamer is not None:
+            streamer.end()
+        if past is not None and batch == 1:
+            sequences.cache.hand_over(past)
+        output = _padded(input_ids, rows, config)
+        if not config.return_dict_in_generate:
+            return output
         return GenerateDecoderOnlyOutput(
-            sequences=sequences,  # type: ignore[arg-type]
-            scores=tuple(scores) if generation_config.output_scores else None,  # type: ignore[arg-type]
-            logits=tuple(logits) if generation_config.output_logits else None,  # type: ignore[arg-type]
-            past_key_values=sequence.cache.cache,
+            sequences=output,  # type: ignore[arg-type]
+            scores=_stacked([row.scores for row in rows]) if keep_scores else None,  # type: ignore[arg-type]
+            logits=_stacked([row.logits for row in rows]) if keep_logits else None,  # type: ignore[arg-type]
+            past_key_values=past if batch == 1 else None,
         )
+
+
+def _padded(input_ids: Tensor, rows: list[_Row], config: GenerationConfig) -> Tensor:
+    """Prompts and new tokens [B, T]; rows that ended early are filled with the padding token."""
+    pad = config._pad_token_tensor  # type: ignore[attr-defined]
+    longest = max(len(row.tokens) for row in rows)
+    fill = 0 if pad is None else int(pad)
+    tokens = [row.tokens + [fill] * (longest - len(row.tokens)) for row in rows]
+    return torch.cat([input_ids, torch.tensor(tokens, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
+
+
+def _steps(logits_KV: Tensor) -> list[Tensor]:
+    return [logits_V[None].float() for logits_V in logits_KV]
+
+
+def _stacked(rows: list[list[Tensor]]) -> tuple[Tensor, ...]:
+    """Step by step [B, V]; zeros where a row has ended."""
+    longest = max(map(len, rows))
+    nothing = torch.zeros_like(rows[0][0])
+    return tuple(torch.cat([row[step] if step < len(row) else nothing for row in rows]) for step in range(longest))
+
+
+def _not_handed_on() -> dict[str, Any]:
+    """Arguments of `generate` that it drops for a callable, read where it keeps them so that none is ignored."""
+    caller = sys._getframe(2)
+    names = ("streamer", "assistant_model", "synced_gpus") if caller.f_code.co_name == "generate" else ()
+    return {name: caller.f_locals.get(name) or None for name in names}
+
+
+def _built_in(criterion: Any, eos_ids: frozenset[int], max_length: int) -> bool:
+    """Whether `decode` looks after this criterion itself."""
+    if isinstance(criterion, MaxLengthCriteria):
+        return bool(criterion.max_length >= max_length)
+    return isinstance(criterion, EosTokenCriteria) and set(criterion.eos_token_id.flatten().tolist()) == eos_ids
+
+
+def _layout(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> tuple[list[int], int]:
+    """Padding on the left of each row, and how many tokens only `past_key_values` knows."""
+    mask: Tensor | None = model_kwargs.get("attention_mask")
+    length = mask.shape[1] if mask is not None else getattr(config, "_mask_length", input_ids.shape[1])
+    pads = [0] * input_ids.shape[0] if mask is None else (mask == 0).sum(1).tolist()
+    expected = torch.arange(length, device=input_ids.device)[None]
+    if mask is not None:
+        if any(row[:pad].any() for row, pad in zip(mask, pads, strict=True)):
+            raise DecodingError("attention_mask has zeros inside the prompt; only padding on the left is supported")
+        expected = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    given = model_kwargs.get("position_ids")
+    if given is not None and not torch.equal(given.expand(len(expected), -1), expected):
+        raise DecodingError("position_ids are not those of the attention_mask; leave them out")
+    return pads, length - input_ids.shape[1]
 
 
 _HONOURED = {"past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+# What these hold was made for one text that grows by one token at a time.
+_STATEFUL = {"UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor"}
+# And these look at a row by its number in the batch, which changes as rows end.
+_BY_ROW = {
+    "PrefixConstrainedLogitsProcessor",
+    "EncoderRepetitionPenaltyLogitsProcessor",
+    "EncoderNoRepeatNGramLogitsProcessor",
+}
 
 
-def _refuse_unsupported(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+def _refuse_modes(config: GenerationConfig, model_kwargs: dict[str, Any], processors: LogitsProcessorList) -> None:
     if config.num_beams and config.num_beams > 1:
         raise DecodingError(f"num_beams is {config.num_beams}, must be 1: beams cannot be drafted by skipping")
-    if input_ids.shape[0] != 1:
+    mode = config.get_generation_mode(None)
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise DecodingError(
-            f"the batch holds {input_ids.shape[0]} sequences, must be 1; call generate once for each prompt"
+            f"the generation config asks for {mode.value}, must be greedy search or sampling; unset what selects it"
         )
     if model_kwargs.get("use_cache") is False:
-        raise DecodingError("use_cache is False, must be True: draft and target share the cache")
+        raise DecodingError(
+            "use_cache is False, must be True: draft and target share the cache; pass use_cache=True to generate"
+        )
     for name in ("output_attentions", "output_hidden_states"):
-        if getattr(config, name, False):
+        if getattr(config, name, False) and config.return_dict_in_generate:
             raise DecodingError(f"{name} is True, must be False: a block has no such outputs for single tokens")
     if given := sorted(k for k, v in model_kwargs.items() if v is not None and k not in _HONOURED):
         raise DecodingError(
             f"generate was given {', '.join(given)}, which self_speculative cannot honour; leave it out"
         )
+    for processor in processors:
+        if type(processor).__name__ in _STATEFUL:
+            raise DecodingError(
+                f"logits_processor holds a {type(processor).__name__}, which keeps state from token to token and "
+                f"cannot look at drafts; unset what selects it"
+            )
+
+
+def _refuse_in_batch(past: Cache | None, processors: LogitsProcessorList, streamer: BaseStreamer | None) -> None:
+    if streamer is not None:
+        raise DecodingError("a streamer takes one sequence, got a batch; stream prompts one by one")
+    if past is not None and past.get_seq_length():
+        raise DecodingError("past_key_values holds tokens of a batch; continue its sequences one by one")
+    for processor in processors:
+        if type(processor).__name__ in _BY_ROW:
+            raise DecodingError(
+                f"logits_processor holds a {type(processor).__name__}, which treats each row of a batch differently; "
+                f"call generate once for each prompt"
+            )
 
 
 def self_speculative(
@@ -143,14 +249,17 @@ def self_speculative(
     streamer: BaseStreamer | None = None,
     max_length: int | None = None,
     exit_threshold: float | None = None,
+    deterministic: bool = False,
 ) -> SelfSpeculative:
     """A decoding method for `model.generate(..., custom_generate=...)`.
 
     Args:
         mask_or_path: a mask, a mask file or its path; None decodes plainly in the same loop.
-        streamer: receives tokens as they are committed (`generate` hands none to a callable).
+        streamer: receives tokens as they are committed; by default the one given to `generate`.
         max_length: K; by default the mask file's own policy, or 5 for a bare mask.
         exit_threshold: stop drafting below this confidence; default as for `max_length`.
+        deterministic: verify in blocks of one fixed shape. Then the output has the same bits, in any dtype,
+            as plain decoding through the same blocks: `self_speculative(None, deterministic=True)`.
 
     Raises:
         MaskError: the file or the policy is malformed.
@@ -169,4 +278,4 @@ def self_speculative(
             max_length=policy.max_length if max_length is None else max_length,
             exit_threshold=policy.exit_threshold if exit_threshold is None else exit_threshold,
         )
-    return SelfSpeculative(mask, policy, file, streamer)  # type: ignore[arg-type]
+    return SelfSpeculative(mask, policy, file, streamer, deterministic)  # type: ignore[arg-type]

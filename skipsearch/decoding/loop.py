@@ -1,13 +1,15 @@
 """The speculative loop: draft, verify, commit; and plain decoding as the same loop without a draft.
 
 Promises that greedy output equals plain greedy decoding and that sampled output has the target's own
-distribution. One sequence at a time. Shapes: T sequence positions, K drafted tokens, V vocabulary.
+distribution, row by row. Rows of a batch advance each by what it accepted; a row that ends leaves the
+batch. Shapes: B rows, T positions, K drafted tokens, V vocabulary, Q tokens of a forward.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +17,16 @@ import torch
 from torch import Tensor
 from transformers import Cache, LogitsProcessorList, PreTrainedModel
 
-from skipsearch.decoding.accept import accept_greedy, accept_sampling, probabilities
+from skipsearch.decoding.accept import accept_greedy, accept_sampling, draw, probabilities
 from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.errors import DecodingError
 from skipsearch.mask import SkipMask
-from skipsearch.model.cache import SharedCache, positions
+from skipsearch.model.cache import SharedCache
+from skipsearch.model.masks import attention_masks
 from skipsearch.model.view import draft_view
+
+SLACK = 64  # room behind the longest sequence for what a batch's other rows draft
+ALIGNED = 16  # width of the deterministic mode's blocks: a full tile of half-precision kernels
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,9 +66,10 @@ class DecodeStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """One draft and one verify.
+    """One draft and one verify of one row.
 
     Attributes:
+        row: which sequence of the batch.
         tokens: the committed tokens: accepted drafts, then the target's own.
         drafted: K of this block.
         accepted: num_accepted, 0..K.
@@ -69,6 +77,7 @@ class Block:
         scores_KV: the same after the logits processors.
     """
 
+    row: int
     tokens: list[int]
     drafted: int
     accepted: int
@@ -90,153 +99,289 @@ class Sampling:
         )
 
 
-class SpeculativeSequence:
-    """One sequence being decoded: its tokens, its shared cache, and the two steps of a block.
+class Sequences:
+    """A batch of sequences being decoded: their tokens, their shared cache, and the two steps of a block.
 
     Args:
         model: the target.
-        input_ids: [1, T] prompt.
-        capacity: the most tokens the sequence may ever hold.
+        input_ids: [B, T] prompts, padded on the left.
+        capacity: the most tokens a sequence may ever hold, padding included.
         mask: sublayers that drafting skips; None decodes plainly.
+        draft: its draft view, if there is one already.
         processors: applied position by position to draft and target alike.
         sampling: generators; None decodes greedily.
         past: a dynamic cache to continue from.
+        pads: how many tokens of each row are padding.
+        past_only: tokens that `past` holds and `input_ids` does not repeat.
+        aligned: verify in blocks of this width that begin at multiples of it, so that a token's logits
+            come from the same shapes however it was drafted (one row; 0: blocks as they fall).
+        chunk: the most tokens that a prefill processes at once.
+
+    Attributes:
+        rows: which sequence of the batch each active row is; those that ended have left.
+        lengths: tokens of each active row, padding included.
     """
 
     def __init__(
         self, model: PreTrainedModel, input_ids: Tensor, *, capacity: int, mask: SkipMask | None = None,
         draft: PreTrainedModel | None = None, processors: LogitsProcessorList | None = None,
-        sampling: Sampling | None = None, past: Cache | None = None,
+        sampling: Sampling | None = None, past: Cache | None = None, pads: list[int] | None = None,
+        past_only: int = 0, aligned: int = 0, chunk: int | None = None,
     ) -> None:  # fmt: skip
+        rows, length = input_ids.shape
         self.target = model
         self.draft_model = draft if draft is not None or mask is None else draft_view(model, mask)
-        self.length = input_ids.shape[1]
-        self.ids = torch.zeros((1, capacity), dtype=torch.long, device=input_ids.device)
-        self.ids[:, : self.length] = input_ids
-        self.positions = positions(capacity, input_ids.device)
-        self.cache = SharedCache(model, capacity, past)
-        self.draft_cache = self.cache.draft(mask) if mask is not None else None
+        self.rows, self.lengths = list(range(rows)), [length] * rows
+        self.ids = torch.zeros((rows, capacity + SLACK), dtype=torch.long, device=input_ids.device)
+        self.ids[:, :length] = input_ids
+        pads = pads or [0] * rows
+        self.cache = SharedCache(model, capacity, past, rows)
+        # A token's slot in the cache is its place in `ids` less this: common padding is not computed at all.
+        self.offset = (0 if self.cache.committed[0] else min(pads)) - past_only
+        self.pads = [pad - max(0, self.offset) for pad in pads]
+        context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        # What a batch's other rows draft, and what fills an aligned block, may lie beyond the context.
+        self.positions = torch.arange(capacity + past_only + SLACK, device=input_ids.device)
+        if context:
+            self.positions.clamp_(max=context - 1)
         self.processors = processors or LogitsProcessorList()
-        self.sampling = sampling
+        self.sampling, self.aligned, self.chunk = sampling, aligned, chunk
         self.few_logits = model._supports_logits_to_keep()
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        for b, committed in enumerate(self.cache.committed):
+            # Of a cache that holds the whole prompt, the last token is processed again; for the same shapes, all are.
+            self.cache.committed[b] = 0 if aligned else min(committed, length - 1 - self.offset)
+        if aligned and (rows > 1 or self.offset < 0):
+            raise DecodingError(
+                f"deterministic decoding takes one sequence with all its tokens, got {rows} sequences and "
+                f"{past_only} tokens in past_key_values alone; pass whole prompts, one by one"
+            )
 
-    def _forward(self, model: PreTrainedModel, cache: Cache | None, start: int, end: int, keep: int) -> Tensor:
-        """Logits [keep, V] of the last `keep` of the tokens start..end, written to the cache."""
-        extra: dict[str, Any] = {"logits_to_keep": keep} if self.few_logits and keep < end - start else {}
-        out = model(
-            input_ids=self.ids[:, start:end], position_ids=self.positions[:, start:end],
-            past_key_values=cache, use_cache=cache is not None, **extra,
-        )  # fmt: skip
-        logits: Tensor = out.logits[0, -keep:]
+    def _forward(self, model: PreTrainedModel, starts: list[int], width: int, keep: int) -> Tensor:
+        """Logits [B, keep, V] of the last `keep` of `width` tokens, written to the cache from `starts` on."""
+        extra: dict[str, Any] = {"logits_to_keep": keep} if self.few_logits and keep < width else {}
+        first, rows = starts[0], len(starts)
+        if all(start == first for start in starts) and not any(self.pads):
+            self.cache.seek(starts)
+            ids = self.ids[:rows, first + self.offset : first + self.offset + width]
+            position_ids = self.positions[None, first : first + width].expand(rows, -1)
+        else:
+            device = self.ids.device
+            pads = torch.tensor(self.pads, device=device)
+            slots_BQ = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
+            self.cache.seek(starts, slots_BQ)
+            ids = self.ids[:rows].gather(1, (slots_BQ + self.offset).clamp(max=self.ids.shape[1] - 1))
+            position_ids = self.positions[(slots_BQ - pads[:, None]).clamp(min=0, max=len(self.positions) - 1)]
+            layer = self.cache.cache.layers
+
+            def keys(window: int | None) -> Tensor:
+                length, offset = layer[self.cache.windows.index(window)].get_mask_sizes(width)
+                return torch.arange(offset, offset + length, device=device)[None]
+
+            extra["attention_mask"] = attention_masks(
+                model, self.cache.windows, slots_BQ, keys, pads if any(self.pads) else None
+            )
+        if self.takes_positions:
+            extra["position_ids"] = position_ids
+        out = model(input_ids=ids, past_key_values=self.cache.cache, use_cache=True, **extra)
+        logits: Tensor = out.logits[:, -keep:]
         return logits
 
-    def _process(self, logits_V: Tensor, end: int) -> Tensor:
-        """Scores [V] for the token after position `end`, given the prefix up to it."""
-        return self.processors(self.ids[:, :end], logits_V[None].float())[0]  # type: ignore[arg-type,no-any-return]
+    def _process(self, logits_BV: Tensor, ends: list[int]) -> Tensor:
+        """Scores [B, V] for the token behind the first ends[b] of each row, given that prefix."""
+        if not self.processors:
+            return logits_BV
+        rows_of: dict[int, list[int]] = {}
+        for row, end in enumerate(ends):
+            rows_of.setdefault(end, []).append(row)
+        scores_BV = torch.empty(logits_BV.shape, dtype=torch.float32, device=logits_BV.device)
+        for end, rows in rows_of.items():  # processors take rows of one length
+            every = len(rows) == len(ends)
+            prefix = self.ids[: len(ends), :end] if every else self.ids[rows, :end]
+            scores = self.processors(prefix, (logits_BV if every else logits_BV[rows]).float())  # type: ignore[arg-type]
+            scores_BV[... if every else rows] = scores
+        return scores_BV
 
     @torch.no_grad()
-    def draft(self, policy: DraftPolicy, limit: int) -> tuple[list[int], list[Tensor]]:
-        """Draft up to min(K, limit) tokens behind the last one; with sampling, also what each was drawn from."""
+    def draft(self, policy: DraftPolicy, limits: list[int]) -> tuple[list[int], Tensor | None]:
+        """Draft behind each row's last token, at most K and limits[b] tokens.
+
+        Returns:
+            how many tokens each row drafted (they lie in `ids`), and with sampling draft_probs [B, K, V].
+        """
         assert self.draft_model is not None
-        # Without any attention there is no draft cache, and each token needs no more than itself.
-        probs: list[Tensor] = []
         threshold = policy.exit_threshold
-        first = end = self.length
-        for _ in range(min(policy.max_length, limit)):
-            scores_V = self._forward(self.draft_model, self.draft_cache, end - 1, end, 1)[0]
-            if self.processors:
-                scores_V = self._process(scores_V, end)
-            sure: Tensor | None = None
+        ends, probs = list(self.lengths), []
+        wanted = [end + min(policy.max_length, limit) for end, limit in zip(ends, limits, strict=True)]
+        drafting = [b for b, end in enumerate(ends) if end < wanted[b]]
+        while drafting:
+            # Rows that are done run along on their last token: cheaper than taking their keys out of the batch.
+            starts = [end - 1 - self.offset for end in ends]
+            scores_BV = self._process(self._forward(self.draft_model, starts, 1, 1)[:, 0], ends)
+            sure_B: Tensor | None = None
             if self.sampling is None:
-                token = scores_V.argmax()
+                token_B = scores_BV.argmax(-1)
                 if threshold is not None:
-                    sure = (scores_V[token] - scores_V.float().logsumexp(-1)).exp()
+                    top_B = scores_BV.gather(1, token_B[:, None])[:, 0]
+                    sure_B = (top_B - scores_BV.float().logsumexp(-1)).exp()
             else:
-                probs.append(probabilities(scores_V))
-                token = torch.multinomial(probs[-1], 1, generator=self.sampling.draft)[0]
+                probs.append(probabilities(scores_BV))
+                token_B = draw(probs[-1], self.sampling.draft)
                 if threshold is not None:
-                    sure = probs[-1].max()
-            self.ids[0, end] = token
-            end += 1
-            if threshold is not None and sure is not None and sure.item() < threshold:
-                break
-        return self.ids[0, first:end].tolist(), probs
+                    sure_B = probs[-1].max(-1).values
+            if len(drafting) == len(ends) == 1:
+                self.ids[0, ends[0]] = token_B[0]
+            else:
+                self.ids[drafting, [ends[b] for b in drafting]] = token_B[drafting]
+            for b in drafting:
+                ends[b] += 1
+            sure = sure_B.tolist() if sure_B is not None else None
+            drafting = [b for b in drafting if ends[b] < wanted[b] and (sure is None or sure[b] >= threshold)]
+        drafted = [end - length for end, length in zip(ends, self.lengths, strict=True)]
+        return drafted, torch.stack(probs, dim=1) if probs else None
 
     @torch.no_grad()
-    def verify(self, drafted: Sequence[int], draft_probs: Sequence[Tensor] = ()) -> Block:
-        """Run the target over what is not yet committed, accept, and append the block's tokens.
+    def verify(self, drafted: list[int], draft_probs_BKV: Tensor | None = None) -> list[Block]:
+        """Run the target over what is not yet committed, accept, and append each row's block.
 
         With nothing drafted this is one step of plain decoding, and the first time it is the prefill.
         """
-        k = len(drafted)
-        self.cache.rollback()
-        start, end = self.cache.committed, self.length + k
-        logits_KV = self._forward(self.target, self.cache.cache, start, end, k + 1)
-        scores_KV = logits_KV
+        rows, k = len(drafted), max(drafted)
+        logits_BKV = self._target_logits(k)
+        device = logits_BKV.device
         if self.processors:
-            scores_KV = torch.stack([self._process(logits_KV[j], self.length + j) for j in range(k + 1)])
-        if self.sampling is None:
-            target_ids = scores_KV.argmax(-1).tolist()
-            n = accept_greedy(list(drafted), target_ids)
-            bonus = target_ids[n]
+            ends = [[length + j for length in self.lengths] for j in range(k + 1)]
+            scores_BKV = torch.stack([self._process(logits_BKV[:, j], ends[j]) for j in range(k + 1)], dim=1)
         else:
-            target_probs_KV = torch.stack([probabilities(row) for row in scores_KV])
-            draft_probs_KV = torch.stack(list(draft_probs)) if k else target_probs_KV[:0]
-            n, bonus = accept_sampling(target_probs_KV, draft_probs_KV, list(drafted), self.sampling.accept)
-        self.ids[0, self.length + n] = bonus
-        self.cache.commit(self.length + n)
-        self.length += n + 1
-        return Block(tokens=[*drafted[:n], bonus], drafted=k, accepted=n, logits_KV=logits_KV, scores_KV=scores_KV)
+            scores_BKV = logits_BKV
+        draft_ids_BK = self._behind(k)
+        drafted_B = torch.tensor(drafted, device=device)
+        if self.sampling is None:
+            n_B, bonus_B = accept_greedy(draft_ids_BK, drafted_B, scores_BKV.argmax(-1))
+        else:
+            target_probs_BKV = probabilities(scores_BKV)
+            if draft_probs_BKV is None:
+                draft_probs_BKV = target_probs_BKV[:, :0]
+            n_B, bonus_B = accept_sampling(
+                target_probs_BKV, draft_probs_BKV, draft_ids_BK, drafted_B, self.sampling.accept
+            )
+        blocks = []
+        for b, (n, bonus, *tokens) in enumerate(torch.cat([n_B[:, None], bonus_B[:, None], draft_ids_BK], 1).tolist()):
+            self.lengths[b] += n + 1
+            self.cache.committed[b] = self.lengths[b] - 1 - self.offset
+            blocks.append(
+                Block(
+                    row=self.rows[b], tokens=[*tokens[:n], bonus], drafted=drafted[b], accepted=n,
+                    logits_KV=logits_BKV[b, : drafted[b] + 1], scores_KV=scores_BKV[b, : drafted[b] + 1],
+                )
+            )  # fmt: skip
+        if rows == 1:
+            self.ids[0, self.lengths[0] - 1] = bonus_B[0]
+        else:
+            self.ids[range(rows), [length - 1 for length in self.lengths]] = bonus_B
+        return blocks
 
-    def truncate(self, length: int) -> None:
-        """Forget all tokens behind the first `length`; the last one left will be processed again."""
-        self.length = length
-        self.cache.commit(min(self.cache.committed, length - 1))
+    def _target_logits(self, k: int) -> Tensor:
+        """The target's logits [B, k + 1, V] for the token behind each row's last one and behind k drafts."""
+        last = self.lengths[0] - 1 - self.offset
+        starts = self.cache.committed
+        if not self.aligned:
+            ahead = (last - starts[0]) // self.chunk * self.chunk if self.chunk else 0
+            starts = self._prefill(starts, ahead)
+            return self._forward(self.target, starts, last + k + 1 - starts[0], k + 1)
+        first = last // self.aligned * self.aligned
+        assert last + k < first + self.aligned, "a draft reaches beyond its aligned block"
+        self._prefill(starts, first - starts[0])
+        # Rows of the block that are committed come out as they did before; what fills it behind is seen by no one.
+        logits = self._forward(self.target, [first], self.aligned, self.aligned)
+        return logits[:, last - first : last - first + k + 1]
+
+    def _prefill(self, starts: list[int], width: int) -> list[int]:
+        """Process so many tokens for their keys alone; returns where they end."""
+        while width > 0:
+            step = min(width, self.chunk or width)
+            self._forward(self.target, starts, step, 1)
+            starts, width = [start + step for start in starts], width - step
+        return starts
+
+    def _behind(self, k: int) -> Tensor:
+        """The k tokens [B, k] behind each row's last one."""
+        rows, first = len(self.lengths), self.lengths[0]
+        if all(length == first for length in self.lengths):
+            return self.ids[:rows, first : first + k]
+        where = torch.tensor(self.lengths, device=self.ids.device)[:, None] + torch.arange(k, device=self.ids.device)
+        return self.ids[:rows].gather(1, where.clamp(max=self.ids.shape[1] - 1))
+
+    def room(self, max_length: int) -> list[int]:
+        """How many tokens each row may draft so that the block, with the target's token, stays within the limit."""
+        rooms = [max_length - length - 1 for length in self.lengths]
+        if self.aligned:
+            last = self.lengths[0] - 1 - self.offset
+            rooms = [min(rooms[0], self.aligned - 1 - last % self.aligned)]
+        return rooms
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget all tokens of an active row behind the first `length`; the last one left is processed again."""
+        self.lengths[row] = length
+        self.cache.committed[row] = min(self.cache.committed[row], length - 1 - self.offset)
+
+    def drop(self, row: int) -> None:
+        """Take an active row out of the batch; the last one takes its place."""
+        last = len(self.rows) - 1
+        self.cache.drop(row)
+        if row != last:
+            self.ids[row] = self.ids[last]
+        for values in (self.rows, self.lengths, self.pads):
+            values[row] = values[last]
+            values.pop()
 
 
 def decode(
-    sequence: SpeculativeSequence, *, max_length: int, policy: DraftPolicy | None,
-    eos_ids: frozenset[int] = frozenset(), should_stop: Callable[[Tensor, Tensor], bool] | None = None,
+    sequences: Sequences, *, max_length: int, policy: DraftPolicy | None,
+    eos_ids: frozenset[int] = frozenset(), should_stop: Callable[[Block, int, Tensor], bool] | None = None,
     stats: DecodeStats | None = None,
 ) -> Iterator[Block]:  # fmt: skip
-    """Yield block after block until an end-of-sequence token, `should_stop`, or `max_length` tokens in all.
+    """Yield block after block until each row meets an end-of-sequence token, `should_stop`, or `max_length`.
 
-    The prompt is processed before the first block, which then holds one token. A block is cut
+    The prompt is processed before a row's first block, which then holds one token. A block is cut
     where decoding ends; drafts never reach past `max_length`.
 
     Args:
-        policy: how to draft; None, or a sequence without a mask, decodes plainly.
-        should_stop: asked after every token with the ids [1, T] so far and the token's scores [1, V].
+        max_length: tokens of a row in all, padding included.
+        policy: how to draft; None, or sequences without a mask, decode plainly.
+        should_stop: asked after every token with its block, its place in it, and the ids [1, T] up to it.
         stats: counts are added to it; the prefill is no block.
     """
     stats = stats if stats is not None else DecodeStats()
     prefilled = False
-    while sequence.length < max_length:
-        drafted: list[int] = []
-        probs: list[Tensor] = []
-        if prefilled and policy is not None and sequence.draft_model is not None:
-            drafted, probs = sequence.draft(policy, limit=max_length - sequence.length - 1)
-        block = sequence.verify(drafted, probs)
-        before = sequence.length - len(block.tokens)
-        stop = next(
-            (
-                i
-                for i, token in enumerate(block.tokens)
-                if token in eos_ids
-                or (should_stop and should_stop(sequence.ids[:, : before + i + 1], block.scores_KV[i : i + 1]))
-            ),
-            None,
-        )
-        if stop is not None and stop + 1 < len(block.tokens):
-            sequence.truncate(before + stop + 1)
-            block = Block(
-                tokens=block.tokens[: stop + 1], drafted=block.drafted, accepted=min(block.accepted, stop + 1),
-                logits_KV=block.logits_KV, scores_KV=block.scores_KV,
-            )  # fmt: skip
-        if prefilled:
-            stats.blocks[block.drafted, block.accepted] += 1
-        stats.committed += len(block.tokens)
+    if max(sequences.lengths) >= max_length:
+        return
+    while sequences.rows:
+        drafted, probs = [0] * len(sequences.rows), None
+        if prefilled and policy is not None and sequences.draft_model is not None:
+            drafted, probs = sequences.draft(policy, sequences.room(max_length))
+        before, ended = list(sequences.lengths), []
+        for b, block in enumerate(sequences.verify(drafted, probs)):
+            for i, token in enumerate(block.tokens):
+                ids = sequences.ids[b : b + 1, : before[b] + i + 1]
+                if token in eos_ids or (should_stop and should_stop(block, i, ids)):
+                    ended.append(b)
+                    break
+            else:
+                if sequences.lengths[b] >= max_length:
+                    ended.append(b)
+            if i + 1 < len(block.tokens):
+                sequences.truncate(b, before[b] + i + 1)
+                block = Block(
+                    row=block.row, tokens=block.tokens[: i + 1], drafted=block.drafted,
+                    accepted=min(block.accepted, i + 1), logits_KV=block.logits_KV, scores_KV=block.scores_KV,
+                )  # fmt: skip
+            if prefilled:
+                stats.blocks[block.drafted, block.accepted] += 1
+            stats.committed += len(block.tokens)
+            yield block
         prefilled = True
-        yield block
-        if stop is not None:
-            return
+        if len(ended) == len(sequences.rows):
+            return  # left as they are, so that the cache can be handed over
+        for b in reversed(ended):
+            sequences.drop(b)

@@ -1,8 +1,11 @@
 """SharedCache: the one owner of the KV cache that draft and target share.
 
-Promises that after `commit` every layer holds exactly the committed tokens, whatever a draft or a
-verification wrote before. Layers are transformers' own types, so every model writes to them as to any cache.
-Does not do static or quantised caches: those cannot be rolled back and are refused.
+Every layer is a buffer with room to spare, and one cursor says for all of them where the next forward
+writes. Rolling back is moving the cursor: nothing is cropped, and a layer whose attention the draft skips
+cannot fall out of step. Rows of a batch may stand at different lengths. Promises that slots below
+`committed` hold the keys and values of final tokens. Does not do static or quantised caches.
+
+Shapes: B rows, H heads, T slots, Q new tokens, D head size. A slot is a place in the buffer.
 """
 
 from __future__ import annotations
@@ -12,131 +15,171 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from skipsearch.errors import DecodingError
-from skipsearch.mask import SkipMask
+
+ROOM = 64  # slots added beyond what is asked for when a buffer is made or grows
 
 
-class BufferLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values in a buffer with room to spare: appending copies the new tokens alone.
+class SharedCache:
+    """Keys and values of a batch of sequences, written by draft and target, owned here.
 
-    `keys` and `values` are views of shape [B, H, T, D] of the buffers, as in any dynamic layer.
+    Args:
+        model: the target; its config says which layers slide.
+        capacity: slots to reserve (more may come; the buffers then grow).
+        past: a dynamic cache to continue from; it is copied, and `hand_over` writes it back.
+
+    Attributes:
+        cache: what a forward of target or draft takes as `past_key_values`.
+        committed: per row, how many slots hold final tokens.
+        windows: per layer, the width of its sliding window, None if it sees everything.
     """
 
-    def __init__(self, capacity: int) -> None:
-        super().__init__()
+    def __init__(self, model: PreTrainedModel, capacity: int, past: Cache | None = None, rows: int = 1) -> None:
         self.capacity = capacity
-        self._buffers: tuple[Tensor, Tensor] | None = None
-        self._view: Tensor | None = None
+        self.cache = DynamicCache(config=model.config)
+        self.windows = layer_windows(self.cache)
+        self._starts: list[int] = [0] * rows
+        self._slots: tuple[Tensor, Tensor] | None = None
+        length = _length_of(past)
+        self.cache.layers = [_BufferLayer(self, window) for window in self.windows]
+        self.committed = [length] * rows
+        if past is not None and length:
+            for mine, theirs in zip(self.cache.layers, past.layers, strict=True):
+                mine.adopt(theirs.keys, theirs.values, length)
+
+    @property
+    def start(self) -> int:
+        """The lowest slot that the next forward writes to."""
+        return min(self._starts)
+
+    def seek(self, starts: list[int], slots_BQ: Tensor | None = None) -> None:
+        """Choose where the next forward writes: row b at slots starts[b], starts[b] + 1, ...
+
+        Args:
+            slots_BQ: all slots, needed if rows start at different ones.
+        """
+        self._starts, self._slots = list(starts), None
+        if slots_BQ is not None:
+            self._slots = (torch.arange(len(starts), device=slots_BQ.device)[:, None], slots_BQ)
+
+    def end(self, queries: int) -> int:
+        """One past the highest slot that a forward of so many tokens writes to."""
+        return max(self._starts) + queries
+
+    def drop(self, row: int) -> None:
+        """Remove a row; the last one takes its place."""
+        last = len(self.committed) - 1
+        for layer in self.cache.layers:
+            layer.move_row(last, row)
+        self.committed[row] = self.committed[last]
+        self.committed.pop()
+
+    def hand_over(self, past: Cache) -> None:
+        """Make `past` hold the committed tokens, as plain dynamic layers that anyone may continue from."""
+        length = self.committed[0]
+        layers: list[DynamicLayer] = []
+        for mine, window in zip(self.cache.layers, self.windows, strict=True):
+            layer = DynamicLayer() if window is None else DynamicSlidingWindowLayer(sliding_window=window)
+            if mine.is_initialized:
+                first = 0 if window is None else max(0, length - window + 1)
+                layer.lazy_initialization(mine.buffers[0], mine.buffers[1])
+                layer.keys, layer.values = (b[: len(self.committed), :, first:length] for b in mine.buffers)
+                if window is not None:
+                    layer.cumulative_length = length
+            layers.append(layer)
+        past.layers = layers
+
+
+class _BufferLayer(DynamicLayer):  # type: ignore[misc]
+    """One layer's buffers [B, H, T, D]; where to write and how far to see is the owner's to say."""
+
+    buffers: tuple[Tensor, Tensor]
+
+    def __init__(self, owner: SharedCache, window: int | None) -> None:
+        super().__init__()
+        self.owner, self.window = owner, window
+        self.is_sliding = window is not None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._allocate(self.capacity, 0, key_states, value_states)
+        self.buffers = (_zeros(key_states, 0), _zeros(value_states, 0))
         self.is_initialized = True
+
+    def _reserve(self, end: int) -> None:
+        keys, values = self.buffers
+        have = keys.shape[-2]
+        if end > have:
+            # Doubling keeps the copies rare; the capacity asked for is the most that is ever needed at once.
+            room = max(end, min(max(2 * have, end + ROOM), self.owner.capacity))
+            self.buffers = (_zeros(keys, room), _zeros(values, room))
+            for new, old in zip(self.buffers, (keys, values), strict=True):
+                new[:, :, :have] = old
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        # Someone else may have replaced `keys` (beam reordering): then the buffer is not theirs.
-        assert self._buffers is not None
-        if end > self._buffers[0].shape[-2] or self.keys is not self._view:
-            self._allocate(self.capacity if end <= self.capacity else 2 * end, start, key_states, value_states)
-        keys, values = self._buffers
-        keys[..., start:end, :] = key_states
-        values[..., start:end, :] = value_states
-        self._show(end)
+        rows, start = key_states.shape[0], self.owner.start
+        end, first = self.owner.end(key_states.shape[-2]), self._first()
+        self._reserve(end)
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            if self.owner._slots is None:
+                buffer[:rows, :, start:end] = states
+            else:
+                row, slots = (index.to(buffer.device) for index in self.owner._slots)
+                buffer[row, :, slots] = states.transpose(1, 2)
+        self.keys, self.values = (buffer[:rows, :, first:end] for buffer in self.buffers)
         return self.keys, self.values
 
-    def _allocate(self, room: int, kept: int, key_states: Tensor, value_states: Tensor) -> None:
-        """New buffers of `room` tokens, shaped like the states, that begin with the `kept` tokens held so far."""
-        keys, values = (s.new_empty((*s.shape[:-2], room, s.shape[-1])) for s in (key_states, value_states))
-        if kept:
-            keys[..., :kept, :], values[..., :kept, :] = self.keys, self.values
-        self._buffers = (keys, values)
-        self._show(kept)
+    def _first(self) -> int:
+        """The lowest slot that a query of the next forward may see."""
+        return 0 if self.window is None else max(0, self.owner.start - self.window + 1)
 
-    def _show(self, length: int) -> None:
-        assert self._buffers is not None
-        self.keys = self._view = self._buffers[0][..., :length, :]
-        self.values = self._buffers[1][..., :length, :]
+    def get_seq_length(self) -> int:
+        return self.owner.start
 
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
-        if self.is_initialized and tokens_to_remove:
-            if self.keys is self._view:
-                self._show(self.get_seq_length() + tokens_to_remove)
-            else:
-                super().crop(tokens_to_remove)
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        first = self._first()
+        return self.owner.end(query_length) - first, first
 
-    def reset(self) -> None:
-        super().reset()
-        self._buffers = self._view = None
+    def adopt(self, keys: Tensor, values: Tensor, length: int) -> None:
+        """Take over the last tokens of a cache that has seen `length` of them."""
+        self.lazy_initialization(keys, values)
+        self._reserve(length)
+        for buffer, states in zip(self.buffers, (keys, values), strict=True):
+            buffer[:, :, length - states.shape[-2] : length] = states
+
+    def move_row(self, source: int, target: int) -> None:
+        if self.is_initialized and source != target:
+            for buffer in self.buffers:
+                buffer[target] = buffer[source]
 
 
-class SharedCache:
-    """Keys and values of one sequence, written by draft and target, owned here.
+def layer_windows(cache: Cache) -> list[int | None]:
+    """Per layer of a dynamic cache: the width of its sliding window, None if it sees everything."""
+    return [layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in cache.layers]
 
-    Args:
-        model: the target; its config says which layers slide.
-        capacity: tokens to reserve room for (more may come; the buffers then grow).
-        past: a dynamic cache to continue from, taken over in place; by default an empty one.
 
-    Attributes:
-        cache: what the target's forward takes as `past_key_values`.
-        committed: tokens that are final in every layer.
-    """
+def _zeros(states: Tensor, room: int) -> Tensor:
+    # Zeros, not whatever memory holds: rows of a batch see past their end, and masked-out NaN is NaN still.
+    return states.new_zeros((*states.shape[:-2], room, states.shape[-1]))
 
-    def __init__(self, model: PreTrainedModel, capacity: int, past: Cache | None = None) -> None:
-        cache = DynamicCache(config=model.config) if past is None else past
-        for i, layer in enumerate(cache.layers):
-            if type(layer) is DynamicLayer and not layer.is_initialized:
-                cache.layers[i] = BufferLayer(capacity)
-            elif not isinstance(layer, (DynamicLayer, DynamicSlidingWindowLayer)):
-                raise DecodingError(
-                    f"past_key_values holds a {type(layer).__name__}, which cannot be rolled back; "
-                    f"pass a DynamicCache, or none"
-                )
-        cache.activate_past_recording()
-        self.cache = cache
-        lengths = {layer.get_seq_length() for layer in cache.layers}
-        if len(lengths) != 1:
+
+def _length_of(past: Cache | None) -> int:
+    if past is None:
+        return 0
+    if past.offloading:
+        raise DecodingError("past_key_values offloads its layers, must stay on the device; pass a plain DynamicCache")
+    for layer in past.layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise DecodingError(
-                f"past_key_values holds layers of different lengths {sorted(lengths)}; pass the cache of a full model"
+                f"past_key_values holds a {type(layer).__name__}, which cannot be rolled back; "
+                f"pass a DynamicCache, or none"
             )
-        self.committed: int = lengths.pop()
-
-    def draft(self, mask: SkipMask) -> Cache | None:
-        """The draft's view of the same layers, without those whose attention is skipped; None if none is left."""
-        if len(mask.attention) == mask.num_layers:
-            return None
-        dummy = DummyLayer()
-        return Cache(
-            layers=[dummy if mask.skips("attention", i) else layer for i, layer in enumerate(self.cache.layers)]
+    lengths = {int(layer.get_seq_length()) for layer in past.layers}
+    if len(lengths) > 1:
+        raise DecodingError(
+            f"past_key_values holds layers of different lengths {sorted(lengths)}; pass the cache of a full model"
         )
-
-    def commit(self, length: int) -> None:
-        """Make the first `length` tokens final and drop everything behind them, layer by layer.
-
-        Layers differ in length whenever a draft skipped some of them, so each is cut to size on its own.
-        """
-        for layer in self.cache.layers:
-            excess = layer.get_seq_length() - length
-            assert excess >= 0, "a layer holds fewer tokens than are committed"
-            # A sliding layer sheds what left its window only when cropped, if by nothing.
-            layer.crop(-excess)
-        self.committed = length
-
-    def rollback(self) -> None:
-        """Forget everything written since the last commit."""
-        for layer in self.cache.layers:
-            if excess := layer.get_seq_length() - self.committed:
-                layer.crop(-excess)
-
-
-def positions(length: int, device: torch.device) -> Tensor:
-    """Position ids [1, length] to slice from: positions are always passed, never read off a cache."""
-    return torch.arange(length, device=device)[None]
+    return lengths.pop() if lengths else 0

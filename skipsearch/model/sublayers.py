@@ -21,9 +21,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from skipsearch.errors import UnsupportedModel
 from skipsearch.mask import KINDS, Kind
 
-CHILD_NAMES: Mapping[Kind, tuple[str, ...]] = {
-    "attention": ("self_attn", "attention", "attn", "self_attention"),
-    "mlp": ("mlp", "feed_forward", "ffn"),
+# How decoder layers name their branches; a branch may be several modules in a row.
+CHILD_NAMES: Mapping[Kind, tuple[tuple[str, ...], ...]] = {
+    "attention": (("self_attn",), ("attention",), ("attn",), ("self_attention",)),
+    "mlp": (("mlp",), ("feed_forward",), ("ffn",), ("fc1", "fc2")),
 }
 
 
@@ -34,17 +35,17 @@ class Sublayers:
     Attributes:
         path: module path of the layer list inside the model, e.g. "model.layers".
         num_layers: its length.
-        child: name of the attention and of the MLP module inside a layer.
+        child: names of the modules that make up the attention and the MLP of a layer.
         norms: norm modules of a layer that serve that branch alone, and so vanish with it.
-        returns: per layer, how many values each branch returns: 0 for a bare tensor, n for an n-tuple.
+        stubs: per layer, what takes the place of each branch's modules when it is skipped.
         layer_returns_tuple: whether a layer returns a tuple around its hidden states.
     """
 
     path: str
     num_layers: int
-    child: Mapping[Kind, str]
+    child: Mapping[Kind, tuple[str, ...]]
     norms: Mapping[Kind, tuple[str, ...]]
-    returns: tuple[Mapping[Kind, int], ...]
+    stubs: tuple[Mapping[Kind, Stub], ...]
     layer_returns_tuple: bool
 
 
@@ -74,7 +75,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 def _refuse(model: nn.Module, why: str) -> UnsupportedModel:
     return UnsupportedModel(
-        f"{type(model).__name__} is not supported: {why}; see `skipsearch models` for those that are"
+        f"{type(model).__name__} is not supported: {why}; see `skipsearch models --families` for those that are"
     )
 
 
@@ -84,6 +85,8 @@ def _detect(model: PreTrainedModel) -> Sublayers:
         raise _refuse(model, "it is an encoder-decoder, and only decoder-only models draft by skipping")
     if getattr(model, "_is_stateful", False):
         raise _refuse(model, "it keeps a recurrent state, which cannot be rolled back after a rejected draft")
+    if getattr(config, "hidden_size_per_layer_input", 0):
+        raise _refuse(model, "each layer also adds an input of its own to the residual stream, beside its two branches")
     if getattr(config, "num_kv_shared_layers", 0) or any(getattr(config, "kv_sharing_modes", None) or ()):
         raise _refuse(model, "some layers reuse the keys and values of others, which skipping would remove")
     for i, layer in enumerate(DynamicCache(config=model.config).layers):
@@ -91,49 +94,74 @@ def _detect(model: PreTrainedModel) -> Sublayers:
             raise _refuse(model, f"layer {i} caches in a {type(layer).__name__}, which has no proven rollback")
 
     path, layers = _layer_list(model, config.num_hidden_layers)
-    child = {kind: _child_name(model, path, layers, kind) for kind in KINDS}
+    child = {kind: _child_names(model, path, layers, kind) for kind in KINDS}
     returns, layer_returns_tuple = _return_arity(model, layers, child)
+    stubs: list[dict[Kind, Stub]] = []
     norms: dict[Kind, tuple[str, ...]] = {kind: () for kind in KINDS}
     for i, layer in enumerate(layers):
-        x = _random_input(model, layer)
+        made, own = _prove(model, i, layer, child, returns[i])
+        stubs.append(made)
+        norms = own if i == 0 else {k: tuple(n for n in norms[k] if n in own[k]) for k in KINDS}
+    return Sublayers(
+        path=path, num_layers=len(layers), child=child, norms=norms, stubs=tuple(stubs),
+        layer_returns_tuple=layer_returns_tuple,
+    )  # fmt: skip
+
+
+def _prove(
+    model: PreTrainedModel, i: int, layer: nn.Module, child: Mapping[Kind, tuple[str, ...]], returns: Mapping[Kind, int]
+) -> tuple[dict[Kind, Stub], dict[Kind, tuple[str, ...]]]:
+    """The identity check of one layer; returns its stubs and the norms that vanish with each branch."""
+    x = _random_input(model, layer)
+    failure: Exception | None = None
+    for spread in (False, True):  # some layers reshape what a branch returns, or add to it in place
+        stubs = {kind: Stub(returns[kind], _residual_place(layer, child[kind]), spread) for kind in KINDS}
         try:
-            with _replaced(layer, {child[kind]: Stub(returns[i][kind]) for kind in KINDS}):
+            with _replaced(layer, {name: stubs[kind] for kind in KINDS for name in child[kind]}):
                 out = _run_layer(layer, x)
+            own = {kind: _norms_of_branch(layer, x, child, stubs, kind) for kind in KINDS}
+            if out.dtype != x.dtype:  # a norm behind a skipped branch has turned the bare zero into a vector
+                raise TypeError(f"the residual stream becomes {out.dtype}")
         except Exception as error:  # whatever a layer makes of a branch that adds nothing
-            reason = str(error).splitlines()[0]
-            raise _refuse(model, f"layer {i} does not run with its attention and MLP left out ({reason})") from error
+            failure = error
+            continue
         if not torch.equal(out, x):
             raise _refuse(
                 model, f"with attention and MLP of layer {i} left out, the layer does not return its input (it is "
                 f"off by {float((out - x).abs().max()):.3g}), so its branches are not purely residual"
             )  # fmt: skip
-        own = {kind: _norms_of_branch(layer, x, child, returns[i], kind) for kind in KINDS}
-        norms = own if i == 0 else {k: tuple(n for n in norms[k] if n in own[k]) for k in KINDS}
-    return Sublayers(
-        path=path, num_layers=len(layers), child=child, norms=norms, returns=tuple(returns),
-        layer_returns_tuple=layer_returns_tuple,
-    )  # fmt: skip
+        return stubs, own
+    reason = str(failure).splitlines()[0]
+    raise _refuse(model, f"layer {i} does not run with its attention or MLP left out ({reason})") from failure
+
+
+def _residual_place(layer: nn.Module, names: tuple[str, ...]) -> int | None:
+    """Where a branch that adds the residual itself takes it, None if the layer adds it."""
+    branch = layer.get_submodule(names[-1])
+    parameters = list(inspect.signature(type(branch).forward).parameters)[1:]
+    return parameters.index("residual") if "residual" in parameters else None
 
 
 def _layer_list(model: PreTrainedModel, num_layers: int) -> tuple[str, nn.ModuleList]:
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             names = {name for name, _ in module[0].named_children()}
-            if any(names.intersection(CHILD_NAMES[kind]) for kind in KINDS):
+            if any(names.issuperset(parts) for kind in KINDS for parts in CHILD_NAMES[kind]):
                 return path, module
     raise _refuse(model, f"no list of {num_layers} decoder layers with attention and MLP children was found")
 
 
-def _child_name(model: nn.Module, path: str, layers: nn.ModuleList, kind: Kind) -> str:
-    for name in CHILD_NAMES[kind]:
-        if all(isinstance(getattr(layer, name, None), nn.Module) for layer in layers):
-            return name
-    raise _refuse(model, f"not every layer of {path} has an {kind} child named one of {', '.join(CHILD_NAMES[kind])}")
+def _child_names(model: nn.Module, path: str, layers: nn.ModuleList, kind: Kind) -> tuple[str, ...]:
+    for names in CHILD_NAMES[kind]:
+        if all(isinstance(getattr(layer, name, None), nn.Module) for layer in layers for name in names):
+            return names
+    known = ", ".join("+".join(names) for names in CHILD_NAMES[kind])
+    raise _refuse(model, f"not every layer of {path} has an {kind} child named one of {known}")
 
 
 @torch.no_grad()
 def _return_arity(
-    model: PreTrainedModel, layers: nn.ModuleList, child: Mapping[Kind, str]
+    model: PreTrainedModel, layers: nn.ModuleList, child: Mapping[Kind, tuple[str, ...]]
 ) -> tuple[list[dict[Kind, int]], bool]:
     """What each branch and layer returns, read off one real forward of two tokens."""
     returns: list[dict[Kind, int]] = [{} for _ in layers]
@@ -147,7 +175,7 @@ def _return_arity(
         return hook
 
     for i, layer in enumerate(layers):
-        handles += [getattr(layer, child[kind]).register_forward_hook(note(i, kind)) for kind in KINDS]
+        handles += [getattr(layer, child[kind][-1]).register_forward_hook(note(i, kind)) for kind in KINDS]
     try:
         model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=input_device(model)), use_cache=False)
     finally:
@@ -161,32 +189,38 @@ def _return_arity(
 
 
 class Stub(nn.Module):
-    """A skipped branch: adds nothing to the residual stream.
+    """A skipped branch: adds nothing to the residual stream. Has no state, so any number of views may share it.
 
-    The zero has no dimensions: it broadcasts over any shape, keeps the other operand's dtype and may
-    meet a tensor on any device.
+    Args:
+        returns: how many values the branch returns: 0 for a bare tensor, n for an n-tuple.
+        residual: the branch adds the residual itself, and takes it at this place.
+        spread: zeros of the input's shape; else one zero without dimensions, which broadcasts over any shape,
+            keeps the other operand's dtype and may meet a tensor on any device.
     """
 
     zero: Tensor
 
-    def __init__(self, returns: int) -> None:
+    def __init__(self, returns: int, residual: int | None, spread: bool) -> None:
         super().__init__()
+        self.returns, self.residual, self.spread = returns, residual, spread
         self.zero = torch.zeros(())
-        self.result = (self.zero, *[None] * (returns - 1)) if returns else self.zero
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.result
+        out = self.zero
+        if self.residual is not None:
+            out = kwargs["residual"] if "residual" in kwargs else args[self.residual]
+        elif self.spread:
+            out = torch.zeros_like(args[0] if args else kwargs["hidden_states"])
+        return (out, *[None] * (self.returns - 1)) if self.returns else out
 
 
-class _Probe(nn.Module):
+class _Probe(Stub):
     """Stands for a running branch in the check: depends on its input, needs no other argument."""
-
-    def __init__(self, returns: int) -> None:
-        super().__init__()
-        self.returns = returns
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = (args[0] if args else kwargs["hidden_states"]).sin()
+        if self.residual is not None:
+            out = out + (kwargs["residual"] if "residual" in kwargs else args[self.residual])
         return (out, *[None] * (self.returns - 1)) if self.returns else out
 
 
@@ -222,11 +256,13 @@ def _random_input(model: PreTrainedModel, layer: nn.Module) -> Tensor:
 
 
 def _norms_of_branch(
-    layer: nn.Module, x: Tensor, child: Mapping[Kind, str], returns: Mapping[Kind, int], kind: Kind
+    layer: nn.Module, x: Tensor, child: Mapping[Kind, tuple[str, ...]], stubs: Mapping[Kind, Stub], kind: Kind
 ) -> tuple[str, ...]:
     """Norms whose removal changes nothing once `kind` is skipped while the other branch still runs."""
     other: Kind = "mlp" if kind == "attention" else "attention"
-    swap: dict[str, nn.Module] = {child[kind]: Stub(returns[kind]), child[other]: _Probe(returns[other])}
+    swap: dict[str, nn.Module] = {name: stubs[kind] for name in child[kind]}
+    probed = stubs[other]
+    swap |= {name: _Probe(probed.returns, probed.residual, probed.spread) for name in child[other]}
     with _replaced(layer, swap):
         expected = _run_layer(layer, x)
         free = []

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from skipsearch.errors import MaskError
 from skipsearch.mask import KINDS, SkipMask
-from skipsearch.model.sublayers import Stub, Sublayers, find_sublayers
+from skipsearch.model.sublayers import Sublayers, find_sublayers
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -95,7 +95,8 @@ def _draft_layer(layer: nn.Module, i: int, mask: SkipMask, sublayers: Sublayers)
         return _Gone(layer, sublayers.layer_returns_tuple)
     new = _clone(layer)
     for kind in skipped:
-        new._modules[sublayers.child[kind]] = Stub(sublayers.returns[i][kind])
+        for name in sublayers.child[kind]:
+            new._modules[name] = sublayers.stubs[i][kind]
         for norm in sublayers.norms[kind]:
             new._modules[norm] = nn.Identity()
     return new

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from skipsearch.decoding.loop import SpeculativeSequence
+from skipsearch.decoding.loop import Sequences
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.files import write_json
 from skipsearch.mask import SkipMask
@@ -159,35 +159,32 @@ def profile(
     return Costs(identity=identity, points=tuple(points))
 
 
-def _sequence(model: PreTrainedModel, mask: SkipMask, context: int, max_length: int) -> SpeculativeSequence:
+def _sequence(model: PreTrainedModel, mask: SkipMask, context: int, max_length: int) -> Sequences:
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.randint(vocabulary, (1, context), generator=generator).to(input_device(model))
-    sequence = SpeculativeSequence(model, ids, capacity=context + max(max_length, DRAFTS) + 4, mask=mask)
-    sequence.verify([])
+    sequence = Sequences(model, ids, capacity=context + max(max_length, DRAFTS) + 4, mask=mask)
+    sequence.verify([0])
     return sequence
 
 
-def _time_draft(sequence: SpeculativeSequence, policy: DraftPolicy) -> float:
+def _time_draft(sequence: Sequences, policy: DraftPolicy) -> float:
     synchronize(sequence.ids.device)
     start = time.perf_counter()
-    sequence.draft(policy, limit=policy.max_length)
+    sequence.draft(policy, [policy.max_length])
     synchronize(sequence.ids.device)
-    seconds = time.perf_counter() - start
-    sequence.cache.rollback()
-    return seconds
+    return time.perf_counter() - start
 
 
-def _time_verify(sequence: SpeculativeSequence, k: int) -> float:
-    length = sequence.length
-    drafted = sequence.ids[0, :k].tolist()  # any tokens do: the work does not depend on them
-    sequence.ids[0, length : length + k] = sequence.ids[0, :k]
+def _time_verify(sequence: Sequences, k: int) -> float:
+    length = sequence.lengths[0]
+    sequence.ids[0, length : length + k] = sequence.ids[0, :k]  # any tokens do: the work does not depend on them
     synchronize(sequence.ids.device)
     start = time.perf_counter()
-    sequence.verify(drafted)
+    sequence.verify([k])
     synchronize(sequence.ids.device)
     seconds = time.perf_counter() - start
-    sequence.truncate(length)
+    sequence.truncate(0, length)
     return seconds
 
 

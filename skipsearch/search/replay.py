@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DummyLayer, DynamicLayer
 
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.errors import UnsupportedModel
 from skipsearch.mask import SkipMask
+from skipsearch.model.cache import layer_windows
+from skipsearch.model.masks import NOWHERE, attention_masks
 from skipsearch.model.sublayers import input_device
 from skipsearch.model.view import draft_view
 from skipsearch.search.trace import Trace
@@ -96,6 +98,7 @@ class Replay:
         )
         for i, sequence in enumerate(sequences):
             self.ids[i, : len(sequence)] = torch.tensor(sequence)
+        self.windows = layer_windows(DynamicCache(config=model.config))
         self.reference = self._reference()
 
     @torch.no_grad()
@@ -119,30 +122,12 @@ class Replay:
 
     def attention_masks(self, starts: Tensor, length: int) -> Any:
         """What each of K draft tokens may see of `length` reference keys and K own, as the model wants it."""
-        config = self.model.config.get_text_config(decoder=True)
         steps = torch.arange(self.max_length, device=starts.device)
         # A draft behind t committed tokens has the reference up to t - 2; token t - 1 is its first input.
-        query_RK = starts[:, None] - 1 + steps
-        key_T = torch.arange(length, device=starts.device)
-        seen_RKT = (key_T < starts[:, None, None] - 1).expand(-1, self.max_length, -1)
-        own_RKK = (steps <= steps[:, None]).expand(len(starts), -1, -1)
-        full = torch.cat([seen_RKT, own_RKK], dim=-1)[:, None]
-        window = getattr(config, "sliding_window", None)
-        kinds = set(getattr(config, "layer_types", None) or ())
-        if window is None or kinds == {"full_attention"}:
-            return self._as_wanted(full)
-        near_RKT = query_RK[:, :, None] - key_T < window
-        near_RKK = (steps[:, None] - steps < window).expand(len(starts), -1, -1)
-        sliding = full & torch.cat([near_RKT, near_RKK], dim=-1)[:, None]
-        if len(kinds) < 2:
-            return self._as_wanted(sliding)
-        return {"full_attention": self._as_wanted(full), "sliding_attention": self._as_wanted(sliding)}
-
-    def _as_wanted(self, allowed: Tensor) -> Tensor:
-        if self.model.config._attn_implementation == "sdpa":
-            return allowed
-        smallest = torch.finfo(self.model.dtype).min
-        return torch.zeros(allowed.shape, dtype=self.model.dtype, device=allowed.device).masked_fill(~allowed, smallest)
+        own = starts[:, None] - 1 + steps
+        reference = torch.arange(length, device=starts.device)[None].expand(len(starts), -1)
+        keys = torch.cat([reference.masked_fill(reference >= starts[:, None] - 1, NOWHERE), own], dim=1)
+        return attention_masks(self.model, self.windows, own, lambda _window: keys)
 
 
 class MaskReplay:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from skipsearch.decoding.loop import SpeculativeSequence, decode
+from skipsearch.decoding.loop import Sequences, decode
 from skipsearch.files import write_json
 from skipsearch.model.sublayers import input_device
 from skipsearch.search.prompts import Ids, fingerprint
@@ -66,10 +66,9 @@ def record(model: PreTrainedModel, prompts: tuple[Ids, ...], new_tokens: int, pr
     rows = []
     for i, prompt in enumerate(prompts):
         limit = len(prompt) + new_tokens
-        sequence = SpeculativeSequence(model, torch.tensor([prompt], device=input_device(model)), capacity=limit + 1)
-        for _ in decode(sequence, max_length=limit, policy=None, eos_ids=eos_ids(model)):
-            pass
-        rows.append(tuple(sequence.ids[0, len(prompt) : sequence.length].tolist()))
+        sequences = Sequences(model, torch.tensor([prompt], device=input_device(model)), capacity=limit)
+        blocks = decode(sequences, max_length=limit, policy=None, eos_ids=eos_ids(model))
+        rows.append(tuple(token for block in blocks for token in block.tokens))
         progress("record", i + 1, len(prompts))
     return Trace(prompts=prompts, continuations=tuple(rows), new_tokens=new_tokens)
 

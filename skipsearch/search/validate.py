@@ -17,7 +17,7 @@ import torch
 from scipy.stats import bootstrap
 from transformers import PreTrainedModel
 
-from skipsearch.decoding.loop import DecodeStats, SpeculativeSequence, decode
+from skipsearch.decoding.loop import DecodeStats, Sequences, decode
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import Evidence
@@ -39,24 +39,24 @@ class Run:
 
 def timed_decode(
     model: PreTrainedModel, prompt: Ids, new_tokens: int, mask: SkipMask | None, policy: DraftPolicy | None,
-    draft: PreTrainedModel | None = None,
+    draft: PreTrainedModel | None = None, aligned: int = 0,
 ) -> Run:  # fmt: skip
     """Decode greedily; the clock starts when the prefill has given its token."""
     device = input_device(model)
     limit = len(prompt) + new_tokens
     stats = DecodeStats()
-    sequence = SpeculativeSequence(
-        model, torch.tensor([prompt], device=device), capacity=limit + 1, mask=mask, draft=draft
+    sequences = Sequences(
+        model, torch.tensor([prompt], device=device), capacity=limit, mask=mask, draft=draft, aligned=aligned
     )
-    start = 0.0
-    for number, _ in enumerate(decode(sequence, max_length=limit, policy=policy, eos_ids=eos_ids(model), stats=stats)):
-        if number == 0:
+    start, ids = 0.0, []
+    for block in decode(sequences, max_length=limit, policy=policy, eos_ids=eos_ids(model), stats=stats):
+        if not ids:
             synchronize(device)
             start = time.perf_counter()
+        ids += block.tokens
     synchronize(device)
     seconds = time.perf_counter() - start
-    ids = tuple(sequence.ids[0, len(prompt) : sequence.length].tolist())
-    return Run(seconds=seconds, tokens=len(ids) - 1, ids=ids, stats=stats)
+    return Run(seconds=seconds, tokens=len(ids) - 1, ids=tuple(ids), stats=stats)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -187,7 +187,7 @@ def _layout(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str,
             raise DecodingError("attention_mask has zeros inside the prompt; only padding on the left is supported")
         expected = (mask.long().cumsum(-1) - 1).clamp(min=0)
     given = model_kwargs.get("position_ids")
-    if given is not None and not torch.equal(given.expand(len(expected), -1), expected):
+    if given is not None and (given.shape[1] != length or bool((given != expected).any())):
         raise DecodingError("position_ids are not those of the attention_mask; leave them out")
     return pads, length - input_ids.shape[1]
 

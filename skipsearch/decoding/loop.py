@@ -7,10 +7,9 @@ batch. Shapes: B rows, T positions, K drafted tokens, V vocabulary, Q tokens of 
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from skipsearch.errors import DecodingError
 from skipsearch.mask import SkipMask
 from skipsearch.model.cache import SharedCache
 from skipsearch.model.masks import attention_masks
+from skipsearch.model.sublayers import takes_positions
 from skipsearch.model.view import draft_view
 
 SLACK = 64  # room behind the longest sequence for what a batch's other rows draft
@@ -73,16 +73,25 @@ class Block:
         tokens: the committed tokens: accepted drafts, then the target's own.
         drafted: K of this block.
         accepted: num_accepted, 0..K.
-        logits_KV: the target's raw logits, a row for each of K + 1 positions.
-        scores_KV: the same after the logits processors.
     """
 
     row: int
     tokens: list[int]
     drafted: int
     accepted: int
-    logits_KV: Tensor
-    scores_KV: Tensor
+    _place: int
+    _logits_BKV: Tensor
+    _scores_BKV: Tensor
+
+    @property
+    def logits_KV(self) -> Tensor:
+        """The target's raw logits, a row for each of K + 1 positions."""
+        return self._logits_BKV[self._place, : self.drafted + 1]
+
+    @property
+    def scores_KV(self) -> Tensor:
+        """The same after the logits processors."""
+        return self._scores_BKV[self._place, : self.drafted + 1]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -147,7 +156,7 @@ class Sequences:
         self.processors = processors or LogitsProcessorList()
         self.sampling, self.aligned, self.chunk = sampling, aligned, chunk
         self.few_logits = model._supports_logits_to_keep()
-        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self.takes_positions = takes_positions(model)
         for b, committed in enumerate(self.cache.committed):
             # Of a cache that holds the whole prompt, the last token is processed again; for the same shapes, all are.
             self.cache.committed[b] = 0 if aligned else min(committed, length - 1 - self.offset)
@@ -272,7 +281,7 @@ class Sequences:
             blocks.append(
                 Block(
                     row=self.rows[b], tokens=[*tokens[:n], bonus], drafted=drafted[b], accepted=n,
-                    logits_KV=logits_BKV[b, : drafted[b] + 1], scores_KV=scores_BKV[b, : drafted[b] + 1],
+                    _place=b, _logits_BKV=logits_BKV, _scores_BKV=scores_BKV,
                 )
             )  # fmt: skip
         if rows == 1:
@@ -325,15 +334,18 @@ class Sequences:
         self.lengths[row] = length
         self.cache.committed[row] = min(self.cache.committed[row], length - 1 - self.offset)
 
-    def drop(self, row: int) -> None:
-        """Take an active row out of the batch; the last one takes its place."""
-        last = len(self.rows) - 1
-        self.cache.drop(row)
-        if row != last:
-            self.ids[row] = self.ids[last]
+    def drop(self, ended: list[int]) -> None:
+        """Take active rows out of the batch; the last ones take their places."""
+        left = len(self.rows) - len(ended)
+        free = [row for row in ended if row < left]
+        movers = sorted(set(range(left, left + len(ended))) - set(ended))
+        self.cache.move(movers, free, left)
+        if free:
+            self.ids[free] = self.ids[movers]
         for values in (self.rows, self.lengths, self.pads):
-            values[row] = values[last]
-            values.pop()
+            for source, target in zip(movers, free, strict=True):
+                values[target] = values[source]
+            del values[left:]
 
 
 def decode(
@@ -363,8 +375,9 @@ def decode(
         before, ended = list(sequences.lengths), []
         for b, block in enumerate(sequences.verify(drafted, probs)):
             for i, token in enumerate(block.tokens):
-                ids = sequences.ids[b : b + 1, : before[b] + i + 1]
-                if token in eos_ids or (should_stop and should_stop(block, i, ids)):
+                if token in eos_ids or (
+                    should_stop and should_stop(block, i, sequences.ids[b : b + 1, : before[b] + i + 1])
+                ):
                     ended.append(b)
                     break
             else:
@@ -372,10 +385,7 @@ def decode(
                     ended.append(b)
             if i + 1 < len(block.tokens):
                 sequences.truncate(b, before[b] + i + 1)
-                block = Block(
-                    row=block.row, tokens=block.tokens[: i + 1], drafted=block.drafted,
-                    accepted=min(block.accepted, i + 1), logits_KV=block.logits_KV, scores_KV=block.scores_KV,
-                )  # fmt: skip
+                block = replace(block, tokens=block.tokens[: i + 1], accepted=min(block.accepted, i + 1))
             if prefilled:
                 stats.blocks[block.drafted, block.accepted] += 1
             stats.committed += len(block.tokens)
@@ -383,5 +393,5 @@ def decode(
         prefilled = True
         if len(ended) == len(sequences.rows):
             return  # left as they are, so that the cache can be handed over
-        for b in reversed(ended):
-            sequences.drop(b)
+        if ended:
+            sequences.drop(ended)

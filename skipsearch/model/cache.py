@@ -68,13 +68,16 @@ class SharedCache:
         """One past the highest slot that a forward of so many tokens writes to."""
         return max(self._starts) + queries
 
-    def drop(self, row: int) -> None:
-        """Remove a row; the last one takes its place."""
-        last = len(self.committed) - 1
-        for layer in self.cache.layers:
-            layer.move_row(last, row)
-        self.committed[row] = self.committed[last]
-        self.committed.pop()
+    def move(self, sources: list[int], targets: list[int], left: int) -> None:
+        """Copy rows over others, and keep the first `left` of them."""
+        if sources:
+            for layer in self.cache.layers:
+                if layer.is_initialized:
+                    for buffer in layer.buffers:
+                        buffer[targets] = buffer[sources]
+            for source, target in zip(sources, targets, strict=True):
+                self.committed[target] = self.committed[source]
+        del self.committed[left:]
 
     def hand_over(self, past: Cache) -> None:
         """Make `past` hold the committed tokens, as plain dynamic layers that anyone may continue from."""
@@ -149,11 +152,6 @@ class _BufferLayer(DynamicLayer):  # type: ignore[misc]
         self._reserve(length)
         for buffer, states in zip(self.buffers, (keys, values), strict=True):
             buffer[:, :, length - states.shape[-2] : length] = states
-
-    def move_row(self, source: int, target: int) -> None:
-        if self.is_initialized and source != target:
-            for buffer in self.buffers:
-                buffer[target] = buffer[source]
 
 
 def layer_windows(cache: Cache) -> list[int | None]:

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-NOWHERE = 1 << 40  # the slot of a key that nobody may see
-
 
 def attention_masks(
     model: PreTrainedModel, windows: list[int | None], query_RQ: Tensor, keys: Callable[[int | None], Tensor],

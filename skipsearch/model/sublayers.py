@@ -73,6 +73,11 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return device
 
 
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether the forward takes position ids; models with ALiBi count for themselves."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
 def _refuse(model: nn.Module, why: str) -> UnsupportedModel:
     return UnsupportedModel(
         f"{type(model).__name__} is not supported: {why}; see `skipsearch models --families` for those that are"

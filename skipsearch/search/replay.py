@@ -17,16 +17,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DummyLayer, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 from skipsearch.decoding.policy import DraftPolicy
-from skipsearch.errors import UnsupportedModel
+from skipsearch.decoding.rows import rows_may_differ
 from skipsearch.mask import SkipMask
 from skipsearch.model.cache import layer_windows
-from skipsearch.model.masks import NOWHERE, attention_masks
-from skipsearch.model.sublayers import input_device
+from skipsearch.model.masks import attention_masks
+from skipsearch.model.sublayers import input_device, takes_positions
 from skipsearch.model.view import draft_view
 from skipsearch.search.trace import Trace
 
@@ -56,20 +57,27 @@ class Draft:
 
 
 class _ReferenceLayer(DynamicLayer):  # type: ignore[misc]
-    """Gives the draft the reference keys and values of its rows in front of its own, and stores nothing."""
+    """Shows the draft the reference keys and values of its rows with its own in their places, and stores nothing."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
         self.reference = (keys, values)
         self.rows: Tensor | None = None
+        self.slots_RK = torch.empty(0)
         self.length = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         out = []
+        row = torch.arange(len(key_states), device=key_states.device)[:, None]
         for reference, own in zip(self.reference, (key_states, value_states), strict=True):
             kept = reference[:, :, : self.length]
-            out.append(torch.cat([kept if self.rows is None else kept[self.rows], own], dim=-2))
+            kept = F.pad(kept if self.rows is None else kept[self.rows], (0, 0, 0, own.shape[2]))
+            kept[row, :, self.slots_RK] = own.transpose(1, 2)
+            out.append(kept)
         return out[0], out[1]
+
+    def get_seq_length(self) -> int:
+        return self.length
 
 
 class Replay:
@@ -83,12 +91,8 @@ class Replay:
     """
 
     def __init__(self, model: PreTrainedModel, trace: Trace, max_length: int = 8, rows: int = 64) -> None:
-        implementation = model.config._attn_implementation
-        if implementation not in ("sdpa", "eager"):
-            raise UnsupportedModel(
-                f"replay needs masks that {implementation} attention does not take; "
-                f"load the model with attn_implementation='sdpa'"
-            )
+        self.together = rows_may_differ(model)  # else each start is a pass of its own: slower, and the same
+        rows = rows if self.together else 1
         self.model, self.trace, self.max_length, self.rows = model, trace, max_length, rows
         sequences = [p + c for p, c in zip(trace.prompts, trace.continuations, strict=True)]
         self.lengths = [len(s) for s in sequences]
@@ -120,15 +124,6 @@ class Replay:
         """The replay of one mask."""
         return MaskReplay(self, mask)
 
-    def attention_masks(self, starts: Tensor, length: int) -> Any:
-        """What each of K draft tokens may see of `length` reference keys and K own, as the model wants it."""
-        steps = torch.arange(self.max_length, device=starts.device)
-        # A draft behind t committed tokens has the reference up to t - 2; token t - 1 is its first input.
-        own = starts[:, None] - 1 + steps
-        reference = torch.arange(length, device=starts.device)[None].expand(len(starts), -1)
-        keys = torch.cat([reference.masked_fill(reference >= starts[:, None] - 1, NOWHERE), own], dim=1)
-        return attention_masks(self.model, self.windows, own, lambda _window: keys)
-
 
 class MaskReplay:
     """Drafts of one mask, run where they are asked for and remembered."""
@@ -136,10 +131,7 @@ class MaskReplay:
     def __init__(self, replay: Replay, mask: SkipMask) -> None:
         self.replay, self.mask = replay, mask
         self.view = draft_view(replay.model, mask)
-        self.layers: list[Any] = [
-            DummyLayer() if mask.skips("attention", i) else _ReferenceLayer(*reference)
-            for i, reference in enumerate(replay.reference)
-        ]
+        self.layers = [_ReferenceLayer(*reference) for reference in replay.reference]
         self.drafts: dict[Start, Draft] = {}
 
     @torch.no_grad()
@@ -156,15 +148,17 @@ class MaskReplay:
         committed = torch.tensor([t for _, t in starts], device=device)
         length = int(committed.max()) - 1
         everyone = [p for p, _ in starts] == list(range(len(replay.lengths)))
-        for layer in self.layers:
-            if isinstance(layer, _ReferenceLayer):
-                layer.rows, layer.length = None if everyone else prompts, length
+        # A draft behind t committed tokens has the reference up to t - 2; token t - 1 is its first input.
         at_RK = committed[:, None] - 1 + torch.arange(k, device=device)
-        alone = len(self.mask.attention) == self.mask.num_layers
+        for layer in self.layers:
+            layer.rows, layer.length, layer.slots_RK = None if everyone else prompts, length, at_RK
+        given: dict[str, Any] = {"position_ids": at_RK} if takes_positions(replay.model) else {}
+        if replay.together:
+            keys = torch.arange(length + k, device=device)[None]
+            given["attention_mask"] = attention_masks(replay.model, replay.windows, at_RK, lambda _window: keys)
         logits_RKV = self.view(
-            input_ids=replay.ids[prompts[:, None], at_RK], position_ids=at_RK, use_cache=not alone,
-            past_key_values=None if alone else Cache(layers=self.layers),
-            attention_mask=None if alone else replay.attention_masks(committed, length),
+            input_ids=replay.ids[prompts[:, None], at_RK], past_key_values=Cache(layers=list(self.layers)),
+            use_cache=True, **given,
         ).logits  # fmt: skip
         highest_RK, token_RK = logits_RKV.max(-1)
         confidence_RK = (highest_RK.float() - logits_RKV.float().logsumexp(-1)).exp()

@@ -48,7 +48,8 @@ def timed_decode(
     sequences = Sequences(
         model, torch.tensor([prompt], device=device), capacity=limit, mask=mask, draft=draft, aligned=aligned
     )
-    start, ids = 0.0, []
+    start = 0.0
+    ids: list[int] = []
     for block in decode(sequences, max_length=limit, policy=policy, eos_ids=eos_ids(model), stats=stats):
         if not ids:
             synchronize(device)

@@ -22,6 +22,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from skipsearch.decoding.loop import ALIGNED, Block, DecodeStats, Sampling, Sequences, decode
 from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.decoding.processors import check
 from skipsearch.decoding.rows import rows_may_differ
 from skipsearch.errors import DecodingError, MaskError
 from skipsearch.mask import SkipMask
@@ -85,9 +86,10 @@ class SelfSpeculative:
         past: Cache | None = model_kwargs.get("past_key_values")
         unseen = _not_handed_on()
         streamer = self._streamer or unseen.get("streamer")
-        _refuse_modes(config, {**model_kwargs, **unseen, "streamer": None}, logits_processor)
+        _refuse_modes(config, {**model_kwargs, **unseen, "streamer": None})
+        check(logits_processor)
         if batch > 1:
-            _refuse_in_batch(past, logits_processor, streamer)
+            _refuse_in_batch(past, streamer)
         pads, past_only = _layout(input_ids, config, model_kwargs)
         eos = config._eos_token_tensor  # type: ignore[attr-defined]
         eos_ids = frozenset() if eos is None else frozenset(eos.flatten().tolist())
@@ -104,21 +106,22 @@ class SelfSpeculative:
             sequences = Sequences(
                 model, input_ids[group], capacity=max(config.max_length, input_ids.shape[1]) + 1, mask=self.mask,
                 draft=draft, processors=logits_processor, past=past, pads=[pads[b] for b in group],
-                past_only=past_only, sampling=None if seed is None else Sampling.from_seed(seed, input_ids.device),
-                aligned=ALIGNED if self.deterministic else 0, chunk=config.prefill_chunk_size,
+                past_only=past_only, numbers=group, aligned=ALIGNED if self.deterministic else 0,
+                chunk=config.prefill_chunk_size,
+                sampling=None if seed is None else Sampling.from_seed(seed, input_ids.device),
             )  # fmt: skip
 
-            def should_stop(block: Block, i: int, ids: Tensor, group: list[int] = group) -> bool:
+            def should_stop(block: Block, i: int, ids: Tensor) -> bool:
                 seen = None
                 if keep_scores:
-                    seen = (*rows[group[block.row]].scores, *_steps(block.scores_KV[: i + 1]))
+                    seen = (*rows[block.row].scores, *_steps(block.scores_KV[: i + 1]))
                 return any(bool(criterion(ids, seen).all()) for criterion in others)  # type: ignore[arg-type]
 
             for block in decode(
                 sequences, max_length=config.max_length, policy=self.policy, stats=stats, eos_ids=eos_ids,
                 should_stop=should_stop if others else None,
             ):  # fmt: skip
-                row = rows[group[block.row]]
+                row = rows[block.row]
                 row.tokens += block.tokens
                 if keep_logits:
                     row.logits += _steps(block.logits_KV[: len(block.tokens)])
@@ -193,17 +196,9 @@ def _layout(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str,
 
 
 _HONOURED = {"past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
-# What these hold was made for one text that grows by one token at a time.
-_STATEFUL = {"UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor"}
-# And these look at a row by its number in the batch, which changes as rows end.
-_BY_ROW = {
-    "PrefixConstrainedLogitsProcessor",
-    "EncoderRepetitionPenaltyLogitsProcessor",
-    "EncoderNoRepeatNGramLogitsProcessor",
-}
 
 
-def _refuse_modes(config: GenerationConfig, model_kwargs: dict[str, Any], processors: LogitsProcessorList) -> None:
+def _refuse_modes(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
     if config.num_beams and config.num_beams > 1:
         raise DecodingError(f"num_beams is {config.num_beams}, must be 1: beams cannot be drafted by skipping")
     mode = config.get_generation_mode(None)
@@ -222,25 +217,13 @@ def _refuse_modes(config: GenerationConfig, model_kwargs: dict[str, Any], proces
         raise DecodingError(
             f"generate was given {', '.join(given)}, which self_speculative cannot honour; leave it out"
         )
-    for processor in processors:
-        if type(processor).__name__ in _STATEFUL:
-            raise DecodingError(
-                f"logits_processor holds a {type(processor).__name__}, which keeps state from token to token and "
-                f"cannot look at drafts; unset what selects it"
-            )
 
 
-def _refuse_in_batch(past: Cache | None, processors: LogitsProcessorList, streamer: BaseStreamer | None) -> None:
+def _refuse_in_batch(past: Cache | None, streamer: BaseStreamer | None) -> None:
     if streamer is not None:
         raise DecodingError("a streamer takes one sequence, got a batch; stream prompts one by one")
     if past is not None and past.get_seq_length():
         raise DecodingError("past_key_values holds tokens of a batch; continue its sequences one by one")
-    for processor in processors:
-        if type(processor).__name__ in _BY_ROW:
-            raise DecodingError(
-                f"logits_processor holds a {type(processor).__name__}, which treats each row of a batch differently; "
-                f"call generate once for each prompt"
-            )
 
 
 def self_speculative(

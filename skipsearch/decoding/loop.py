@@ -18,6 +18,7 @@ from transformers import Cache, LogitsProcessorList, PreTrainedModel
 
 from skipsearch.decoding.accept import accept_greedy, accept_sampling, draw, probabilities
 from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.decoding.processors import process
 from skipsearch.errors import DecodingError
 from skipsearch.mask import SkipMask
 from skipsearch.model.cache import SharedCache
@@ -125,6 +126,7 @@ class Sequences:
         aligned: verify in blocks of this width that begin at multiples of it, so that a token's logits
             come from the same shapes however it was drafted (one row; 0: blocks as they fall).
         chunk: the most tokens that a prefill processes at once.
+        numbers: which rows these are of the batch that the processors were made for.
 
     Attributes:
         rows: which sequence of the batch each active row is; those that ended have left.
@@ -135,12 +137,12 @@ class Sequences:
         self, model: PreTrainedModel, input_ids: Tensor, *, capacity: int, mask: SkipMask | None = None,
         draft: PreTrainedModel | None = None, processors: LogitsProcessorList | None = None,
         sampling: Sampling | None = None, past: Cache | None = None, pads: list[int] | None = None,
-        past_only: int = 0, aligned: int = 0, chunk: int | None = None,
+        past_only: int = 0, aligned: int = 0, chunk: int | None = None, numbers: list[int] | None = None,
     ) -> None:  # fmt: skip
         rows, length = input_ids.shape
         self.target = model
         self.draft_model = draft if draft is not None or mask is None else draft_view(model, mask)
-        self.rows, self.lengths = list(range(rows)), [length] * rows
+        self.rows, self.lengths = list(numbers or range(rows)), [length] * rows
         self.ids = torch.zeros((rows, capacity + SLACK), dtype=torch.long, device=input_ids.device)
         self.ids[:, :length] = input_ids
         pads = pads or [0] * rows
@@ -207,7 +209,8 @@ class Sequences:
         for end, rows in rows_of.items():  # processors take rows of one length
             every = len(rows) == len(ends)
             prefix = self.ids[: len(ends), :end] if every else self.ids[rows, :end]
-            scores = self.processors(prefix, (logits_BV if every else logits_BV[rows]).float())  # type: ignore[arg-type]
+            logits = logits_BV if every else logits_BV[rows]
+            scores = process(self.processors, [self.rows[row] for row in rows], prefix, logits)
             scores_BV[... if every else rows] = scores
         return scores_BV
 

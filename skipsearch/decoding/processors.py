@@ -1,0 +1,62 @@
+"""Logits processors on some rows of the batch that they were made for.
+
+Most look at nothing but the prefix. A few hold something for each row, by its place in the batch; rows that
+end or stand at another length would then read a neighbour's. These are handed what belongs to their rows.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from skipsearch.errors import DecodingError
+
+_TENSORS = {
+    "RepetitionPenaltyLogitsProcessor": "prompt_ignore_length",
+    "EncoderRepetitionPenaltyLogitsProcessor": "encoder_input_ids",
+}
+_FUNCTIONS = {"PrefixConstrainedLogitsProcessor": "_prefix_allowed_tokens_fn"}
+# These keep what they have seen from token to token, and a rejected draft cannot be taken back.
+_STATEFUL = {
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor",
+    "EncoderNoRepeatNGramLogitsProcessor",
+}  # fmt: skip
+
+
+def check(processors: LogitsProcessorList) -> None:
+    """Refuse those that cannot look at drafts.
+
+    Raises:
+        DecodingError: one keeps state from token to token.
+    """
+    for processor in processors:
+        if (name := type(processor).__name__) in _STATEFUL:
+            raise DecodingError(
+                f"logits_processor holds a {name}, which keeps state of a whole batch and cannot look at drafts; "
+                f"unset what selects it"
+            )
+
+
+def process(processors: LogitsProcessorList, rows: list[int], ids_RT: Tensor, logits_RV: Tensor) -> Tensor:
+    """Scores [R, V] in fp32 for the token behind each prefix.
+
+    Args:
+        rows: which rows of the whole batch these are.
+    """
+    chosen = LogitsProcessorList([_for_rows(p, rows) for p in processors])
+    return chosen(ids_RT, logits_RV.float())  # type: ignore[arg-type,no-any-return]
+
+
+def _for_rows(processor: LogitsProcessor, rows: list[int]) -> LogitsProcessor:
+    name = type(processor).__name__
+    if (attribute := _TENSORS.get(name)) and isinstance(held := getattr(processor, attribute, None), Tensor):
+        processor = copy.copy(processor)
+        setattr(processor, attribute, held[torch.tensor(rows, device=held.device)])
+    elif attribute := _FUNCTIONS.get(name):
+        function = getattr(processor, attribute)
+        processor = copy.copy(processor)
+        setattr(processor, attribute, lambda row, ids: function(rows[row], ids))
+    return processor

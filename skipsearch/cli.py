@@ -166,6 +166,9 @@ def validate(
     prompt_split: Split = "test", chat: Chat = True, num_prompts: Calibration = 24, num_held_out: HeldOut = 20,
     prompt_tokens: PromptTokens = None, new_tokens: NewTokens = 96, rounds: Rounds = 2, seed: Seed = 0,
     write: Annotated[bool, typer.Option(help="put the new evidence into the mask file")] = False,
+    audited: Annotated[
+        bool, typer.Option("--audit", help="instead of timing, explain every difference from plain decoding in fp32")
+    ] = False,
     dtype: Dtype = "auto", device: Device = "auto", revision: Revision = None, trust: Trust = False,
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
@@ -184,6 +187,14 @@ def validate(
     from skipsearch.search.run import validate_file
 
     check_mask_belongs(file, loaded.model)
+    if audited:
+        from skipsearch.report.tables import audit_table
+        from skipsearch.search.run import audit_file
+
+        with stages(err, quiet=as_json) as progress:
+            found = audit_file(loaded, file, options, progress.stage).to_dict()
+        _print(found, as_json, audit_table(found))
+        raise typer.Exit(0 if found["passed"] else 1)
     with stages(err, quiet=as_json) as progress:
         fresh = validate_file(loaded, file, options, progress.stage)
     if write:
@@ -221,8 +232,25 @@ def import_(
 
 
 @app.command()
-def models(as_json: Json = False, debug: Debug = False) -> None:
-    """List the presets."""
+def models(
+    families: Annotated[
+        bool, typer.Option("--families", help="instead of presets, model families, each proven or refused here and now")
+    ] = False,
+    as_json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """List the presets, or the families of models that can be skipped in."""
+    if families:
+        from dataclasses import asdict
+
+        from skipsearch.model.families import FAMILIES, prove
+        from skipsearch.report.tables import family_table
+
+        with err.status("building a tiny model of each family, and proving its sublayers"):
+            rows = [asdict(prove(family)) for family in FAMILIES]
+        count = sum(row["supported"] for row in rows)
+        data = {"families": rows, "supported": count, "refused": len(rows) - count}
+        _print(data, as_json, family_table(data), f"{count} supported, {len(rows) - count} refused")
+        return
     from skipsearch.model.preset import presets
     from skipsearch.report.tables import preset_table
 

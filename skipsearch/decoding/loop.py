@@ -267,16 +267,19 @@ class Sequences:
         else:
             scores_BKV = logits_BKV
         draft_ids_BK = self._behind(k)
-        drafted_B = torch.tensor(drafted, device=device)
-        if self.sampling is None:
+        if self.sampling is None and not k:
+            n_B, bonus_B = torch.zeros(rows, dtype=torch.long, device=device), scores_BKV[:, 0].argmax(-1)
+        elif self.sampling is None:
+            drafted_B = torch.tensor(drafted, device=device)
             n_B, bonus_B = accept_greedy(draft_ids_BK, drafted_B, scores_BKV.argmax(-1))
         else:
             target_probs_BKV = probabilities(scores_BKV)
             if draft_probs_BKV is None:
                 draft_probs_BKV = target_probs_BKV[:, :0]
             n_B, bonus_B = accept_sampling(
-                target_probs_BKV, draft_probs_BKV, draft_ids_BK, drafted_B, self.sampling.accept
-            )
+                target_probs_BKV, draft_probs_BKV, draft_ids_BK, torch.tensor(drafted, device=device),
+                self.sampling.accept,
+            )  # fmt: skip
         blocks = []
         for b, (n, bonus, *tokens) in enumerate(torch.cat([n_B[:, None], bonus_B[:, None], draft_ids_BK], 1).tolist()):
             self.lengths[b] += n + 1

@@ -33,6 +33,7 @@ class SharedCache:
     Attributes:
         cache: what a forward of target or draft takes as `past_key_values`.
         committed: per row, how many slots hold final tokens.
+        start: the lowest slot that the next forward writes to.
         windows: per layer, the width of its sliding window, None if it sees everything.
     """
 
@@ -40,7 +41,7 @@ class SharedCache:
         self.capacity = capacity
         self.cache = DynamicCache(config=model.config)
         self.windows = layer_windows(self.cache)
-        self._starts: list[int] = [0] * rows
+        self.start = self._last_start = 0
         self._slots: tuple[Tensor, Tensor] | None = None
         length = _length_of(past)
         self.cache.layers = [_BufferLayer(self, window) for window in self.windows]
@@ -49,24 +50,19 @@ class SharedCache:
             for mine, theirs in zip(self.cache.layers, past.layers, strict=True):
                 mine.adopt(theirs.keys, theirs.values, length)
 
-    @property
-    def start(self) -> int:
-        """The lowest slot that the next forward writes to."""
-        return min(self._starts)
-
     def seek(self, starts: list[int], slots_BQ: Tensor | None = None) -> None:
         """Choose where the next forward writes: row b at slots starts[b], starts[b] + 1, ...
 
         Args:
             slots_BQ: all slots, needed if rows start at different ones.
         """
-        self._starts, self._slots = list(starts), None
+        self.start, self._last_start, self._slots = min(starts), max(starts), None
         if slots_BQ is not None:
             self._slots = (torch.arange(len(starts), device=slots_BQ.device)[:, None], slots_BQ)
 
     def end(self, queries: int) -> int:
         """One past the highest slot that a forward of so many tokens writes to."""
-        return max(self._starts) + queries
+        return self._last_start + queries
 
     def move(self, sources: list[int], targets: list[int], left: int) -> None:
         """Copy rows over others, and keep the first `left` of them."""
@@ -111,28 +107,32 @@ class _BufferLayer(DynamicLayer):  # type: ignore[misc]
         self.is_initialized = True
 
     def _reserve(self, end: int) -> None:
-        keys, values = self.buffers
-        have = keys.shape[-2]
-        if end > have:
-            # Doubling keeps the copies rare; the capacity asked for is the most that is ever needed at once.
-            room = max(end, min(max(2 * have, end + ROOM), self.owner.capacity))
-            self.buffers = (_zeros(keys, room), _zeros(values, room))
-            for new, old in zip(self.buffers, (keys, values), strict=True):
-                new[:, :, :have] = old
+        old = self.buffers
+        have = old[0].shape[2]
+        # Doubling keeps the copies rare; more than the capacity asked for is hardly ever needed.
+        room = max(end, min(max(2 * have, end + ROOM), self.owner.capacity))
+        self.buffers = (_zeros(old[0], room), _zeros(old[1], room))
+        for buffer, kept in zip(self.buffers, old, strict=True):
+            buffer[:, :, :have] = kept
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows, start = key_states.shape[0], self.owner.start
-        end, first = self.owner.end(key_states.shape[-2]), self._first()
-        self._reserve(end)
+        rows, _, queries, _ = key_states.shape
+        start, end, first = self.owner.start, self.owner.end(queries), self._first()
+        if end > self.buffers[0].shape[2]:
+            self._reserve(end)
+        shown = []
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            if rows < buffer.shape[0]:
+                buffer = buffer[:rows]
             if self.owner._slots is None:
-                buffer[:rows, :, start:end] = states
+                buffer.narrow(2, start, queries).copy_(states)
             else:
                 row, slots = (index.to(buffer.device) for index in self.owner._slots)
                 buffer[row, :, slots] = states.transpose(1, 2)
-        self.keys, self.values = (buffer[:rows, :, first:end] for buffer in self.buffers)
+            shown.append(buffer.narrow(2, first, end - first))
+        self.keys, self.values = shown
         return self.keys, self.values
 
     def _first(self) -> int:

@@ -16,6 +16,7 @@ _WHAT = {
     "trials": "search: trials",
     "finalists": "search: finalists on the whole trace",
     "validate": "validate: real decoding, held-out prompts",
+    "audit": "audit: both ways of decoding, compared",
 }
 
 

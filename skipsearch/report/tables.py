@@ -111,6 +111,29 @@ def preset_table(data: dict[str, Any]) -> Table:
     return table
 
 
+def family_table(data: dict[str, Any]) -> Table:
+    table = Table("family", "architecture", "", "layers: attention / MLP, or why not", title="families",
+                  title_justify="left")  # fmt: skip
+    for row in data["families"]:
+        note = row["note"].partition(" is not supported: ")[2].partition("; see ")[0] or row["note"]
+        mark = Text("proven", style="green") if row["supported"] else Text("refused", style="red")
+        table.add_row(row["name"], row["architecture"], mark, note)
+    return table
+
+
+def audit_table(data: dict[str, Any]) -> Table:
+    title = (
+        f"audit: {data['prompts']} prompts, {data['tokens']} tokens, {len(data['divergences'])} differ from plain "
+        f"decoding, {'all explained by rounding' if data['passed'] else 'NOT all explained by rounding'}"
+    )
+    table = Table("prompt", "new token", "plain", "drafted", "fp32 margin", "rounding", "", title=title)
+    for d in data["divergences"]:
+        mark = Text("near-tie", style="green") if d["explained"] else Text("fault", style="red")
+        table.add_row(str(d["prompt"]), str(d["position"]), str(d["plain"]), str(d["drafted"]),
+                      f"{d['margin']:.4g}", f"{d['rounding']:.4g}", mark)  # fmt: skip
+    return table
+
+
 def doctor_table(data: dict[str, Any]) -> Table:
     rows: list[tuple[str, Any]] = [(k, v) for k, v in data.items() if k not in ("missing", "versions")]
     rows[0:0] = list(data["versions"].items())

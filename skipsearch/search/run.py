@@ -14,12 +14,14 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.errors import ModelLoadError, ResultsError, SkipsearchError
 from skipsearch.files import write_json
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import Draft, MaskFile, Provenance
 from skipsearch.model.load import Loaded, model_card
 from skipsearch.model.sublayers import find_sublayers
+from skipsearch.search.audit import Audit, audit
 from skipsearch.search.objective import Score, score
 from skipsearch.search.options import MAX_LENGTH, SearchOptions
 from skipsearch.search.prepare import Prepared, chosen_prompts, prepare
@@ -180,15 +182,20 @@ def summary(result: SearchResult) -> dict[str, object]:
 def validate_file(loaded: Loaded, file: MaskFile, options: SearchOptions, progress: Progress) -> MaskFile:
     """Time a mask file again on held-out prompts; returns it with fresh evidence."""
     prompts = chosen_prompts(loaded, options).held_out
-    from skipsearch.decoding.generate import self_speculative
-
-    policy = self_speculative(file).policy
+    policy = DraftPolicy(**file.draft.model_dump())
     measured = measure(
         loaded.model, prompts, file.mask, policy, new_tokens=options.new_tokens, rounds=options.rounds,
         seed=options.seed, progress=progress,
     )  # fmt: skip
     known = file.evidence.cost_ratio if file.evidence else 0.0
     return file.model_copy(update={"evidence": evidence(loaded.model, prompts, measured, known)})
+
+
+def audit_file(loaded: Loaded, file: MaskFile, options: SearchOptions, progress: Progress) -> Audit:
+    """Compare a mask file's output with plain decoding on held-out prompts, and explain each difference."""
+    prompts = chosen_prompts(loaded, options).held_out
+    policy = DraftPolicy(**file.draft.model_dump())
+    return audit(loaded.model, prompts, file.mask, policy, new_tokens=options.new_tokens, progress=progress)
 
 
 def _check_writable(folder: Path) -> None:

@@ -30,7 +30,10 @@ bench: $(READY)
 	$(BIN)/python benchmarks/search_speed.py
 	$(BIN)/python benchmarks/cost_model.py
 	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/lossless.py
+	$(BIN)/python benchmarks/speedup.py
+	$(BIN)/python benchmarks/lossless.py demo
+	$(BIN)/python benchmarks/lossless.py batch
+	$(BIN)/python benchmarks/lossless.py families
 
 clean:
 	rm -rf .venv

@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import make_tiny
 from test_families import MASKS, ablated
-from transformers import AutoConfig, T5ForConditionalGeneration
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, T5ForConditionalGeneration
 
-from skipsearch import SkipMask, draft_view
+from skipsearch import SkipMask, draft_view, self_speculative
 from skipsearch.errors import MaskError, UnsupportedModel
 from skipsearch.model.sublayers import find_sublayers
 
@@ -80,3 +81,59 @@ def test_encoder_decoders_are_refused() -> None:
     config = AutoConfig.for_model("t5", vocab_size=97, d_model=32, num_layers=4, num_heads=4)
     with pytest.raises(UnsupportedModel, match="encoder-decoder"):
         find_sublayers(T5ForConditionalGeneration(config).eval())
+
+
+def saved(tmp_path: Any, ids: torch.Tensor) -> Any:
+    model = make_tiny("llama")
+    model.save_pretrained(tmp_path)
+    return model
+
+
+OUTER = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+PLACES: dict[str, Any] = {
+    "auto": "auto",
+    "layers on disk": {**OUTER, **{f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(4)}},
+    "all layers on disk": {**OUTER, **{f"model.layers.{i}": "disk" for i in range(4)}},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_models_spread_by_a_device_map(place: str, tmp_path: Any, ids: torch.Tensor) -> None:
+    """Prevents offloaded weights (meta tensors until their layer runs) from breaking the check, view or loop."""
+    plain = saved(tmp_path / "model", ids)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=PLACES[place], offload_folder=tmp_path / "offload"
+    )
+    mask = MASKS[-1]
+    torch.testing.assert_close(draft_view(model, mask)(ids).logits, ablated(plain, mask, ids), atol=1e-5, rtol=1e-5)
+    options: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    expected = plain.generate(ids, **options)
+    assert torch.equal(model.generate(ids, custom_generate=self_speculative(mask), **options), expected)
+    assert torch.equal(model.generate(ids, **options), expected)
+
+
+class Int8Linear(nn.Module):
+    """What quantising libraries put in place of a linear layer: integer buffers and scales, no weight parameter."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("scale", linear.weight.detach().abs().amax(1, keepdim=True) / 127)
+        self.register_buffer("quantised", (linear.weight.detach() / self.scale).round().to(torch.int8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.quantised.to(x.dtype) * self.scale)
+
+
+def test_quantised_linear_layers(ids: torch.Tensor) -> None:
+    """Prevents the check and the view from needing weights as parameters. A stand-in: no such library is installed."""
+    model = make_tiny("llama")
+    for layer in model.model.layers:
+        for branch in (layer.self_attn, layer.mlp):
+            for name, module in list(branch.named_children()):
+                if isinstance(module, nn.Linear):
+                    setattr(branch, name, Int8Linear(module))
+    for mask in MASKS:
+        torch.testing.assert_close(draft_view(model, mask)(ids).logits, ablated(model, mask, ids), atol=1e-5, rtol=1e-5)
+        options: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+        method = self_speculative(mask)
+        assert torch.equal(model.generate(ids, custom_generate=method, **options), model.generate(ids, **options))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -80,7 +80,7 @@ def run(
     model: Model,
     trials: Annotated[int, typer.Option(min=1, help="finished trials that the study shall hold")] = 150,
     time_budget: Annotated[float | None, typer.Option(min=0, help="seconds for trials")] = None,
-    sampler: Annotated[str, typer.Option(help="gp, tpe or random")] = "gp",
+    sampler: Annotated[Literal["gp", "tpe", "random"], typer.Option(help="who proposes masks")] = "gp",
     prompts: PromptsFrom = "builtin", prompt_column: Column = None, prompt_config: Config = None,
     prompt_split: Split = "test", chat: Chat = True, num_prompts: Calibration = 24, num_held_out: HeldOut = 20,
     prompt_tokens: PromptTokens = None, new_tokens: NewTokens = 96, rounds: Rounds = 2, seed: Seed = 0,

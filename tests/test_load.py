@@ -79,6 +79,22 @@ def test_library_errors_become_one_sentence(message: str, said: str, monkeypatch
     assert "\n" not in str(error.value)
 
 
+def test_an_unreachable_hub_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents most of a minute of retries before the sentence that says what to do."""
+    asked: list[Any] = []
+
+    def fail(_source: str, **options: Any) -> None:
+        asked.append(options["local_files_only"])
+        raise OSError("We couldn't connect to 'https://huggingface.co' to load the files")
+
+    monkeypatch.setattr(load.AutoTokenizer, "from_pretrained", fail)
+    monkeypatch.setattr(load.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(load.urllib.request, "getproxies", dict)
+    with pytest.raises(ModelLoadError, match="cannot be reached"):
+        load_model("some/model")
+    assert asked == [True] and not load.hub_reachable()
+
+
 def test_folders_that_are_none(tmp_path: Path) -> None:
     """Prevents a typing slip in a path from being answered with rules about hub names."""
     for wrong in (str(tmp_path), str(tmp_path / "none"), "./none"):

@@ -126,6 +126,12 @@ def test_profile_is_kept_and_made_anew_for_another_set_up(tiny: Any, tmp_path: P
     assert len(profile_or_load(path, model, "there", **settings).points) == 2
 
 
+def test_profile_of_prompts_shorter_than_a_draft(tiny: Any) -> None:
+    """Prevents very short prompts from ending a search before it begins."""
+    costs = profile(tiny("llama"), "x", contexts=[5], max_length=12, progress=quiet, repeats=1)
+    assert len(costs.points[0].verify) == 13
+
+
 def test_profile_prices_every_part(tiny: Any) -> None:
     """Prevents a part from being priced at nothing."""
     costs = profile(tiny("llama"), "x", contexts=[16], max_length=2, progress=quiet, repeats=5)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
+from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from skipsearch.errors import MaskError, ModelLoadError
@@ -63,6 +67,8 @@ def load_model(
         source = str(Path(source).expanduser())
         if not (Path(source) / "config.json").is_file():
             raise ModelLoadError(f"model folder {source} has no config.json; give a folder saved by save_pretrained")
+    elif not hub_reachable():
+        options["local_files_only"] = True
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = AutoModelForCausalLM.from_pretrained(
@@ -82,6 +88,18 @@ def load_model(
     find_sublayers(model)
     short = name if preset else Path(source).name if Path(source).exists() else name.replace("/", "--")
     return Loaded(name=short, model=model, tokenizer=tokenizer, preset=preset)
+
+
+def hub_reachable() -> bool:
+    """Whether the hub answers at all: the library itself finds out by retrying for most of a minute."""
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():  # it knows, or a proxy does
+        return True
+    address = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((address.hostname or "", address.port or 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def _explain(name: str, source: str, error: Exception) -> str:

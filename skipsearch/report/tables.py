@@ -112,12 +112,11 @@ def preset_table(data: dict[str, Any]) -> Table:
 
 
 def family_table(data: dict[str, Any]) -> Table:
-    table = Table("family", "architecture", "", "layers: attention / MLP, or why not", title="families",
-                  title_justify="left")  # fmt: skip
+    table = Table("family", "", "layers: attention / MLP, or why not", title="families", title_justify="left")
     for row in data["families"]:
         note = row["note"].partition(" is not supported: ")[2].partition("; see ")[0] or row["note"]
         mark = Text("proven", style="green") if row["supported"] else Text("refused", style="red")
-        table.add_row(row["name"], row["architecture"], mark, note)
+        table.add_row(row["name"], mark, note)
     return table
 
 

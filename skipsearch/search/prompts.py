@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from skipsearch.demo.corpus import modules
 from skipsearch.errors import PromptError
+from skipsearch.model.load import hub_reachable
 
 BUILT_IN = "builtin"
 BUILT_IN_TOKENS = 64
@@ -112,6 +113,7 @@ def _built_in(seed: int) -> Iterator[str]:
 def _rows(source: PromptSource) -> Iterator[Any]:
     import datasets  # slow to import, and not needed for the built-in prompts
 
+    datasets.disable_progress_bars()
     path = Path(source.name).expanduser()
     try:
         if path.suffix in FORMATS:
@@ -121,6 +123,8 @@ def _rows(source: PromptSource) -> Iterator[Any]:
                 raise PromptError(f"prompt file {path} is empty; add at least 4 prompts")
             table = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
         else:
+            if not hub_reachable():
+                datasets.config.HF_HUB_OFFLINE = True  # cached data sets still load, others fail at once
             table = datasets.load_dataset(source.name, source.config, split=source.split)
     except PromptError:
         raise

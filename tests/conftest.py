@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from skipsearch.model.families import FAMILIES, prove, tiny_model
 
 transformers.logging.set_verbosity_error()
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two workers share two cores
 
 make_tiny = tiny_model
 # What the installed library's models turn out to be, one list for every contract test.

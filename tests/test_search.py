@@ -32,7 +32,7 @@ def quiet(*_: Any) -> None:
     pass
 
 
-def make_trace(model: Any, prompts: int = 4, new_tokens: int = 30, seed: int = 2) -> Trace:
+def make_trace(model: Any, prompts: int = 4, new_tokens: int = 20, seed: int = 2) -> Trace:
     rng = random.Random(seed)
     rows = tuple(tuple(rng.randrange(3, 97) for _ in range(rng.randint(5, 12))) for _ in range(prompts))
     return record(model, rows, new_tokens, quiet)
@@ -56,7 +56,7 @@ def test_replay_counts_equal_real_decoding(family: str, tiny: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of families whose rows are replayed one after another
         replay = Replay(model, trace, 6)
-    masks = [SkipMask.from_bits([rng.random() < p for _ in range(8)]) for p in (0.1, 0.2, 0.3, 0.4)]
+    masks = [SkipMask.from_bits([rng.random() < p for _ in range(8)]) for p in (0.1, 0.3)]
     for mask in [*masks, SkipMask(num_layers=4), SkipMask(attention=range(4), num_layers=4)]:
         policy = DraftPolicy(max_length=rng.randint(1, 6))
         assert replay.of(mask).walk(policy) == really_decode(model, trace, mask, policy), str(mask)

@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from skipsearch import SkipMask, self_speculative
-from skipsearch.decoding.loop import DecodeStats
+from skipsearch.decoding.stats import DecodeStats
 from skipsearch.errors import DecodingError, MaskError
 
 MASK = SkipMask(attention=[0, 2], mlp=[1], num_layers=4)

@@ -11,9 +11,9 @@ import torch
 from conftest import SUPPORTED, make_tiny
 
 from skipsearch import SkipMask, self_speculative
-from skipsearch.decoding.loop import ALIGNED, Sequences, decode
+from skipsearch.decoding.loop import decode
 from skipsearch.decoding.policy import DraftPolicy
-from skipsearch.search import audit as auditing
+from skipsearch.decoding.sequences import ALIGNED, Sequences
 from skipsearch.search.audit import audit
 
 MOE = {"mixtral", "qwen3_moe", "glm4_moe", "deepseek_v3", "gpt_oss", "llama4_text"}
@@ -93,7 +93,7 @@ def test_the_audit_finds_a_broken_cache(monkeypatch: pytest.MonkeyPatch) -> None
                 layer.buffers[1][:, :, 4:12] = 0
         return verify(self, drafted, probs)
 
-    monkeypatch.setattr(auditing.timed_decode.__globals__["Sequences"], "verify", forgetful)
+    monkeypatch.setattr(Sequences, "verify", forgetful)
     mask = SkipMask(mlp=[2], num_layers=4)
     found = audit(model, prompts(6), mask, DraftPolicy(max_length=6), new_tokens=60, progress=quiet)
     assert not found.passed

@@ -14,9 +14,10 @@ from torch import nn
 from transformers import DynamicCache
 
 from skipsearch import SkipMask, draft_view, self_speculative
-from skipsearch.decoding.loop import Sequences, decode
+from skipsearch.decoding.loop import decode
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.rows import rows_may_differ
+from skipsearch.decoding.sequences import Sequences
 from skipsearch.errors import UnsupportedModel
 from skipsearch.model.sublayers import find_sublayers
 

@@ -12,8 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from transformers import DynamicCache
 
 from skipsearch import SkipMask, draft_view
-from skipsearch.decoding.loop import Sequences
 from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.decoding.sequences import Sequences
 
 MODELS = {family: make_tiny(family) for family in ("llama", "gemma3_text", "gpt2")}
 ROOM = 60
@@ -117,5 +117,5 @@ class Decoding(RuleBasedStateMachine):
                 )
 
 
-Decoding.TestCase.settings = settings(max_examples=25, stateful_step_count=12, deadline=None)
+Decoding.TestCase.settings = settings(max_examples=40, stateful_step_count=14, deadline=None)
 TestDecoding = Decoding.TestCase

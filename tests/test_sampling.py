@@ -15,8 +15,9 @@ from conftest import make_tiny
 from scipy.stats import chisquare
 
 from skipsearch import SkipMask, self_speculative
-from skipsearch.decoding import loop
+from skipsearch.decoding import sequences
 from skipsearch.decoding.accept import accept_greedy, accept_sampling, draw, probabilities
+from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.errors import DecodingError
 
 N, AT_ONCE, VOCABULARY, NEW = 200_000, 50_000, 8, 3
@@ -101,7 +102,7 @@ def test_joint_distribution(temperature: float, name: str, threshold: float | No
 
 def greedy_draft_with_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     """Proposes the argmax, and accepts as if it had been drawn (Self-SD's code)."""
-    monkeypatch.setattr(loop, "draw", lambda probs, generator: probs.argmax(-1))
+    monkeypatch.setattr(sequences, "draw", lambda probs, generator: probs.argmax(-1))
 
 
 def bonus_at_temperature_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +113,7 @@ def bonus_at_temperature_one(monkeypatch: pytest.MonkeyPatch) -> None:
         last = target[torch.arange(len(n)), n] ** 0.6
         return n, torch.where(n == drafted, draw(last, generator), bonus)
 
-    monkeypatch.setattr(loop, "accept_sampling", mutant)
+    monkeypatch.setattr(sequences, "accept_sampling", mutant)
 
 
 def target_sample_for_residual(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,15 +123,15 @@ def target_sample_for_residual(monkeypatch: pytest.MonkeyPatch) -> None:
         n, _ = accept_sampling(target, draft, ids, drafted, generator)
         return n, draw(target[torch.arange(len(n)), n], generator)
 
-    monkeypatch.setattr(loop, "accept_sampling", mutant)
+    monkeypatch.setattr(sequences, "accept_sampling", mutant)
 
 
 def accept_randomness_decides_the_exit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gives up a drafted token by the random number that will judge it."""
-    draft = loop.Sequences.draft
+    draft = sequences.Sequences.draft
 
     def mutant(self: Any, policy: Any, limits: Any) -> Any:
-        drafted, probs = draft(self, loop.DraftPolicy(max_length=1), limits)
+        drafted, probs = draft(self, DraftPolicy(max_length=1), limits)
         if probs is None:
             return drafted, probs
         peek = torch.Generator().manual_seed(0)
@@ -139,7 +140,7 @@ def accept_randomness_decides_the_exit(monkeypatch: pytest.MonkeyPatch) -> None:
         sure = probs[:, 0].gather(1, self._behind(1))[:, 0]
         return [k if good else 0 for k, good in zip(drafted, (u < sure).tolist(), strict=True)], probs
 
-    monkeypatch.setattr(loop.Sequences, "draft", mutant)
+    monkeypatch.setattr(sequences.Sequences, "draft", mutant)
 
 
 def off_by_one_bonus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +151,7 @@ def off_by_one_bonus(monkeypatch: pytest.MonkeyPatch) -> None:
         early = target[torch.arange(len(n)), (n - 1).clamp(min=0)]
         return n, torch.where(n == drafted, draw(early, generator), bonus)
 
-    monkeypatch.setattr(loop, "accept_sampling", mutant)
+    monkeypatch.setattr(sequences, "accept_sampling", mutant)
 
 
 def residual_with_epsilon(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +165,7 @@ def residual_with_epsilon(monkeypatch: pytest.MonkeyPatch) -> None:
         residual = (target[every, n] - draft[every, n.clamp(max=ids.shape[1] - 1)]).clamp(min=0) + 1e-3
         return n, torch.where(n < drafted, draw(residual, generator), bonus)
 
-    monkeypatch.setattr(loop, "accept_sampling", mutant)
+    monkeypatch.setattr(sequences, "accept_sampling", mutant)
 
 
 MUTANTS = [greedy_draft_with_softmax, bonus_at_temperature_one, target_sample_for_residual,

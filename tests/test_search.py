@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skipsearch import SkipMask
-from skipsearch.decoding.loop import DecodeStats, Sequences, decode
+from skipsearch.decoding.loop import decode
 from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.decoding.sequences import Sequences
+from skipsearch.decoding.stats import DecodeStats
 from skipsearch.model.preset import presets
 from skipsearch.search.cost import Costs, Point, draft_step, profile, profile_or_load
 from skipsearch.search.objective import join, plain_score, score

@@ -6,10 +6,26 @@ drafted fewer than K tokens.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from skipsearch.errors import DecodingError
+
+
+@dataclass(slots=True, kw_only=True)
+class Sampling:
+    """Generators of a sampled run, one for each use, so that no random number serves twice."""
+
+    draft: torch.Generator
+    accept: torch.Generator
+
+    @classmethod
+    def from_seed(cls, seed: int, device: torch.device) -> Sampling:
+        return cls(
+            draft=torch.Generator(device).manual_seed(seed), accept=torch.Generator(device).manual_seed(seed + 1)
+        )
 
 
 def probabilities(scores: Tensor) -> Tensor:

@@ -20,10 +20,13 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from skipsearch.decoding.loop import ALIGNED, Block, DecodeStats, Sampling, Sequences, decode
+from skipsearch.decoding.accept import Sampling
+from skipsearch.decoding.loop import decode
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.processors import check
 from skipsearch.decoding.rows import rows_may_differ
+from skipsearch.decoding.sequences import ALIGNED, Sequences
+from skipsearch.decoding.stats import Block, DecodeStats
 from skipsearch.errors import DecodingError, MaskError
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import MaskFile, load_mask

@@ -8,7 +8,7 @@ import weakref
 import torch
 from transformers import PreTrainedModel
 
-from skipsearch.decoding.loop import Sequences
+from skipsearch.decoding.sequences import Sequences
 from skipsearch.model.sublayers import input_device
 
 _proven: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()

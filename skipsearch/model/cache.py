@@ -34,6 +34,7 @@ class SharedCache:
         cache: what a forward of target or draft takes as `past_key_values`.
         committed: per row, how many slots hold final tokens.
         start: the lowest slot that the next forward writes to.
+        floor: committed slots cannot be cut below this and be kept: of `past`, sliding layers know their window alone.
         windows: per layer, the width of its sliding window, None if it sees everything.
     """
 
@@ -46,6 +47,7 @@ class SharedCache:
         length = _length_of(past)
         self.cache.layers = [_BufferLayer(self, window) for window in self.windows]
         self.committed = [length] * rows
+        self.floor = length if any(self.windows) else 0
         if past is not None and length:
             for mine, theirs in zip(self.cache.layers, past.layers, strict=True):
                 mine.adopt(theirs.keys, theirs.values, length)

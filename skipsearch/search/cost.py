@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from skipsearch.decoding.loop import Sequences
 from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.decoding.sequences import Sequences
 from skipsearch.files import write_json
 from skipsearch.mask import SkipMask
 from skipsearch.model.sublayers import find_sublayers, input_device

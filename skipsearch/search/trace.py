@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from skipsearch.decoding.loop import Sequences, decode
+from skipsearch.decoding.loop import decode
+from skipsearch.decoding.sequences import Sequences
 from skipsearch.files import write_json
 from skipsearch.model.sublayers import input_device
 from skipsearch.search.prompts import Ids, fingerprint

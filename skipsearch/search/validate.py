@@ -17,8 +17,10 @@ import torch
 from scipy.stats import bootstrap
 from transformers import PreTrainedModel
 
-from skipsearch.decoding.loop import DecodeStats, Sequences, decode
+from skipsearch.decoding.loop import decode
 from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.decoding.sequences import Sequences
+from skipsearch.decoding.stats import DecodeStats
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import Evidence
 from skipsearch.model.sublayers import input_device

@@ -1,0 +1,285 @@
+"""Sequences: a batch being decoded, and the two steps of a block, draft and verify.
+
+Promises that greedy output equals plain greedy decoding and that sampled output has the target's own
+distribution, row by row. Rows advance each by what it accepted. Shapes: B rows, K drafted tokens,
+V vocabulary, Q tokens of a forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, LogitsProcessorList, PreTrainedModel
+
+from skipsearch.decoding.accept import Sampling, accept_greedy, accept_sampling, draw, probabilities
+from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.decoding.processors import process
+from skipsearch.decoding.stats import Block
+from skipsearch.errors import DecodingError
+from skipsearch.mask import SkipMask
+from skipsearch.model.cache import SharedCache
+from skipsearch.model.masks import attention_masks
+from skipsearch.model.sublayers import takes_positions
+from skipsearch.model.view import draft_view
+
+SLACK = 64  # room behind the longest sequence for what a batch's other rows draft
+ALIGNED = 16  # width of the deterministic mode's blocks: a full tile of half-precision kernels
+
+
+class Sequences:
+    """A batch of sequences being decoded: their tokens, their shared cache, and the two steps of a block.
+
+    Args:
+        model: the target.
+        input_ids: [B, T] prompts, padded on the left.
+        capacity: the most tokens a sequence may ever hold, padding included.
+        mask: sublayers that drafting skips; None decodes plainly.
+        draft: its draft view, if there is one already.
+        processors: applied position by position to draft and target alike.
+        sampling: generators; None decodes greedily.
+        past: a dynamic cache to continue from.
+        pads: how many tokens of each row are padding.
+        past_only: tokens that `past` holds and `input_ids` does not repeat.
+        aligned: verify in blocks of this width that begin at multiples of it, so that a token's logits
+            come from the same shapes however it was drafted (one row; 0: blocks as they fall).
+        chunk: the most tokens that a prefill processes at once.
+        numbers: which rows these are of the batch that the processors were made for.
+
+    Attributes:
+        rows: which sequence of the batch each active row is; those that ended have left.
+        lengths: tokens of each active row, padding included.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, input_ids: Tensor, *, capacity: int, mask: SkipMask | None = None,
+        draft: PreTrainedModel | None = None, processors: LogitsProcessorList | None = None,
+        sampling: Sampling | None = None, past: Cache | None = None, pads: list[int] | None = None,
+        past_only: int = 0, aligned: int = 0, chunk: int | None = None, numbers: list[int] | None = None,
+    ) -> None:  # fmt: skip
+        rows, length = input_ids.shape
+        self.target = model
+        self.draft_model = draft if draft is not None or mask is None else draft_view(model, mask)
+        self.rows, self.lengths = list(numbers or range(rows)), [length] * rows
+        self.ids = torch.zeros((rows, capacity + SLACK), dtype=torch.long, device=input_ids.device)
+        self.ids[:, :length] = input_ids
+        pads = pads or [0] * rows
+        self.cache = SharedCache(model, capacity, past, rows)
+        # A token's slot in the cache is its place in `ids` less this: common padding is not computed at all.
+        self.offset = (0 if self.cache.committed[0] else min(pads)) - past_only
+        self.pads = [pad - max(0, self.offset) for pad in pads]
+        context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        # What a batch's other rows draft, and what fills an aligned block, may lie beyond the context.
+        self.positions = torch.arange(capacity + past_only + SLACK, device=input_ids.device)
+        if context:
+            self.positions.clamp_(max=context - 1)
+        self.processors = processors or LogitsProcessorList()
+        self.sampling, self.aligned, self.chunk = sampling, aligned, chunk
+        self.few_logits = model._supports_logits_to_keep()
+        self.takes_positions = takes_positions(model)
+        for b, committed in enumerate(self.cache.committed):
+            # Of a cache that holds the whole prompt, the last token is processed again; for the same shapes, all are.
+            self.cache.committed[b] = 0 if aligned else min(committed, length - 1 - self.offset)
+        if aligned and (rows > 1 or self.offset < 0):
+            raise DecodingError(
+                f"deterministic decoding takes one sequence with all its tokens, got {rows} sequences and "
+                f"{past_only} tokens in past_key_values alone; pass whole prompts, one by one"
+            )
+
+    def _forward(self, model: PreTrainedModel, starts: list[int], width: int, keep: int) -> Tensor:
+        """Logits [B, keep, V] of the last `keep` of `width` tokens, written to the cache from `starts` on."""
+        extra: dict[str, Any] = {"logits_to_keep": keep} if self.few_logits and keep < width else {}
+        first, rows = starts[0], len(starts)
+        if all(start == first for start in starts) and not any(self.pads):
+            self.cache.seek(starts)
+            ids = self.ids[:rows, first + self.offset : first + self.offset + width]
+            position_ids = self.positions[None, first : first + width].expand(rows, -1)
+        else:
+            device = self.ids.device
+            pads = torch.tensor(self.pads, device=device)
+            slots_BQ = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
+            self.cache.seek(starts, slots_BQ)
+            ids = self.ids[:rows].gather(1, (slots_BQ + self.offset).clamp(max=self.ids.shape[1] - 1))
+            position_ids = self.positions[(slots_BQ - pads[:, None]).clamp(min=0, max=len(self.positions) - 1)]
+            layer = self.cache.cache.layers
+
+            def keys(window: int | None) -> Tensor:
+                length, offset = layer[self.cache.windows.index(window)].get_mask_sizes(width)
+                return torch.arange(offset, offset + length, device=device)[None]
+
+            extra["attention_mask"] = attention_masks(
+                model, self.cache.windows, slots_BQ, keys, pads if any(self.pads) else None
+            )
+        if self.takes_positions:
+            extra["position_ids"] = position_ids
+        out = model(input_ids=ids, past_key_values=self.cache.cache, use_cache=True, **extra)
+        logits: Tensor = out.logits[:, -keep:]
+        return logits
+
+    def _process(self, logits_BV: Tensor, ends: list[int]) -> Tensor:
+        """Scores [B, V] for the token behind the first ends[b] of each row, given that prefix."""
+        if not self.processors:
+            return logits_BV
+        rows_of: dict[int, list[int]] = {}
+        for row, end in enumerate(ends):
+            rows_of.setdefault(end, []).append(row)
+        scores_BV = torch.empty(logits_BV.shape, dtype=torch.float32, device=logits_BV.device)
+        for end, rows in rows_of.items():  # processors take rows of one length
+            every = len(rows) == len(ends)
+            prefix = self.ids[: len(ends), :end] if every else self.ids[rows, :end]
+            logits = logits_BV if every else logits_BV[rows]
+            scores = process(self.processors, [self.rows[row] for row in rows], prefix, logits)
+            scores_BV[... if every else rows] = scores
+        return scores_BV
+
+    @torch.no_grad()
+    def draft(self, policy: DraftPolicy, limits: list[int]) -> tuple[list[int], Tensor | None]:
+        """Draft behind each row's last token, at most K and limits[b] tokens.
+
+        Returns:
+            how many tokens each row drafted (they lie in `ids`), and with sampling draft_probs [B, K, V].
+        """
+        assert self.draft_model is not None
+        threshold = policy.exit_threshold
+        ends, probs = list(self.lengths), []
+        wanted = [end + min(policy.max_length, limit) for end, limit in zip(ends, limits, strict=True)]
+        drafting = [b for b, end in enumerate(ends) if end < wanted[b]]
+        while drafting:
+            # Rows that are done run along on their last token: cheaper than taking their keys out of the batch.
+            starts = [end - 1 - self.offset for end in ends]
+            scores_BV = self._process(self._forward(self.draft_model, starts, 1, 1)[:, 0], ends)
+            sure_B: Tensor | None = None
+            if self.sampling is None:
+                token_B = scores_BV.argmax(-1)
+                if threshold is not None:
+                    top_B = scores_BV.gather(1, token_B[:, None])[:, 0]
+                    sure_B = (top_B - scores_BV.float().logsumexp(-1)).exp()
+            else:
+                probs.append(probabilities(scores_BV))
+                token_B = draw(probs[-1], self.sampling.draft)
+                if threshold is not None:
+                    sure_B = probs[-1].max(-1).values
+            if len(drafting) == len(ends) == 1:
+                self.ids[0, ends[0]] = token_B[0]
+            else:
+                self.ids[drafting, [ends[b] for b in drafting]] = token_B[drafting]
+            for b in drafting:
+                ends[b] += 1
+            sure = sure_B.tolist() if sure_B is not None else None
+            drafting = [b for b in drafting if ends[b] < wanted[b] and (sure is None or sure[b] >= threshold)]
+        drafted = [end - length for end, length in zip(ends, self.lengths, strict=True)]
+        return drafted, torch.stack(probs, dim=1) if probs else None
+
+    @torch.no_grad()
+    def verify(self, drafted: list[int], draft_probs_BKV: Tensor | None = None) -> list[Block]:
+        """Run the target over what is not yet committed, accept, and append each row's block.
+
+        With nothing drafted this is one step of plain decoding, and the first time it is the prefill.
+        """
+        rows, k = len(drafted), max(drafted)
+        logits_BKV = self._target_logits(k)
+        device = logits_BKV.device
+        if self.processors:
+            ends = [[length + j for length in self.lengths] for j in range(k + 1)]
+            scores_BKV = torch.stack([self._process(logits_BKV[:, j], ends[j]) for j in range(k + 1)], dim=1)
+        else:
+            scores_BKV = logits_BKV
+        draft_ids_BK = self._behind(k)
+        if self.sampling is None and not k:
+            n_B, bonus_B = torch.zeros(rows, dtype=torch.long, device=device), scores_BKV[:, 0].argmax(-1)
+        elif self.sampling is None:
+            drafted_B = torch.tensor(drafted, device=device)
+            n_B, bonus_B = accept_greedy(draft_ids_BK, drafted_B, scores_BKV.argmax(-1))
+        else:
+            target_probs_BKV = probabilities(scores_BKV)
+            if draft_probs_BKV is None:
+                draft_probs_BKV = target_probs_BKV[:, :0]
+            n_B, bonus_B = accept_sampling(
+                target_probs_BKV, draft_probs_BKV, draft_ids_BK, torch.tensor(drafted, device=device),
+                self.sampling.accept,
+            )  # fmt: skip
+        blocks = []
+        for b, (n, bonus, *tokens) in enumerate(torch.cat([n_B[:, None], bonus_B[:, None], draft_ids_BK], 1).tolist()):
+            self.lengths[b] += n + 1
+            self.cache.committed[b] = self.lengths[b] - 1 - self.offset
+            blocks.append(
+                Block(
+                    row=self.rows[b], tokens=[*tokens[:n], bonus], drafted=drafted[b], accepted=n,
+                    _place=b, _logits_BKV=logits_BKV, _scores_BKV=scores_BKV,
+                )
+            )  # fmt: skip
+        if rows == 1:
+            self.ids[0, self.lengths[0] - 1] = bonus_B[0]
+        else:
+            self.ids[range(rows), [length - 1 for length in self.lengths]] = bonus_B
+        return blocks
+
+    def _target_logits(self, k: int) -> Tensor:
+        """The target's logits [B, k + 1, V] for the token behind each row's last one and behind k drafts."""
+        last = self.lengths[0] - 1 - self.offset
+        starts = self.cache.committed
+        if not self.aligned:
+            ahead = (last - starts[0]) // self.chunk * self.chunk if self.chunk else 0
+            starts = self._prefill(starts, ahead)
+            return self._forward(self.target, starts, last + k + 1 - starts[0], k + 1)
+        first = last // self.aligned * self.aligned
+        assert last + k < first + self.aligned, "a draft reaches beyond its aligned block"
+        self._prefill(starts, first - starts[0])
+        # Rows of the block that are committed come out as they did before; what fills it behind is seen by no one.
+        logits = self._forward(self.target, [first], self.aligned, self.aligned)
+        return logits[:, last - first : last - first + k + 1]
+
+    def _prefill(self, starts: list[int], width: int) -> list[int]:
+        """Process so many tokens for their keys alone; returns where they end."""
+        while width > 0:
+            step = min(width, self.chunk or width)
+            self._forward(self.target, starts, step, 1)
+            starts, width = [start + step for start in starts], width - step
+        return starts
+
+    def _behind(self, k: int) -> Tensor:
+        """The k tokens [B, k] behind each row's last one."""
+        rows, first = len(self.lengths), self.lengths[0]
+        if all(length == first for length in self.lengths):
+            return self.ids[:rows, first : first + k]
+        where = torch.tensor(self.lengths, device=self.ids.device)[:, None] + torch.arange(k, device=self.ids.device)
+        return self.ids[:rows].gather(1, where.clamp(max=self.ids.shape[1] - 1))
+
+    def room(self, max_length: int) -> list[int]:
+        """How many tokens each row may draft so that the block, with the target's token, stays within the limit."""
+        rooms = [max_length - length - 1 for length in self.lengths]
+        if self.aligned:
+            last = self.lengths[0] - 1 - self.offset
+            rooms = [min(rooms[0], self.aligned - 1 - last % self.aligned)]
+        return rooms
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget all tokens of an active row behind the first `length`; the last one left is processed again.
+
+        Raises:
+            DecodingError: it reaches into `past_key_values` of a sliding window, and the tokens there are not known.
+        """
+        self.lengths[row] = length
+        committed = min(self.cache.committed[row], length - 1 - self.offset)
+        if committed < self.cache.floor:
+            if self.offset < 0:
+                raise DecodingError(
+                    f"length is {length}, which lies inside past_key_values, and a sliding window forgets; "
+                    f"pass the whole prompt"
+                )
+            committed = 0  # everything is processed again
+        self.cache.committed[row] = committed
+
+    def drop(self, ended: list[int]) -> None:
+        """Take active rows out of the batch; the last ones take their places."""
+        left = len(self.rows) - len(ended)
+        free = [row for row in ended if row < left]
+        movers = sorted(set(range(left, left + len(ended))) - set(ended))
+        self.cache.move(movers, free, left)
+        if free:
+            self.ids[free] = self.ids[movers]
+        for values in (self.rows, self.lengths, self.pads):
+            for source, target in zip(movers, free, strict=True):
+                values[target] = values[source]
+            del values[left:]

@@ -1,0 +1,76 @@
+"""What decoding records: one block of one row, and the raw counts of a run.
+
+Shapes: B rows, K drafted tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """One draft and one verify of one row.
+
+    Attributes:
+        row: which sequence of the batch.
+        tokens: the committed tokens: accepted drafts, then the target's own.
+        drafted: K of this block.
+        accepted: num_accepted, 0..K.
+    """
+
+    row: int
+    tokens: list[int]
+    drafted: int
+    accepted: int
+    _place: int
+    _logits_BKV: Tensor
+    _scores_BKV: Tensor
+
+    @property
+    def logits_KV(self) -> Tensor:
+        """The target's raw logits, a row for each of K + 1 positions."""
+        return self._logits_BKV[self._place, : self.drafted + 1]
+
+    @property
+    def scores_KV(self) -> Tensor:
+        """The same after the logits processors."""
+        return self._scores_BKV[self._place, : self.drafted + 1]
+
+
+@dataclass(slots=True, kw_only=True)
+class DecodeStats:
+    """Raw counts of a run; ratios are made from them last.
+
+    Attributes:
+        blocks: how many blocks drafted k tokens and had n of them accepted, by (k, n).
+        committed: tokens in the output beyond the prompt.
+    """
+
+    blocks: Counter[tuple[int, int]] = field(default_factory=Counter)
+    committed: int = 0
+
+    @property
+    def verifies(self) -> int:
+        return sum(self.blocks.values())
+
+    @property
+    def drafted(self) -> int:
+        return sum(k * count for (k, _), count in self.blocks.items())
+
+    @property
+    def accepted(self) -> int:
+        return sum(n * count for (_, n), count in self.blocks.items())
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted / drafted, a ratio of sums; 0 if nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def tau(self) -> float:
+        """Tokens committed a verify: mean(n) + 1."""
+        return self.accepted / self.verifies + 1 if self.verifies else 0.0

@@ -145,8 +145,9 @@ class Sequences:
         ends, probs = list(self.lengths), []
         wanted = [end + min(policy.max_length, limit) for end, limit in zip(ends, limits, strict=True)]
         drafting = [b for b, end in enumerate(ends) if end < wanted[b]]
-        while drafting:
+        while drafting and 2 * len(drafting) >= len(ends):
             # Rows that are done run along on their last token: cheaper than taking their keys out of the batch.
+            # Once they are the most, they wait for nobody: what is drafted by then is verified.
             starts = [end - 1 - self.offset for end in ends]
             scores_BV = self._process(self._forward(self.draft_model, starts, 1, 1)[:, 0], ends)
             sure_B: Tensor | None = None

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, StaticCache, StoppingCriteria
-from transformers.generation.streamers import BaseStreamer
 
 from skipsearch import SkipMask, self_speculative
+from skipsearch.decoding.loop import decode
+from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import DecodeStats
-from skipsearch.errors import DecodingError, MaskError
+from skipsearch.errors import MaskError
 
 MASK = SkipMask(attention=[0, 2], mlp=[1], num_layers=4)
 
@@ -64,98 +67,6 @@ def test_empty_mask_accepts_everything(tiny: Any, ids: torch.Tensor) -> None:
     assert stats.blocks == {(4, 4): 7, (3, 3): 1} and stats.committed == 40
 
 
-def test_continuing_from_past_key_values(tiny: Any, ids: torch.Tensor) -> None:
-    """Prevents a handed-over cache from being ignored or processed twice."""
-    model = tiny("llama")
-    expected = greedy(model, ids)
-    cache = DynamicCache(config=model.config)
-    model(ids[:, :-1], past_key_values=cache, use_cache=True)
-    out = greedy(model, ids, past_key_values=cache, custom_generate=self_speculative(MASK))
-    assert torch.equal(out, expected)
-    assert cache.get_seq_length() == out.shape[1] - 1
-    assert torch.equal(greedy(model, out, past_key_values=cache), greedy(model, expected))
-
-
-def test_left_padding(tiny: Any, ids: torch.Tensor) -> None:
-    """Prevents padding from shifting positions."""
-    model = tiny("llama")
-    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], dim=1)
-    mask = (padded != 0).long()
-    out = greedy(model, padded, attention_mask=mask, custom_generate=self_speculative(MASK))
-    assert torch.equal(out, greedy(model, padded, attention_mask=mask))
-
-
-class _StopAt(StoppingCriteria):
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.tensor([input_ids.shape[1] >= self.length])
-
-
-def test_stopping_criteria_are_asked_after_every_token(tiny: Any, ids: torch.Tensor) -> None:
-    """Prevents a block from overshooting a criterion."""
-    model = tiny("llama")
-    for length in range(12, 20):
-        method = self_speculative(SkipMask(num_layers=4), max_length=6)
-        out = greedy(model, ids, stopping_criteria=[_StopAt(length)], custom_generate=method)
-        assert out.shape[1] == length
-
-
-class _Collect(BaseStreamer):
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.ended = False
-
-    def put(self, value: torch.Tensor) -> None:
-        self.tokens += value.flatten().tolist()
-
-    def end(self) -> None:
-        self.ended = True
-
-
-def test_streamer_gets_every_token_once(tiny: Any, ids: torch.Tensor) -> None:
-    """Prevents lost, doubled or rejected tokens in a stream."""
-    streamer = _Collect()
-    out = greedy(tiny("llama"), ids, custom_generate=self_speculative(MASK, streamer=streamer))
-    assert streamer.tokens == out[0, ids.shape[1] :].tolist() and streamer.ended
-
-
-def test_returned_scores_and_logits_are_the_targets(tiny: Any, ids: torch.Tensor) -> None:
-    """Prevents draft scores from being handed out, or a row too many."""
-    model = tiny("llama")
-    options: dict[str, Any] = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True,
-                               "repetition_penalty": 1.2}  # fmt: skip
-    ours = greedy(model, ids, custom_generate=self_speculative(MASK), **options)
-    plain = greedy(model, ids, **options)
-    assert torch.equal(ours.sequences, plain.sequences)
-    for name in ("scores", "logits"):
-        assert len(ours[name]) == len(plain[name]) == 40
-        torch.testing.assert_close(torch.cat(ours[name]), torch.cat(plain[name]), atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("options", "field"),
-    [
-        ({"num_beams": 2}, "num_beams is 2"),
-        ({"use_cache": False}, "use_cache is False"),
-        ({"return_dict_in_generate": True, "output_attentions": True}, "output_attentions is True"),
-    ],
-)
-def test_what_cannot_be_honoured_is_refused_by_name(options: Any, field: str, tiny: Any, ids: torch.Tensor) -> None:
-    """Prevents options from being ignored in silence."""
-    with pytest.raises(DecodingError, match=field):
-        greedy(tiny("llama"), ids, custom_generate=self_speculative(MASK), **options)
-
-
-def test_static_caches_are_refused(tiny: Any, ids: torch.Tensor) -> None:
-    """Prevents a cache without rollback from keeping rejected drafts."""
-    model = tiny("llama")
-    with pytest.raises(DecodingError, match="StaticLayer"):
-        greedy(model, ids, past_key_values=StaticCache(config=model.config, max_cache_len=64),
-               custom_generate=self_speculative(MASK))  # fmt: skip
-
-
 def test_wrong_arguments() -> None:
     """Prevents a silent default for a mask or a policy that makes no sense."""
     with pytest.raises(MaskError, match=r"max_length .* got 0"):
@@ -192,3 +103,18 @@ def test_stats_make_ratios_of_sums() -> None:
     assert stats.acceptance_rate == 0 and stats.tau == 0
     stats.blocks.update({(4, 4): 1, (2, 0): 3})
     assert stats.acceptance_rate == 4 / 10 and stats.tau == 4 / 4 + 1
+
+
+def test_buffers_are_freed_with_their_sequence(tiny: Any, ids: torch.Tensor) -> None:
+    """Prevents a reference cycle from keeping keys and values alive until the next garbage collection."""
+    gc.collect()
+    gc.disable()
+    try:
+        sequences = Sequences(tiny("llama"), ids, capacity=40, mask=MASK)
+        for _ in decode(sequences, max_length=30, policy=DraftPolicy()):
+            pass
+        buffer = weakref.ref(sequences.cache.cache.layers[0].buffers[0])
+        del sequences
+        assert buffer() is None
+    finally:
+        gc.enable()

@@ -10,6 +10,7 @@ Shapes: B rows, H heads, T slots, Q new tokens, D head size. A slot is a place i
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,22 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from skipsearch.errors import DecodingError
 
 ROOM = 64  # slots added beyond what is asked for when a buffer is made or grows
+
+
+@dataclass(slots=True)
+class _Cursor:
+    """Where the next forward writes. Known to the layers, which must not hold their owner: without a reference
+    cycle, buffers are freed as soon as their sequences are, not at some later collection.
+    """
+
+    capacity: int
+    start: int = 0
+    last_start: int = 0
+    slots: tuple[Tensor, Tensor] | None = None
+
+    def end(self, queries: int) -> int:
+        """One past the highest slot that a forward of so many tokens writes to."""
+        return self.last_start + queries
 
 
 class SharedCache:
@@ -33,19 +50,16 @@ class SharedCache:
     Attributes:
         cache: what a forward of target or draft takes as `past_key_values`.
         committed: per row, how many slots hold final tokens.
-        start: the lowest slot that the next forward writes to.
         floor: committed slots cannot be cut below this and be kept: of `past`, sliding layers know their window alone.
         windows: per layer, the width of its sliding window, None if it sees everything.
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int, past: Cache | None = None, rows: int = 1) -> None:
-        self.capacity = capacity
+        self.cursor = _Cursor(capacity)
         self.cache = DynamicCache(config=model.config)
         self.windows = layer_windows(self.cache)
-        self.start = self._last_start = 0
-        self._slots: tuple[Tensor, Tensor] | None = None
         length = _length_of(past)
-        self.cache.layers = [_BufferLayer(self, window) for window in self.windows]
+        self.cache.layers = [_BufferLayer(self.cursor, window) for window in self.windows]
         self.committed = [length] * rows
         self.floor = length if any(self.windows) else 0
         if past is not None and length:
@@ -58,13 +72,10 @@ class SharedCache:
         Args:
             slots_BQ: all slots, needed if rows start at different ones.
         """
-        self.start, self._last_start, self._slots = min(starts), max(starts), None
+        slots = None
         if slots_BQ is not None:
-            self._slots = (torch.arange(len(starts), device=slots_BQ.device)[:, None], slots_BQ)
-
-    def end(self, queries: int) -> int:
-        """One past the highest slot that a forward of so many tokens writes to."""
-        return self._last_start + queries
+            slots = (torch.arange(len(starts), device=slots_BQ.device)[:, None], slots_BQ)
+        self.cursor.start, self.cursor.last_start, self.cursor.slots = min(starts), max(starts), slots
 
     def move(self, sources: list[int], targets: list[int], left: int) -> None:
         """Copy rows over others, and keep the first `left` of them."""
@@ -94,13 +105,13 @@ class SharedCache:
 
 
 class _BufferLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer's buffers [B, H, T, D]; where to write and how far to see is the owner's to say."""
+    """One layer's buffers [B, H, T, D]; where to write is the cursor's to say."""
 
     buffers: tuple[Tensor, Tensor]
 
-    def __init__(self, owner: SharedCache, window: int | None) -> None:
+    def __init__(self, cursor: _Cursor, window: int | None) -> None:
         super().__init__()
-        self.owner, self.window = owner, window
+        self.cursor, self.window = cursor, window
         self.is_sliding = window is not None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -112,7 +123,7 @@ class _BufferLayer(DynamicLayer):  # type: ignore[misc]
         old = self.buffers
         have = old[0].shape[2]
         # Doubling keeps the copies rare; more than the capacity asked for is hardly ever needed.
-        room = max(end, min(max(2 * have, end + ROOM), self.owner.capacity))
+        room = max(end, min(max(2 * have, end + ROOM), self.cursor.capacity))
         self.buffers = (_zeros(old[0], room), _zeros(old[1], room))
         for buffer, kept in zip(self.buffers, old, strict=True):
             buffer[:, :, :have] = kept
@@ -121,17 +132,17 @@ class _BufferLayer(DynamicLayer):  # type: ignore[misc]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         rows, _, queries, _ = key_states.shape
-        start, end, first = self.owner.start, self.owner.end(queries), self._first()
+        start, end, first = self.cursor.start, self.cursor.end(queries), self._first()
         if end > self.buffers[0].shape[2]:
             self._reserve(end)
         shown = []
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             if rows < buffer.shape[0]:
                 buffer = buffer[:rows]
-            if self.owner._slots is None:
+            if self.cursor.slots is None:
                 buffer.narrow(2, start, queries).copy_(states)
             else:
-                row, slots = (index.to(buffer.device) for index in self.owner._slots)
+                row, slots = (index.to(buffer.device) for index in self.cursor.slots)
                 buffer[row, :, slots] = states.transpose(1, 2)
             shown.append(buffer.narrow(2, first, end - first))
         self.keys, self.values = shown
@@ -139,14 +150,14 @@ class _BufferLayer(DynamicLayer):  # type: ignore[misc]
 
     def _first(self) -> int:
         """The lowest slot that a query of the next forward may see."""
-        return 0 if self.window is None else max(0, self.owner.start - self.window + 1)
+        return 0 if self.window is None else max(0, self.cursor.start - self.window + 1)
 
     def get_seq_length(self) -> int:
-        return self.owner.start
+        return self.cursor.start
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         first = self._first()
-        return self.owner.end(query_length) - first, first
+        return self.cursor.end(query_length) - first, first
 
     def adopt(self, keys: Tensor, values: Tensor, length: int) -> None:
         """Take over the last tokens of a cache that has seen `length` of them."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_tiny
 from transformers import (
     AutoTokenizer,
     DynamicCache,
@@ -249,6 +250,22 @@ def test_arguments_that_generate_drops_are_refused(tiny: Any, batch: torch.Tenso
     model(batch[:, :4], past_key_values=filled, use_cache=True)
     with pytest.raises(DecodingError, match="one by one"):
         run(model, batch, past_key_values=filled, custom_generate=self_speculative(MASK))
+
+
+def test_beyond_the_context(batch: torch.Tensor) -> None:
+    """Prevents positions from standing still where plain generate counts on: rotary models may outrun their context."""
+    model = make_tiny("llama", max_position_embeddings=16)
+    expected = run(model, batch[:1])
+    for deterministic in (False, True):
+        method = self_speculative(MASK, deterministic=deterministic)
+        assert torch.equal(run(model, batch[:1], custom_generate=method), expected)
+
+
+def test_inputs_on_another_device_are_refused(tiny: Any, batch: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a traceback from the middle of the model; one device here, so the model's is only said to be another."""
+    monkeypatch.setattr("skipsearch.decoding.generate.input_device", lambda _model: torch.device("cuda:0"))
+    with pytest.raises(DecodingError, match=r"input_ids lie on cpu, the model takes them on cuda:0; move them"):
+        run(tiny("llama"), batch[:1], custom_generate=self_speculative(MASK))
 
 
 def test_an_error_in_a_block_leaves_model_and_cache_usable(tiny: Any, batch: torch.Tensor) -> None:

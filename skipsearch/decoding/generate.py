@@ -31,6 +31,7 @@ from skipsearch.errors import DecodingError, MaskError
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import MaskFile, load_mask
 from skipsearch.model.load import check_mask_belongs
+from skipsearch.model.sublayers import input_device
 from skipsearch.model.view import draft_view
 
 
@@ -91,6 +92,11 @@ class SelfSpeculative:
         streamer = self._streamer or unseen.get("streamer")
         _refuse_modes(config, {**model_kwargs, **unseen, "streamer": None})
         check(logits_processor)
+        if (device := input_device(model)).type != input_ids.device.type:
+            raise DecodingError(
+                f"input_ids lie on {input_ids.device}, the model takes them on {device}; "
+                f"move them with .to({str(device)!r})"
+            )
         if batch > 1:
             _refuse_in_batch(past, streamer)
         pads, past_only = _layout(input_ids, config, model_kwargs)

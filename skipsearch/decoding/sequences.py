@@ -73,7 +73,7 @@ class Sequences:
         # What a batch's other rows draft, and what fills an aligned block, may lie beyond the context.
         self.positions = torch.arange(capacity + past_only + SLACK, device=input_ids.device)
         if context:
-            self.positions.clamp_(max=context - 1)
+            self.positions.clamp_(max=max(context, capacity + past_only) - 1)
         self.processors = processors or LogitsProcessorList()
         self.sampling, self.aligned, self.chunk = sampling, aligned, chunk
         self.few_logits = model._supports_logits_to_keep()

@@ -33,3 +33,7 @@ class StudyMismatch(SkipsearchError):
 
 class ResultsError(SkipsearchError, OSError):
     """A results folder or file that cannot be read or written."""
+
+
+class BackendError(SkipsearchError):
+    """A backend that cannot serve this model, or this machine."""

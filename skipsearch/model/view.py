@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
+from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class _Layers(nn.ModuleList):
         return super().__getitem__(index)
 
 
-class _Gone(nn.Module):
+class Gone(nn.Module):
     """A layer skipped whole, norms included: keeps its place so that per-layer settings stay aligned."""
 
     def __init__(self, layer: nn.Module, as_tuple: bool) -> None:
@@ -61,17 +62,11 @@ def draft_view(model: PreTrainedModel, mask: SkipMask) -> PreTrainedModel:
             f"the mask is for num_layers {mask.num_layers}, but the model has {sublayers.num_layers}; "
             f"use a mask that was searched on this model"
         )
-    root, parents = _clone(model), []
-    module = root
-    for name in sublayers.path.split("."):
-        parents.append((module, name))
-        nested = module._modules[name]
-        assert nested is not None
-        module._modules[name] = _clone(nested)
-        module = cast(nn.Module, module._modules[name])
-    layers = _Layers(_draft_layer(layer, i, mask, sublayers) for i, layer in enumerate(cast(nn.ModuleList, module)))
-    parent, name = parents[-1]
-    parent._modules[name] = layers
+    layers = [
+        _draft_layer(layer, i, mask, sublayers)
+        for i, layer in enumerate(cast(nn.ModuleList, model.get_submodule(sublayers.path)))
+    ]
+    root, parents = _on_path(model, sublayers.path, layers)
     # A cache made from the view's own config (as `generate` does for an assistant) holds no keys where
     # attention is skipped, so lengths and positions are read from a layer that runs.
     config = copy.deepcopy(model.config)
@@ -80,10 +75,29 @@ def draft_view(model: PreTrainedModel, mask: SkipMask) -> PreTrainedModel:
     ]
     if len(mask.attention) == mask.num_layers:
         config.use_cache = False  # nothing is left that could be cached
-    for module in {id(m): m for m, _ in parents}.values():
+    for module in parents:
         if getattr(module, "config", None) is model.config:
             module.config = config
     return root
+
+
+def with_layers(model: PreTrainedModel, layers: Sequence[nn.Module]) -> PreTrainedModel:
+    """A module of the model's class, sharing everything with it but its list of layers."""
+    return _on_path(model, find_sublayers(model).path, layers)[0]
+
+
+def _on_path(model: PreTrainedModel, path: str, layers: Sequence[nn.Module]) -> tuple[PreTrainedModel, list[nn.Module]]:
+    """Copies of the modules on the way to the layer list, with other layers at its end: the first one, and all."""
+    root: PreTrainedModel = _clone(model)
+    parents: list[nn.Module] = [root]
+    *way, last = path.split(".")
+    for name in way:
+        nested = parents[-1]._modules[name]
+        assert nested is not None
+        parents[-1]._modules[name] = _clone(nested)
+        parents.append(cast(nn.Module, parents[-1]._modules[name]))
+    parents[-1]._modules[last] = _Layers(layers)
+    return root, parents
 
 
 def _draft_layer(layer: nn.Module, i: int, mask: SkipMask, sublayers: Sublayers) -> nn.Module:
@@ -92,7 +106,7 @@ def _draft_layer(layer: nn.Module, i: int, mask: SkipMask, sublayers: Sublayers)
     if not skipped:
         return layer
     if len(skipped) == len(KINDS):
-        return _Gone(layer, sublayers.layer_returns_tuple)
+        return Gone(layer, sublayers.layer_returns_tuple)
     new = _clone(layer)
     for kind in skipped:
         for name in sublayers.child[kind]:

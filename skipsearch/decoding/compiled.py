@@ -1,0 +1,227 @@
+"""CompiledModel: forwards of fixed shape through compiled pieces and static buffers; CUDA graphs on a GPU.
+
+Serves one sequence at a time in each set of buffers. A forward takes the next width that it has pieces
+for, and what fills it lies behind the last token, where no query sees it and the next forward overwrites it.
+Shapes: Q tokens of a forward, T slots that attention reads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from skipsearch.errors import BackendError, SkipsearchError
+from skipsearch.model.pieces import EXAMPLE_SLOTS, Layer, Piece, Pieces, _buffer
+
+Backend = Literal["auto", "eager", "compiled"]
+WIDTHS = (1, 2, 3, 4, 6, 8, 10, 13)  # forwards of a block: a plain step, and drafts with the token before them
+CHUNK = {"cpu": 64, "cuda": 256}  # tokens of a forward of the prefill
+STEP = {"cpu": 64, "cuda": 256}  # attention reads slots in multiples of this: on a GPU each is a graph of its own
+SLACK = 320  # slots behind the longest sequence, for what fills a forward and its multiple of slots
+log = logging.getLogger("skipsearch")
+
+
+@dataclass(slots=True)
+class Buffers:
+    """Everything of one sequence that has a fixed address.
+
+    Attributes:
+        ids [1, C], positions [C], slots [C]: tokens; the position of each slot; 0, 1, 2, ...
+        at [2]: slot of a forward's first token, and its place in ids.
+        layers: keys and values [1, H, C, D].
+    """
+
+    ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    at: Tensor
+    layers: list[tuple[Tensor, Tensor]]
+    shown: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    graphs: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
+
+    def show(self, slots: int) -> list[tuple[Tensor, Tensor]]:
+        """The first slots of each layer's buffers."""
+        if slots not in self.shown:
+            self.shown[slots] = [(k[:, :, :slots], v[:, :, :slots]) for k, v in self.layers]
+        return self.shown[slots]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a forward says of the tokens behind its own: logits [1, Q, V], the likeliest [1, Q], its probability."""
+
+    logits: Tensor
+    token: Tensor
+    confidence: Tensor
+
+
+class CompiledModel:
+    """A model and its draft views, run through compiled pieces.
+
+    Raises:
+        BackendError: why this model or machine cannot.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        if shutil.which("g++") is None and shutil.which("c++") is None and shutil.which("clang++") is None:
+            raise BackendError("no C++ compiler was found, backend 'compiled' needs one; install g++")
+        self.pieces = Pieces(model)
+        self.device = self.pieces.device
+        kind = "cuda" if self.device.type == "cuda" else "cpu"
+        self.chunk, self.step = CHUNK[kind], STEP[kind]
+        self._heads: dict[int, tuple[Piece, list[Tensor]]] = {}
+        self._tails: dict[int, Piece] = {}
+        self._programs: dict[Any, list[tuple[Piece, int, list[int], list[Tensor]]]] = {}
+        self._free: list[Buffers] = []
+        self._pool: Any = torch.cuda.graph_pool_handle() if kind == "cuda" else None
+
+    # -- buffers -----------------------------------------------------------------------------------------------
+
+    def lease(self, capacity: int, owner: object) -> Buffers:
+        """Buffers with room for so many tokens, for as long as `owner` lives; then others get them."""
+        size = -(-(capacity + SLACK) // self.step) * self.step
+        fitting = [b for b in self._free if b.ids.shape[1] >= size]
+        if fitting:
+            buffers = min(fitting, key=lambda b: b.ids.shape[1])
+            self._free.remove(buffers)
+            for layer in buffers.layers:
+                for buffer in layer:
+                    buffer.zero_()  # masked-out NaN of an earlier sequence would be NaN still
+        else:
+            whole: dict[str, Any] = {"dtype": torch.long, "device": self.device}
+            buffers = Buffers(
+                torch.zeros((1, size), **whole), torch.zeros(size, **whole), torch.arange(size, device=self.device),
+                torch.zeros(2, **whole),
+                [
+                    (_buffer(keys, size, self.device), _buffer(values, size, self.device))
+                    for keys, values in self.pieces.shapes
+                ],
+            )  # fmt: skip
+        weakref.finalize(owner, self._free.append, buffers)
+        return buffers
+
+    # -- pieces ------------------------------------------------------------------------------------------------
+
+    def width_for(self, tokens: int) -> int:
+        """The width of the forward that so many tokens take."""
+        return next((width for width in WIDTHS if width >= tokens), self.chunk)
+
+    def _head(self, width: int) -> tuple[Piece, list[Tensor]]:
+        if width not in self._heads:
+            head = self.pieces.head(width)
+            options: dict[str, Any] = {"dtype": torch.long, "device": self.device}
+            slots = torch.arange(EXAMPLE_SLOTS, device=self.device)
+            example = head(
+                *self.pieces.outside[1], torch.zeros(1, 331, **options), torch.zeros(359, **options), slots,
+                torch.zeros(2, **options),
+            )  # fmt: skip
+            self._heads[width] = head, list(example)
+        return self._heads[width]
+
+    def _tail(self, width: int, hidden: Tensor) -> Piece:
+        if width not in self._tails:
+            self._tails[width] = self.pieces.tail(width, hidden)
+        return self._tails[width]
+
+    def _program(self, layers: Sequence[Layer], width: int) -> list[tuple[Piece, int, list[int], list[Tensor]]]:
+        key = (width, *map(id, layers))
+        if key not in self._programs:
+            _, example = self._head(width)
+            program = []
+            for layer in layers:
+                leaves = self.pieces.layer_calls[layer.index].leaves
+                extras = [leaf for leaf in leaves if type(leaf) is int]
+                program.append((self.pieces.layer(layer, width, example), layer.index, extras, layer.tensors))
+            self._programs[key] = program
+        return self._programs[key]
+
+    def warm(
+        self, layers: Sequence[Layer], widths: Sequence[int], progress: Callable[[str, int, int], None] | None = None
+    ) -> None:
+        """Compile what these layers need at these widths, or read it from the disk."""
+        for number, width in enumerate(widths):
+            self._program(layers, width)
+            self._tail(1 if width == self.chunk else width, self._head(width)[1][0])
+            if progress is not None:
+                progress("compile", number + 1, len(widths))
+
+    # -- forwards ----------------------------------------------------------------------------------------------
+
+    def run(
+        self, layers: Sequence[Layer], buffers: Buffers, at: Tensor, width: int, slots: int, last: int | None = None
+    ) -> Scores:
+        """One forward of `width` tokens that stand in `buffers.ids`; `last` asks for the scores of that one alone."""
+        outside = self.pieces.outside[1]
+        out = self._head(width)[0](*outside, buffers.ids, buffers.positions, buffers.slots[:slots], at)
+        hidden, slots_Q = out[0], out[1]
+        shown = buffers.show(slots)
+        for piece, index, extras, tensors in self._program(layers, width):
+            keys, values = shown[index]
+            hidden = piece(hidden, slots_Q, keys, values, *[out[i] for i in extras], *tensors)[0]
+        if last is not None:
+            hidden = hidden[:, last : last + 1]
+        return Scores(*self._tail(hidden.shape[1], hidden)(*outside, hidden))
+
+    def forward(
+        self, layers: Sequence[Layer], buffers: Buffers, start: int, place: int, tokens: int, keep_last: bool = False
+    ) -> Scores:
+        """The forward of `tokens` tokens from slot `start` on; scores of all of them, or of the last."""
+        width = self.width_for(tokens)
+        last = tokens - 1 if keep_last and width == self.chunk else None
+        slots = self.slots_for(start + width)
+        self.seek(buffers, start, place)
+        return self.graph(
+            buffers, ("forward", width, slots, last, *map(id, layers)),
+            lambda: self.run(layers, buffers, buffers.at, width, slots, last),
+        )  # fmt: skip
+
+    def draft(
+        self, layers: Sequence[Layer], buffers: Buffers, start: int, place: int, steps: int
+    ) -> None:
+        """Draft greedily so many tokens behind the one at `start`, into ids, without asking the host in between."""
+        slots = self.slots_for(start + steps)
+        self.seek(buffers, start, place)
+
+        def run() -> None:
+            at = buffers.at
+            for _ in range(steps):
+                token = self.run(layers, buffers, at, 1, slots).token
+                at = at + 1
+                buffers.ids.index_copy_(1, at[1:], token)
+
+        self.graph(buffers, ("draft", steps, slots, *map(id, layers)), run)
+
+    def slots_for(self, end: int) -> int:
+        """How many slots attention reads if tokens stand below `end`."""
+        return -(-end // self.step) * self.step
+
+    def seek(self, buffers: Buffers, start: int, place: int) -> None:
+        """Choose where the next forward begins."""
+        buffers.at.copy_(torch.tensor([start, place]), non_blocking=True)
+
+    def graph(self, buffers: Buffers, key: Any, run: Callable[[], Any]) -> Any:
+        """Run it; on a GPU by replaying a graph, captured the first time. Its output is overwritten the next time."""
+        if self.device.type != "cuda":
+            return run()
+        if key not in buffers.graphs:
+            stream = torch.cuda.Stream(self.device)
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # what is compiled or chosen at first use must not be captured
+                    run()
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                out = run()
+            buffers.graphs[key] = graph, out
+        graph, out = buffers.graphs[key]
+        graph.replay()
+        return out

@@ -1,0 +1,377 @@
+"""The model cut at its layers into pieces, each kind of piece compiled once.
+
+A head (embeddings, positions, attention masks), one piece for every different build of layer, and a tail
+(final norm, logits, the likeliest token and its probability). Weights are inputs of a piece, so layers
+that are built alike share one, and a draft is nothing but a shorter list of calls: no mask ever compiles
+anything that another has not. Attention reads static buffers whose length is a symbol, so nothing is
+compiled again as the context grows.
+
+Does not patch the model: pieces are traced from twins of its modules that share the tensors.
+Shapes: Q tokens of a forward, C tokens of a buffer, T slots that attention reads, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._inductor import config as inductor_config
+from torch._inductor import standalone_compile
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils import _pytree as pytree
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from skipsearch.errors import BackendError
+from skipsearch.model.cache import layer_windows
+from skipsearch.model.masks import attention_masks
+from skipsearch.model.sublayers import find_sublayers, input_device, takes_positions
+from skipsearch.model.view import Gone, with_layers
+
+Piece = Callable[..., Sequence[Tensor]]
+# Lengths to trace with. They differ, because equal ones would be taken for one symbol.
+EXAMPLE_IDS, EXAMPLE_POSITIONS, EXAMPLE_SLOTS = 331, 359, 197
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """How the model calls one layer: the same for every token.
+
+    Attributes:
+        leaves: flat arguments; "hidden", "cache", a number of the head's outputs, or a constant in a tuple.
+        spec: how to make the arguments of them again.
+    """
+
+    leaves: tuple[Any, ...]
+    spec: Any
+
+
+@dataclass(slots=True)
+class Layer:
+    """A layer as it is to be run: its tensors, the build that tells which piece fits, and its place in the cache."""
+
+    module: nn.Module
+    names: list[str]
+    tensors: list[Tensor]
+    build: str
+    index: int
+
+
+class _Recorder(nn.Module):
+    """Stands for a layer: notes its arguments, and passes the hidden state on."""
+
+    def __init__(self, layer: nn.Module, as_tuple: bool, calls: list[Any]) -> None:
+        super().__init__()
+        self.as_tuple, self.calls = as_tuple, calls
+        object.__setattr__(self, "layer", layer)  # not a child: only asked for its settings
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(vars(self)["layer"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.calls.append((args, kwargs))
+        return (hidden,) if self.as_tuple else hidden
+
+
+class _Last(_Recorder):
+    """Stands for the last layer, and returns what it was given beforehand."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.calls[0],) if self.as_tuple else self.calls[0]
+
+
+class _Slots(DynamicLayer):  # type: ignore[misc]
+    """One layer's buffers: new keys go to given slots, attention sees all."""
+
+    def __init__(self, buffers: tuple[Tensor, Tensor] | None = None, slots_Q: Tensor | None = None) -> None:
+        super().__init__()
+        self.buffers, self.slots_Q, self.is_initialized = buffers, slots_Q, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        assert self.buffers is not None and self.slots_Q is not None
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer.index_copy_(2, self.slots_Q, states)
+        return self.buffers
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return EXAMPLE_SLOTS, 0
+
+
+class Pieces:
+    """All pieces of one model.
+
+    Args:
+        model: the target; layers of its draft views fit too.
+
+    Raises:
+        BackendError: why the model cannot be cut.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        _check(model)
+        sublayers = find_sublayers(model)
+        self.path, self.as_tuple = sublayers.path, sublayers.layer_returns_tuple
+        self.device, self.dtype = input_device(model), model.dtype
+        self.windows = layer_windows(DynamicCache(config=model.config))
+        self.takes_positions = takes_positions(model)
+        layers = list(cast(nn.ModuleList, model.get_submodule(self.path)))
+        self.num_layers = len(layers)
+        self.calls: list[Any] = []
+        recorders = [_Recorder(layer, self.as_tuple, self.calls) for layer in layers]
+        self._outside = _twin(with_layers(model, recorders))
+        self.outside = _tensors(self._outside)
+        self.shapes = _shapes(model)
+        self._layers: dict[int, Layer] = {}
+        self._compiled: dict[Any, Piece] = {}
+        self.layer_calls: list[Call] = []
+
+    def layers_of(self, model: nn.Module) -> list[Layer]:
+        """The layers of the model or of a draft view of it that have anything to run."""
+        found = []
+        for index, module in enumerate(cast(nn.ModuleList, model.get_submodule(self.path))):
+            if isinstance(module, Gone):
+                continue
+            if id(module) not in self._layers:
+                names, tensors = _tensors(module)
+                self._layers[id(module)] = Layer(module, names, tensors, _build(module, names, tensors), index)
+            found.append(self._layers[id(module)])
+        return found
+
+    def head(self, width: int) -> Piece:
+        """(*tensors outside of layers, ids [1, C], positions [N], slots [T], at [2]) -> hidden, slots [Q], extras.
+
+        `at` holds the slot of the first token and its place in ids.
+        """
+        names, tensors = self.outside
+
+        def run(*inputs: Tensor) -> list[Tensor]:
+            ids_C, positions_N, slots_T, at = inputs[len(names) :]
+            slots_Q = at[0] + torch.arange(width, device=ids_C.device)
+            ids = ids_C[:, slots_Q + (at[1] - at[0])]
+            self.calls.clear()
+            self._outer(self._outside, inputs, ids, slots_Q, slots_T, positions_N[slots_Q])
+            hidden, extras, self.layer_calls = _read_calls(self.calls)
+            self.calls.clear()
+            return [hidden, slots_Q, *extras]
+
+        def examples() -> list[Tensor]:
+            options: dict[str, Any] = {"dtype": torch.long, "device": self.device}
+            return [
+                *tensors, torch.zeros(1, EXAMPLE_IDS, **options), torch.zeros(EXAMPLE_POSITIONS, **options),
+                torch.zeros(EXAMPLE_SLOTS, **options), torch.zeros(2, **options),
+            ]  # fmt: skip
+
+        dynamic: list[tuple[int, ...]] = [*[()] * len(names), (1,), (0,), (0,), ()]
+        return self._piece(("head", width), run, examples, dynamic)
+
+    def layer(self, layer: Layer, width: int, example: Sequence[Tensor]) -> Piece:
+        """(hidden, slots [Q], keys, values [1, H, T, D], *the head's extras it takes, *its tensors) -> hidden."""
+        call = self.layer_calls[layer.index]
+        extras = [example[leaf] for leaf in call.leaves if type(leaf) is int]
+        twin = _twin(layer.module)
+        constants = repr([leaf if type(leaf) is not int else ("extra",) for leaf in call.leaves])
+
+        def run(hidden: Tensor, slots_Q: Tensor, keys: Tensor, values: Tensor, *rest: Tensor) -> list[Tensor]:
+            given, tensors = iter(rest[: len(extras)]), rest[len(extras) :]
+            cache = _OneLayer([_Slots((keys, values), slots_Q)])
+
+            def leaf(kind: Any) -> Any:
+                if type(kind) is int:
+                    return next(given)
+                return {"hidden": hidden, "cache": cache}[kind] if isinstance(kind, str) else kind[0]
+
+            args, kwargs = pytree.tree_unflatten([leaf(kind) for kind in call.leaves], call.spec)
+            out = torch.func.functional_call(twin, dict(zip(layer.names, tensors, strict=True)), args, kwargs)
+            return [out[0] if self.as_tuple else out]
+
+        def examples() -> list[Tensor]:
+            buffers = [_buffer(shape, EXAMPLE_SLOTS, self.device) for shape in self.shapes[layer.index]]
+            return [example[0], example[1], *buffers, *extras, *layer.tensors]
+
+        shapes = [tuple(extra.shape) for extra in extras]
+        dynamic = [(), (), (2,), (2,)] + [
+            tuple(d for d, size in enumerate(shape) if size == EXAMPLE_SLOTS) for shape in shapes
+        ]
+        key = ("layer", width, layer.build, constants, repr(shapes), self.shapes[layer.index])
+        return self._piece(key, run, examples, [*dynamic, *[()] * len(layer.tensors)])
+
+    def tail(self, width: int, hidden: Tensor) -> Piece:
+        """(*tensors outside of layers, hidden [1, Q, E]) -> logits [1, Q, V], token [1, Q], its probability [1, Q]."""
+        names, tensors = self.outside
+        model = _twin(self._outside)
+        layers = cast(nn.ModuleList, model.get_submodule(self.path))
+        given: list[Tensor] = []
+        layers[-1] = _Last(vars(layers[-1])["layer"], self.as_tuple, given)
+
+        def run(*inputs: Tensor) -> list[Tensor]:
+            given[:] = [inputs[-1]]
+            slots = torch.arange(width, device=inputs[-1].device)
+            logits = self._outer(model, inputs, torch.zeros_like(slots)[None], slots, slots, slots).logits
+            highest, token = logits.max(-1)
+            return [logits, token, (highest.float() - logits.float().logsumexp(-1)).exp()]
+
+        example = hidden.new_zeros((1, width, hidden.shape[-1]))
+        dynamic: list[tuple[int, ...]] = [()] * (len(names) + 1)
+        return self._piece(("tail", width), run, lambda: [*tensors, example], dynamic)
+
+    def _outer(
+        self, model: Any, tensors: Sequence[Tensor], ids: Tensor, slots_Q: Tensor, slots_T: Tensor, positions_Q: Tensor
+    ) -> Any:
+        """The model's own forward around its layers."""
+        cache = DynamicCache(config=model.config)
+        cache.layers = [_Slots() for _ in range(self.num_layers)]
+        given: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
+        given["attention_mask"] = attention_masks(model, self.windows, slots_Q[None], lambda _window: slots_T[None])
+        if self.takes_positions:
+            given["position_ids"] = positions_Q[None]
+        return torch.func.functional_call(model, dict(zip(self.outside[0], tensors, strict=False)), (), given)
+
+    def _piece(
+        self, key: Any, run: Callable[..., list[Tensor]], examples: Callable[[], list[Tensor]],
+        dynamic: list[tuple[int, ...]],
+    ) -> Piece:  # fmt: skip
+        if key not in self._compiled:
+            self._compiled[key] = _compile(run, examples(), dynamic)
+        return self._compiled[key]
+
+
+class _OneLayer(DynamicCache):
+    """A cache that is the same layer whatever number is asked for: layers that share a piece differ in theirs."""
+
+    def __init__(self, layers: list[_Slots]) -> None:
+        Cache.__init__(self, layers=layers)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        return self.layers[0].update(key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+def _check(model: PreTrainedModel) -> None:
+    if any(parameter.device.type == "meta" for parameter in model.parameters()) or any(
+        "_hf_hook" in vars(module) for module in model.modules()
+    ):
+        raise BackendError("the model's weights are spread or offloaded, must lie on one device; use backend 'eager'")
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        raise BackendError(
+            f"the model's attention is {model.config._attn_implementation!r}, must be 'sdpa' or 'eager'; "
+            f"load it with attn_implementation='sdpa'"
+        )
+
+
+def _read_calls(calls: list[Any]) -> tuple[Tensor, list[Tensor], list[Call]]:
+    """What goes into the first layer, the other tensors that layers take, and how each layer takes them."""
+    extras: list[Tensor] = []
+    first: Tensor | None = None
+    found = []
+    for args, kwargs in calls:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        first = hidden if first is None else first
+        if hidden is not first:
+            raise BackendError("the model changes the hidden state between layers; use backend 'eager'")
+        leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=lambda leaf: isinstance(leaf, Cache))
+        kinds: list[Any] = []
+        for leaf in leaves:
+            if leaf is hidden:
+                kinds.append("hidden")
+            elif isinstance(leaf, Cache):
+                kinds.append("cache")
+            elif isinstance(leaf, Tensor):
+                place = next((i for i, extra in enumerate(extras) if extra is leaf), len(extras))
+                extras += [leaf] if place == len(extras) else []
+                kinds.append(place + 2)  # behind hidden and slots in the head's outputs
+            else:
+                kinds.append((leaf,))
+        found.append(Call(tuple(kinds), spec))
+    assert first is not None
+    return first, extras, found
+
+
+def _twin(module: nn.Module) -> Any:
+    """A copy of the module tree with the same tensors, which tracing may swap without touching the model."""
+    memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    memo |= {id(m.config): m.config for m in module.modules() if hasattr(m, "config")}
+    for m in module.modules():
+        if isinstance(m, _Recorder):
+            memo |= {id(m.calls): m.calls, id(vars(m)["layer"]): vars(m)["layer"]}
+    return copy.deepcopy(module, memo)
+
+
+def _tensors(module: nn.Module) -> tuple[list[str], list[Tensor]]:
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return list(named), [tensor.detach() for tensor in named.values()]
+
+
+def _build(module: nn.Module, names: list[str], tensors: list[Tensor]) -> str:
+    """Two layers with the same build compute the same function of their tensors. Their number is no part of it."""
+    parts: list[Any] = [(n, tuple(t.shape), t.stride(), t.dtype, t.device) for n, t in zip(names, tensors, strict=True)]
+    ignored = ("layer_idx", "training", "config")
+    for name, part in module.named_modules():
+        plain = {
+            k: v for k, v in vars(part).items()
+            if not k.startswith("_") and k not in ignored and not isinstance(v, Tensor | nn.Module)
+        }  # fmt: skip
+        parts.append((name, type(part).__module__, type(part).__qualname__, sorted(plain.items(), key=repr)))
+    return repr(parts)
+
+
+@torch.no_grad()
+def _shapes(model: PreTrainedModel) -> list[tuple[tuple[int, int, torch.dtype], ...]]:
+    """Heads, head size and dtype of each layer's keys and values, read off a forward of one token."""
+    cache = DynamicCache(config=model.config)
+    model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=input_device(model)), past_key_values=cache)
+    return [
+        tuple((states.shape[1], states.shape[3], states.dtype) for states in (layer.keys, layer.values))
+        for layer in cache.layers
+    ]
+
+
+def _buffer(shape: tuple[int, int, torch.dtype], slots: int, device: torch.device) -> Tensor:
+    """Zeros [1, H, T, D] that lie slot after slot, so that what attention reads of them is one block."""
+    heads, size, dtype = shape
+    return torch.zeros((1, slots, heads, size), dtype=dtype, device=device).transpose(1, 2)
+
+
+def keep_compiled() -> Path:
+    """Where compiled pieces are kept between runs; TORCHINDUCTOR_CACHE_DIR, if set, decides."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "skipsearch" / "compiled")))
+
+
+@contextlib.contextmanager
+def _settings(device: torch.device) -> Iterator[None]:
+    # On a CPU the wrapper around the kernels is compiled as well: in Python it costs as much as the kernels do.
+    # On a GPU graphs remove it; there, products of few rows become reductions, which reach more of the bandwidth.
+    given = {"cpp_wrapper": True} if device.type == "cpu" else {"coordinate_descent_tuning": True}
+    with inductor_config.patch(given):
+        yield
+
+
+@torch.no_grad()
+def _compile(run: Callable[..., list[Tensor]], examples: list[Tensor], dynamic: list[tuple[int, ...]]) -> Piece:
+    keep_compiled()
+    fakes_of = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    fakes = []
+    for example, dims in zip(examples, dynamic, strict=True):
+        sizes = [DimDynamic.DYNAMIC if d in dims else DimDynamic.STATIC for d in range(example.dim())]
+        fakes.append(fakes_of.from_tensor(example, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
+    with _settings(examples[0].device):
+        graph = make_fx(run)(*fakes)
+        return cast(Piece, standalone_compile(graph, fakes, dynamic_shapes="from_graph"))

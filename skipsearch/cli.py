@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from skipsearch.errors import SkipsearchError
+from skipsearch.errors import BackendWarning, SkipsearchError
 
 if TYPE_CHECKING:
     from skipsearch.model.load import Loaded
@@ -47,6 +47,9 @@ NewTokens = Annotated[int, typer.Option(min=2, help="tokens to decode from each 
 Calibration = Annotated[int, typer.Option("--num-prompts", min=2, help="prompts to search with")]
 HeldOut = Annotated[int, typer.Option("--num-held-out", min=2, help="prompts to validate on")]
 Rounds = Annotated[int, typer.Option(min=1, help="repetitions of validation")]
+Backends = Annotated[
+    Literal["auto", "eager", "compiled"], typer.Option("--backend", help="what runs forwards; auto: compiled if it can")
+]
 Seed = Annotated[int, typer.Option(help="seed of everything random")]
 
 
@@ -84,6 +87,7 @@ def run(
     prompts: PromptsFrom = "builtin", prompt_column: Column = None, prompt_config: Config = None,
     prompt_split: Split = "test", chat: Chat = True, num_prompts: Calibration = 24, num_held_out: HeldOut = 20,
     prompt_tokens: PromptTokens = None, new_tokens: NewTokens = 96, rounds: Rounds = 2, seed: Seed = 0,
+    backend: Backends = "auto",
     folder: Annotated[Path | None, typer.Option("--out", help="results folder (default results/<model>)")] = None,
     storage: Annotated[str | None, typer.Option(help="Optuna storage URL (default SQLite in the folder)")] = None,
     study: Annotated[str, typer.Option(help="name of the study")] = "search",
@@ -94,7 +98,7 @@ def run(
     options = _options(
         prompts, prompt_column, prompt_config, prompt_split, chat, trials=trials, time_budget=time_budget,
         sampler=sampler, prompts=num_prompts, held_out=num_held_out, prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens, rounds=rounds, seed=seed, storage=storage, study=study,
+        new_tokens=new_tokens, rounds=rounds, seed=seed, storage=storage, study=study, backend=backend,
     )  # fmt: skip
     from skipsearch.report.progress import stages
 
@@ -125,6 +129,7 @@ def generate(
     top_k: Annotated[int, typer.Option(min=0)] = 0,
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
     compare: Annotated[bool, typer.Option(help="decode plainly too, and compare speed and tokens")] = False,
+    backend: Backends = "auto",
     seed: Seed = 0, dtype: Dtype = "auto", device: Device = "auto", revision: Revision = None, trust: Trust = False,
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
@@ -135,6 +140,7 @@ def generate(
 
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
+        "backend": _backend_of(mask) if backend == "auto" else backend,
     }  # fmt: skip
     arms = [("plain", None), ("mask", mask)] if compare and mask else [("mask" if mask else "plain", mask)]
     results: dict[str, Any] = {}
@@ -158,6 +164,14 @@ def generate(
     raise typer.Exit(1 if equal is False and str(loaded.model.dtype) == "torch.float32" else 0)
 
 
+def _backend_of(mask: Path | None) -> str:
+    """The backend that a mask was tuned for: with --compare both arms take it."""
+    from skipsearch.maskfile import load_mask
+
+    file = load_mask(mask) if mask is not None else None
+    return file.evidence.backend if file is not None and file.evidence is not None else "eager"
+
+
 @app.command()
 def validate(
     mask: Annotated[Path, typer.Argument(help="mask.json")],
@@ -165,6 +179,7 @@ def validate(
     prompts: PromptsFrom = "builtin", prompt_column: Column = None, prompt_config: Config = None,
     prompt_split: Split = "test", chat: Chat = True, num_prompts: Calibration = 24, num_held_out: HeldOut = 20,
     prompt_tokens: PromptTokens = None, new_tokens: NewTokens = 96, rounds: Rounds = 2, seed: Seed = 0,
+    backend: Backends = "auto",
     write: Annotated[bool, typer.Option(help="put the new evidence into the mask file")] = False,
     audited: Annotated[
         bool, typer.Option("--audit", help="instead of timing, explain every difference from plain decoding in fp32")
@@ -178,7 +193,7 @@ def validate(
     file = load_mask(mask)
     options = _options(
         prompts, prompt_column, prompt_config, prompt_split, chat, prompts=num_prompts, held_out=num_held_out,
-        prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds, seed=seed,
+        prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds, seed=seed, backend=backend,
     )  # fmt: skip
     loaded = _load(model, dtype, device, revision, trust)
     from skipsearch.model.load import check_mask_belongs
@@ -293,6 +308,8 @@ def main() -> None:
     debug = "--debug" in sys.argv
     if not debug:
         warnings.filterwarnings("ignore")
+        warnings.filterwarnings("always", category=BackendWarning)
+        warnings.showwarning = lambda message, *_, **__: err.print(f"note: {message}", markup=False, soft_wrap=True)
         logging.getLogger("transformers").setLevel(logging.ERROR)
         os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # our error says it; the library says it again
     try:

@@ -37,3 +37,7 @@ class ResultsError(SkipsearchError, OSError):
 
 class BackendError(SkipsearchError):
     """A backend that cannot serve this model, or this machine."""
+
+
+class BackendWarning(UserWarning):
+    """Why decoding is eager, or another backend than a mask was tuned for; the CLI prints it as one line."""

@@ -49,10 +49,21 @@ class Draft(_Part):
     model_config = ConfigDict(frozen=True, extra="forbid")
     max_length: Count = Field(default=5, ge=1)
     exit_threshold: float | None = Field(default=None, gt=0, lt=1)
+    adaptive: bool = False
+    curve: tuple[float, ...] = ()
+    prices: tuple[float, ...] = ()
+    ngram: Count = Field(default=0, ge=0)
+    never_slower: bool = False
+    costs: tuple[float, ...] = ()
 
 
 class Evidence(_Part):
-    """What `validate` measured; absent for a mask that nobody has validated."""
+    """What `validate` measured; absent for a mask that nobody has validated.
+
+    Attributes:
+        speedup, tokens_per_second: of the mask and its exit rule alone; the verdict is about them.
+        served_speedup: with n-grams and fallback to plain steps as well, as the file's policy says.
+    """
 
     acceptance_rate: float
     tau: float
@@ -70,6 +81,8 @@ class Evidence(_Part):
     tokens: int
     prompts_sha256: str
     verdict: Literal["use", "do not use"]
+    served_speedup: float | None = None
+    served_speedup_ci: tuple[float, float] | None = None
 
 
 class Provenance(_Part):

@@ -12,16 +12,15 @@ import shutil
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from skipsearch.errors import BackendError, SkipsearchError
+from skipsearch.errors import BackendError
 from skipsearch.model.pieces import EXAMPLE_SLOTS, Layer, Piece, Pieces, _buffer
 
-Backend = Literal["auto", "eager", "compiled"]
 WIDTHS = (1, 2, 3, 4, 6, 8, 10, 13)  # forwards of a block: a plain step, and drafts with the token before them
 CHUNK = {"cpu": 64, "cuda": 256}  # tokens of a forward of the prefill
 STEP = {"cpu": 64, "cuda": 256}  # attention reads slots in multiples of this: on a GPU each is a graph of its own
@@ -29,7 +28,7 @@ SLACK = 320  # slots behind the longest sequence, for what fills a forward and i
 log = logging.getLogger("skipsearch")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Buffers:
     """Everything of one sequence that has a fixed address.
 
@@ -178,14 +177,13 @@ class CompiledModel:
         last = tokens - 1 if keep_last and width == self.chunk else None
         slots = self.slots_for(start + width)
         self.seek(buffers, start, place)
-        return self.graph(
+        scores: Scores = self.graph(
             buffers, ("forward", width, slots, last, *map(id, layers)),
             lambda: self.run(layers, buffers, buffers.at, width, slots, last),
         )  # fmt: skip
+        return scores
 
-    def draft(
-        self, layers: Sequence[Layer], buffers: Buffers, start: int, place: int, steps: int
-    ) -> None:
+    def draft(self, layers: Sequence[Layer], buffers: Buffers, start: int, place: int, steps: int) -> None:
         """Draft greedily so many tokens behind the one at `start`, into ids, without asking the host in between."""
         slots = self.slots_for(start + steps)
         self.seek(buffers, start, place)

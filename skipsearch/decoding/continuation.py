@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from skipsearch.decoding.backend import Backend
 from skipsearch.decoding.generate import self_speculative
 from skipsearch.errors import DecodingError
 from skipsearch.model.load import Loaded
@@ -17,7 +18,7 @@ from skipsearch.model.sublayers import input_device
 
 def continue_text(
     loaded: Loaded, prompt: str, mask: Path | None, *, stream: bool, max_new_tokens: int, temperature: float = 0.0,
-    top_k: int = 0, top_p: float = 1.0, seed: int = 0,
+    top_k: int = 0, top_p: float = 1.0, seed: int = 0, backend: Backend = "auto",
 ) -> dict[str, Any]:  # fmt: skip
     """Generate and time it, prefill included.
 
@@ -39,7 +40,7 @@ def continue_text(
             f"{context}; pass --max-new-tokens {max(1, context - length)} or a shorter prompt"
         )
     streamer = TextStreamer(tokenizer, skip_prompt=False) if stream else None
-    method = self_speculative(mask, streamer=streamer)
+    method = self_speculative(mask, streamer=streamer, backend=backend)
     if streamer is not None:
         streamer.put(inputs["input_ids"])
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p} if temperature else {
@@ -54,7 +55,7 @@ def continue_text(
     return {
         "text": tokenizer.decode(tokens), "tokens": tokens, "seconds": seconds,
         "tokens_per_second": len(tokens) / seconds, "drafted": stats.drafted, "accepted": stats.accepted,
-        "verifies": stats.verifies, "acceptance_rate": stats.acceptance_rate, "tau": stats.tau,
+        "verifies": stats.verifies, "accepted_from": dict(stats.accepted_from), "acceptance_rate": stats.acceptance_rate, "tau": stats.tau,
     }  # fmt: skip
 
 

@@ -7,8 +7,9 @@ sampling: the same distribution). Options that a callable cannot honour are refu
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,16 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from skipsearch.decoding.accept import Sampling
+from skipsearch.decoding.backend import Backend, compiled_for
+from skipsearch.decoding.compiled import CompiledModel
 from skipsearch.decoding.loop import decode
+from skipsearch.decoding.pace import Pace
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.processors import check
 from skipsearch.decoding.rows import rows_may_differ
 from skipsearch.decoding.sequences import ALIGNED, Sequences
 from skipsearch.decoding.stats import Block, DecodeStats
-from skipsearch.errors import DecodingError, MaskError
+from skipsearch.errors import BackendWarning, DecodingError, MaskError
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import MaskFile, load_mask
 from skipsearch.model.load import check_mask_belongs
@@ -50,15 +54,17 @@ class SelfSpeculative:
     Attributes:
         mask, policy: what it drafts with; mask None decodes plainly.
         deterministic: whether verification runs in blocks of one fixed shape.
+        backend: what runs forwards; "auto" is the one that the mask file was tuned for, eager for a bare mask.
         stats: raw counts of the last call.
     """
 
     def __init__(
         self, mask: SkipMask | None, policy: DraftPolicy, file: MaskFile | None, streamer: BaseStreamer | None,
-        deterministic: bool = False,
+        deterministic: bool = False, backend: Backend = "auto",
     ) -> None:  # fmt: skip
         self.mask, self.policy, self.deterministic, self.stats = mask, policy, deterministic, DecodeStats()
-        self._file, self._streamer = file, streamer
+        self.backend, self._file, self._streamer, self._said = backend, file, streamer, set[str]()
+        self._paces: weakref.WeakKeyDictionary[PreTrainedModel, Pace] = weakref.WeakKeyDictionary()
         self._drafts: weakref.WeakKeyDictionary[PreTrainedModel, PreTrainedModel] = weakref.WeakKeyDictionary()
 
     def _draft_for(self, model: PreTrainedModel) -> PreTrainedModel | None:
@@ -69,6 +75,31 @@ class SelfSpeculative:
                 check_mask_belongs(self._file, model)
             self._drafts[model] = draft_view(model, self.mask)
         return self._drafts[model]
+
+    def _compiled_for(self, model: PreTrainedModel, rows: int) -> CompiledModel | None:
+        tuned = self._file.evidence.backend if self._file is not None and self._file.evidence is not None else None
+        wanted = self.backend if self.backend != "auto" else "compiled" if tuned == "compiled" else "eager"
+        if wanted == "compiled" and (rows > 1 or self.deterministic):
+            what = f"a batch of {rows} sequences" if rows > 1 else "deterministic decoding"
+            self._warn(f"decoding eagerly: backend 'compiled' takes one sequence at a time, not {what}")
+            return None
+        longest = max(self.policy.max_length if self.mask else 0, self.policy.ngram)
+        compiled = compiled_for(model, wanted, max_length=longest)
+        now = "eager" if compiled is None else "compiled"
+        if tuned is not None and tuned != now:
+            self._warn(f"the mask was tuned for backend {tuned!r}, decoding with {now!r}: another mask may be faster")
+        return compiled
+
+    def _warn(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(text, BackendWarning, stacklevel=4)
+
+    def _pace_for(self, model: PreTrainedModel, sampled: bool) -> Pace:
+        """Estimates go on from call to call. With sampling they know no clock, so that a seed decides all."""
+        if sampled:
+            return Pace(self.policy.costs or (0.5, 1.0), clock=False)
+        return self._paces.setdefault(model, Pace(self.policy.costs))
 
     def __call__(
         self,
@@ -109,6 +140,8 @@ class SelfSpeculative:
 
         self.stats = stats = DecodeStats()
         draft = self._draft_for(model)
+        compiled = self._compiled_for(model, batch)
+        pace = self._pace_for(model, bool(config.do_sample))
         together = batch == 1 or (not self.deterministic and rows_may_differ(model))
         for group in [list(range(batch))] if together else [[b] for b in range(batch)]:
             seed = int(torch.randint(2**62, ())) if config.do_sample else None
@@ -116,7 +149,7 @@ class SelfSpeculative:
                 model, input_ids[group], capacity=max(config.max_length, input_ids.shape[1]) + 1, mask=self.mask,
                 draft=draft, processors=logits_processor, past=past, pads=[pads[b] for b in group],
                 past_only=past_only, numbers=group, aligned=ALIGNED if self.deterministic else 0,
-                chunk=config.prefill_chunk_size,
+                chunk=config.prefill_chunk_size, compiled=compiled,
                 sampling=None if seed is None else Sampling.from_seed(seed, input_ids.device),
             )  # fmt: skip
 
@@ -128,7 +161,7 @@ class SelfSpeculative:
 
             for block in decode(
                 sequences, max_length=config.max_length, policy=self.policy, stats=stats, eos_ids=eos_ids,
-                should_stop=should_stop if others else None,
+                should_stop=should_stop if others else None, pace=pace,
             ):  # fmt: skip
                 row = rows[block.row]
                 row.tokens += block.tokens
@@ -164,7 +197,7 @@ def _padded(input_ids: Tensor, rows: list[_Row], config: GenerationConfig) -> Te
 
 
 def _steps(logits_KV: Tensor) -> list[Tensor]:
-    return [logits_V[None].float() for logits_V in logits_KV]
+    return [logits_V[None].to(torch.float32, copy=True) for logits_V in logits_KV]
 
 
 def _stacked(rows: list[list[Tensor]]) -> tuple[Tensor, ...]:
@@ -241,7 +274,11 @@ def self_speculative(
     streamer: BaseStreamer | None = None,
     max_length: int | None = None,
     exit_threshold: float | None = None,
+    adaptive: bool | None = None,
+    ngram: int | None = None,
+    never_slower: bool | None = None,
     deterministic: bool = False,
+    backend: Backend = "auto",
 ) -> SelfSpeculative:
     """A decoding method for `model.generate(..., custom_generate=...)`.
 
@@ -250,8 +287,13 @@ def self_speculative(
         streamer: receives tokens as they are committed; by default the one given to `generate`.
         max_length: K; by default the mask file's own policy, or 5 for a bare mask.
         exit_threshold: stop drafting below this confidence; default as for `max_length`.
+        adaptive: let the threshold follow the acceptance rate; default as for `max_length`.
+        ngram: propose continuations of so many tokens where the last tokens occurred before; default likewise.
+        never_slower: draft only while it pays; default likewise.
         deterministic: verify in blocks of one fixed shape. Then the output has the same bits, in any dtype,
             as plain decoding through the same blocks: `self_speculative(None, deterministic=True)`.
+
+        backend: "compiled", "eager", or "auto": the one that the mask file was tuned for, eager for a bare mask.
 
     Raises:
         MaskError: the file or the policy is malformed.
@@ -265,9 +307,12 @@ def self_speculative(
         raise MaskError(f"mask_or_path must be a SkipMask, a MaskFile or a path, got {type(mask_or_path).__name__}")
     mask = file.mask if file is not None else mask_or_path
     policy = DraftPolicy() if file is None else DraftPolicy(**file.draft.model_dump())
-    if max_length is not None or exit_threshold is not None:
-        policy = DraftPolicy(
-            max_length=policy.max_length if max_length is None else max_length,
-            exit_threshold=policy.exit_threshold if exit_threshold is None else exit_threshold,
-        )
-    return SelfSpeculative(mask, policy, file, streamer, deterministic)  # type: ignore[arg-type]
+    changes: dict[str, Any] = {
+        "max_length": max_length, "exit_threshold": exit_threshold, "adaptive": adaptive, "ngram": ngram,
+        "never_slower": never_slower,
+    }  # fmt: skip
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if policy.curve and changes.keys() & {"max_length", "exit_threshold", "adaptive"}:
+        changes |= {"curve": (), "prices": ()}  # a calibrated exit knows no other
+    policy = replace(policy, **changes)
+    return SelfSpeculative(mask, policy, file, streamer, deterministic, backend)  # type: ignore[arg-type]

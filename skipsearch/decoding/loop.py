@@ -10,6 +10,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from skipsearch.decoding.drafter import Draft, Drafter
+from skipsearch.decoding.pace import Pace
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import Block, DecodeStats
@@ -18,7 +20,7 @@ from skipsearch.decoding.stats import Block, DecodeStats
 def decode(
     sequences: Sequences, *, max_length: int, policy: DraftPolicy | None,
     eos_ids: frozenset[int] = frozenset(), should_stop: Callable[[Block, int, Tensor], bool] | None = None,
-    stats: DecodeStats | None = None,
+    stats: DecodeStats | None = None, pace: Pace | None = None,
 ) -> Iterator[Block]:  # fmt: skip
     """Yield block after block until each row meets an end-of-sequence token, `should_stop`, or `max_length`.
 
@@ -30,17 +32,21 @@ def decode(
         policy: how to draft; None, or sequences without a mask, decode plainly.
         should_stop: asked after every token with its block, its place in it, and the ids [1, T] up to it.
         stats: counts are added to it; the prefill is no block.
+        pace: estimates of earlier sequences to go on from, and to add to.
     """
     stats = stats if stats is not None else DecodeStats()
-    prefilled = False
+    drafter, prefilled = None, False
     if max(sequences.lengths) >= max_length:
         return
     while sequences.rows:
-        drafted, probs = [0] * len(sequences.rows), None
-        if prefilled and policy is not None and sequences.draft_model is not None:
-            drafted, probs = sequences.draft(policy, sequences.room(max_length))
+        draft = Draft([0] * len(sequences.rows))
         before, ended = list(sequences.lengths), []
-        for b, block in enumerate(sequences.verify(drafted, probs)):
+        if drafter is not None:
+            draft = drafter.draft(sequences.room(max_length))
+        blocks = sequences.verify(draft.drafted, draft.probs)
+        if drafter is not None:
+            drafter.learn(draft, blocks)
+        for b, block in enumerate(blocks):
             for i, token in enumerate(block.tokens):
                 if token in eos_ids or (
                     should_stop and should_stop(block, i, sequences.ids[b : b + 1, : before[b] + i + 1])
@@ -54,9 +60,12 @@ def decode(
                 sequences.truncate(b, before[b] + i + 1)
                 block = replace(block, tokens=block.tokens[: i + 1], accepted=min(block.accepted, i + 1))
             if prefilled:
-                stats.blocks[block.drafted, block.accepted] += 1
+                of_mask = draft.of_mask if drafter is None or drafter.single else block.drafted
+                stats.count(block.drafted, block.accepted, draft.source, of_mask)
             stats.committed += len(block.tokens)
             yield block
+        if not prefilled and policy is not None:
+            drafter = Drafter(sequences, policy, pace)
         prefilled = True
         if len(ended) == len(sequences.rows):
             return  # left as they are, so that the cache can be handed over

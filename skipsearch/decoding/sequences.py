@@ -7,6 +7,7 @@ V vocabulary, Q tokens of a forward.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import Cache, LogitsProcessorList, PreTrainedModel
 
 from skipsearch.decoding.accept import Sampling, accept_greedy, accept_sampling, draw, probabilities
-from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.decoding.compiled import CompiledModel, Scores
 from skipsearch.decoding.processors import process
 from skipsearch.decoding.stats import Block
 from skipsearch.errors import DecodingError
@@ -46,6 +47,7 @@ class Sequences:
             come from the same shapes however it was drafted (one row; 0: blocks as they fall).
         chunk: the most tokens that a prefill processes at once.
         numbers: which rows these are of the batch that the processors were made for.
+        compiled: run forwards through it; one row, not aligned.
 
     Attributes:
         rows: which sequence of the batch each active row is; those that ended have left.
@@ -57,23 +59,36 @@ class Sequences:
         draft: PreTrainedModel | None = None, processors: LogitsProcessorList | None = None,
         sampling: Sampling | None = None, past: Cache | None = None, pads: list[int] | None = None,
         past_only: int = 0, aligned: int = 0, chunk: int | None = None, numbers: list[int] | None = None,
+        compiled: CompiledModel | None = None,
     ) -> None:  # fmt: skip
         rows, length = input_ids.shape
         self.target = model
         self.draft_model = draft if draft is not None or mask is None else draft_view(model, mask)
         self.rows, self.lengths = list(numbers or range(rows)), [length] * rows
-        self.ids = torch.zeros((rows, capacity + SLACK), dtype=torch.long, device=input_ids.device)
+        self.vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        self.compiled, buffers = compiled, None
+        if compiled is not None:
+            assert rows == 1 and not aligned
+            self.buffers = buffers = compiled.lease(capacity + past_only, self)
+            self.target_layers = compiled.pieces.layers_of(model)
+            self.draft_layers = compiled.pieces.layers_of(self.draft_model) if self.draft_model is not None else []
+            self.ids, chunk = buffers.ids, compiled.chunk
+        else:
+            self.ids = torch.zeros((rows, capacity + SLACK), dtype=torch.long, device=input_ids.device)
         self.ids[:, :length] = input_ids
         pads = pads or [0] * rows
-        self.cache = SharedCache(model, capacity, past, rows)
+        self.cache = SharedCache(model, capacity, past, rows, None if buffers is None else buffers.layers)
         # A token's slot in the cache is its place in `ids` less this: common padding is not computed at all.
         self.offset = (0 if self.cache.committed[0] else min(pads)) - past_only
         self.pads = [pad - max(0, self.offset) for pad in pads]
         context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         # What a batch's other rows draft, and what fills an aligned block, may lie beyond the context.
-        self.positions = torch.arange(capacity + past_only + SLACK, device=input_ids.device)
+        size = capacity + past_only + SLACK if buffers is None else len(buffers.positions)
+        self.positions = torch.arange(size, device=input_ids.device)
         if context:
             self.positions.clamp_(max=max(context, capacity + past_only) - 1)
+        if buffers is not None:
+            buffers.positions.copy_(self.positions)
         self.processors = processors or LogitsProcessorList()
         self.sampling, self.aligned, self.chunk = sampling, aligned, chunk
         self.few_logits = model._supports_logits_to_keep()
@@ -89,6 +104,8 @@ class Sequences:
 
     def _forward(self, model: PreTrainedModel, starts: list[int], width: int, keep: int) -> Tensor:
         """Logits [B, keep, V] of the last `keep` of `width` tokens, written to the cache from `starts` on."""
+        if self.compiled is not None:
+            return self._compiled(model is self.target, starts[0], width, keep).logits
         extra: dict[str, Any] = {"logits_to_keep": keep} if self.few_logits and keep < width else {}
         first, rows = starts[0], len(starts)
         if all(start == first for start in starts) and not any(self.pads):
@@ -133,42 +150,73 @@ class Sequences:
             scores_BV[... if every else rows] = scores
         return scores_BV
 
+    def _compiled(self, target: bool, start: int, width: int, keep: int) -> Scores:
+        """The same through the compiled model, with the likeliest tokens and their probabilities."""
+        assert self.compiled is not None
+        layers = self.target_layers if target else self.draft_layers
+        scores = self.compiled.forward(layers, self.buffers, start, start + self.offset, width, keep_last=keep == 1)
+        last = width if scores.token.shape[1] > 1 else 1
+        return Scores(*(part[:, last - keep : last] for part in (scores.logits, scores.token, scores.confidence)))
+
+    def put(self, row: int, ahead: int, tokens: list[int]) -> None:
+        """Draft these tokens behind a row's last one and `ahead` others."""
+        place = self.lengths[row] + ahead
+        self.ids[row, place : place + len(tokens)] = torch.tensor(tokens, device=self.ids.device)
+
     @torch.no_grad()
-    def draft(self, policy: DraftPolicy, limits: list[int]) -> tuple[list[int], Tensor | None]:
-        """Draft behind each row's last token, at most K and limits[b] tokens.
+    def draft(
+        self, limits: list[int], stop: Callable[[int, int, float], bool] | None = None
+    ) -> tuple[list[int], Tensor | None]:
+        """Draft with the mask behind each row's last token, at most limits[b] tokens.
+
+        Args:
+            stop: asked, with the row's place, the token and its probability, whether the row's draft ends there.
+                Without it, nothing waits for the device between tokens.
 
         Returns:
             how many tokens each row drafted (they lie in `ids`), and with sampling draft_probs [B, K, V].
         """
         assert self.draft_model is not None
-        threshold = policy.exit_threshold
+        plain = self.sampling is None and not self.processors
+        if self.compiled is not None and plain and stop is None:
+            start = self.lengths[0] - 1 - self.offset
+            self.compiled.draft(self.draft_layers, self.buffers, start, self.lengths[0] - 1, limits[0])
+            return list(limits), None
         ends, probs = list(self.lengths), []
-        wanted = [end + min(policy.max_length, limit) for end, limit in zip(ends, limits, strict=True)]
+        wanted = [end + limit for end, limit in zip(ends, limits, strict=True)]
         drafting = [b for b, end in enumerate(ends) if end < wanted[b]]
         while drafting and 2 * len(drafting) >= len(ends):
             # Rows that are done run along on their last token: cheaper than taking their keys out of the batch.
             # Once they are the most, they wait for nobody: what is drafted by then is verified.
             starts = [end - 1 - self.offset for end in ends]
-            scores_BV = self._process(self._forward(self.draft_model, starts, 1, 1)[:, 0], ends)
             sure_B: Tensor | None = None
-            if self.sampling is None:
-                token_B = scores_BV.argmax(-1)
-                if threshold is not None:
-                    top_B = scores_BV.gather(1, token_B[:, None])[:, 0]
-                    sure_B = (top_B - scores_BV.float().logsumexp(-1)).exp()
+            if self.compiled is not None and plain:
+                scores = self._compiled(False, starts[0], 1, 1)
+                token_B, sure_B = scores.token[:, 0], scores.confidence[:, 0]
             else:
-                probs.append(probabilities(scores_BV))
-                token_B = draw(probs[-1], self.sampling.draft)
-                if threshold is not None:
-                    sure_B = probs[-1].max(-1).values
+                scores_BV = self._process(self._forward(self.draft_model, starts, 1, 1)[:, 0], ends)
+                if self.sampling is None:
+                    token_B = scores_BV.argmax(-1)
+                    if stop is not None:
+                        top_B = scores_BV.gather(1, token_B[:, None])[:, 0]
+                        sure_B = (top_B - scores_BV.float().logsumexp(-1)).exp()
+                else:
+                    probs.append(probabilities(scores_BV))
+                    token_B = draw(probs[-1], self.sampling.draft)
+                    if stop is not None:
+                        sure_B = probs[-1].max(-1).values
             if len(drafting) == len(ends) == 1:
                 self.ids[0, ends[0]] = token_B[0]
             else:
                 self.ids[drafting, [ends[b] for b in drafting]] = token_B[drafting]
             for b in drafting:
                 ends[b] += 1
-            sure = sure_B.tolist() if sure_B is not None else None
-            drafting = [b for b in drafting if ends[b] < wanted[b] and (sure is None or sure[b] >= threshold)]
+            if stop is not None:
+                assert sure_B is not None
+                said = torch.stack([token_B.double(), sure_B.double()]).tolist()  # both at once: one wait
+                ended = {b for b in drafting if stop(b, int(said[0][b]), said[1][b])}
+                drafting = [b for b in drafting if b not in ended]
+            drafting = [b for b in drafting if ends[b] < wanted[b]]
         drafted = [end - length for end, length in zip(ends, self.lengths, strict=True)]
         return drafted, torch.stack(probs, dim=1) if probs else None
 
@@ -179,7 +227,7 @@ class Sequences:
         With nothing drafted this is one step of plain decoding, and the first time it is the prefill.
         """
         rows, k = len(drafted), max(drafted)
-        logits_BKV = self._target_logits(k)
+        logits_BKV, likeliest_BK = self._target_logits(k)
         device = logits_BKV.device
         if self.processors:
             ends = [[length + j for length in self.lengths] for j in range(k + 1)]
@@ -187,11 +235,13 @@ class Sequences:
         else:
             scores_BKV = logits_BKV
         draft_ids_BK = self._behind(k)
-        if self.sampling is None and not k:
-            n_B, bonus_B = torch.zeros(rows, dtype=torch.long, device=device), scores_BKV[:, 0].argmax(-1)
-        elif self.sampling is None:
-            drafted_B = torch.tensor(drafted, device=device)
-            n_B, bonus_B = accept_greedy(draft_ids_BK, drafted_B, scores_BKV.argmax(-1))
+        if self.sampling is None:
+            if likeliest_BK is None or self.processors:
+                likeliest_BK = scores_BKV.argmax(-1)
+            if k:
+                n_B, bonus_B = accept_greedy(draft_ids_BK, torch.tensor(drafted, device=device), likeliest_BK)
+            else:
+                n_B, bonus_B = torch.zeros(rows, dtype=torch.long, device=device), likeliest_BK[:, 0]
         else:
             target_probs_BKV = probabilities(scores_BKV)
             if draft_probs_BKV is None:
@@ -216,20 +266,28 @@ class Sequences:
             self.ids[range(rows), [length - 1 for length in self.lengths]] = bonus_B
         return blocks
 
-    def _target_logits(self, k: int) -> Tensor:
-        """The target's logits [B, k + 1, V] for the token behind each row's last one and behind k drafts."""
+    def _target_logits(self, k: int) -> tuple[Tensor, Tensor | None]:
+        """The target's logits [B, k + 1, V] for the token behind each row's last one and behind k drafts.
+
+        And, where the forward says it, the likeliest tokens [B, k + 1].
+        """
         last = self.lengths[0] - 1 - self.offset
         starts = self.cache.committed
         if not self.aligned:
             ahead = (last - starts[0]) // self.chunk * self.chunk if self.chunk else 0
+            if self.chunk and last + k + 1 - starts[0] - ahead > self.chunk:
+                ahead = last - starts[0]
             starts = self._prefill(starts, ahead)
-            return self._forward(self.target, starts, last + k + 1 - starts[0], k + 1)
+            if self.compiled is not None:
+                scores = self._compiled(True, starts[0], last + k + 1 - starts[0], k + 1)
+                return scores.logits, scores.token
+            return self._forward(self.target, starts, last + k + 1 - starts[0], k + 1), None
         first = last // self.aligned * self.aligned
         assert last + k < first + self.aligned, "a draft reaches beyond its aligned block"
         self._prefill(starts, first - starts[0])
         # Rows of the block that are committed come out as they did before; what fills it behind is seen by no one.
         logits = self._forward(self.target, [first], self.aligned, self.aligned)
-        return logits[:, last - first : last - first + k + 1]
+        return logits[:, last - first : last - first + k + 1], None
 
     def _prefill(self, starts: list[int], width: int) -> list[int]:
         """Process so many tokens for their keys alone; returns where they end."""

@@ -48,10 +48,28 @@ class DecodeStats:
     Attributes:
         blocks: how many blocks drafted k tokens and had n of them accepted, by (k, n).
         committed: tokens in the output beyond the prompt.
+        accepted_from: accepted tokens, by the source that drafted them ("mask", "ngram").
+        blocks_from: blocks, by the source that their drafts began with ("plain": none).
     """
 
     blocks: Counter[tuple[int, int]] = field(default_factory=Counter)
     committed: int = 0
+    accepted_from: Counter[str] = field(default_factory=Counter)
+    blocks_from: Counter[str] = field(default_factory=Counter)
+
+    def count(self, drafted: int, accepted: int, source: str, of_mask: int) -> None:
+        """One more block, of whose drafted tokens a mask drafted `of_mask`."""
+        self.blocks[drafted, accepted] += 1
+        self.blocks_from[source] += 1
+        self.accepted_from["mask"] += min(accepted, of_mask)
+        self.accepted_from["ngram"] += max(0, accepted - of_mask)
+
+    def add(self, other: DecodeStats) -> None:
+        """Take in the counts of another run."""
+        self.blocks.update(other.blocks)
+        self.committed += other.committed
+        self.accepted_from.update(other.accepted_from)
+        self.blocks_from.update(other.blocks_from)
 
     @property
     def verifies(self) -> int:

@@ -46,6 +46,7 @@ class SharedCache:
         model: the target; its config says which layers slide.
         capacity: slots to reserve (more may come; the buffers then grow).
         past: a dynamic cache to continue from; it is copied, and `hand_over` writes it back.
+        buffers: keys and values of each layer to write into, with room for everything; they never grow.
 
     Attributes:
         cache: what a forward of target or draft takes as `past_key_values`.
@@ -54,12 +55,19 @@ class SharedCache:
         windows: per layer, the width of its sliding window, None if it sees everything.
     """
 
-    def __init__(self, model: PreTrainedModel, capacity: int, past: Cache | None = None, rows: int = 1) -> None:
+    def __init__(
+        self, model: PreTrainedModel, capacity: int, past: Cache | None = None, rows: int = 1,
+        buffers: list[tuple[Tensor, Tensor]] | None = None,
+    ) -> None:  # fmt: skip
+        self.lent = buffers is not None
         self.cursor = _Cursor(capacity)
         self.cache = DynamicCache(config=model.config)
         self.windows = layer_windows(self.cache)
         length = _length_of(past)
         self.cache.layers = [_BufferLayer(self.cursor, window) for window in self.windows]
+        for layer, lent in zip(self.cache.layers, buffers or [], strict=False):
+            layer.lazy_initialization(*lent)
+            layer.buffers = lent
         self.committed = [length] * rows
         self.floor = length if any(self.windows) else 0
         if past is not None and length:
@@ -97,7 +105,9 @@ class SharedCache:
             if mine.is_initialized:
                 first = 0 if window is None else max(0, length - window + 1)
                 layer.lazy_initialization(mine.buffers[0], mine.buffers[1])
-                layer.keys, layer.values = (b[: len(self.committed), :, first:length] for b in mine.buffers)
+                shown = (b[: len(self.committed), :, first:length] for b in mine.buffers)
+                # Buffers that were lent go back, and the next sequence overwrites them.
+                layer.keys, layer.values = (b.clone() if self.lent else b for b in shown)
                 if window is not None:
                     layer.cumulative_length = length
             layers.append(layer)
@@ -161,8 +171,9 @@ class _BufferLayer(DynamicLayer):  # type: ignore[misc]
 
     def adopt(self, keys: Tensor, values: Tensor, length: int) -> None:
         """Take over the last tokens of a cache that has seen `length` of them."""
-        self.lazy_initialization(keys, values)
-        self._reserve(length)
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self._reserve(length)
         for buffer, states in zip(self.buffers, (keys, values), strict=True):
             buffer[:, :, length - states.shape[-2] : length] = states
 

@@ -55,7 +55,7 @@ class Call:
     spec: Any
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Layer:
     """A layer as it is to be run: its tensors, the build that tells which piece fits, and its place in the cache."""
 
@@ -251,7 +251,7 @@ class Pieces:
         return self._compiled[key]
 
 
-class _OneLayer(DynamicCache):
+class _OneLayer(DynamicCache):  # type: ignore[misc]
     """A cache that is the same layer whatever number is asked for: layers that share a piece differ in theirs."""
 
     def __init__(self, layers: list[_Slots]) -> None:
@@ -368,7 +368,7 @@ def _settings(device: torch.device) -> Iterator[None]:
 def _compile(run: Callable[..., list[Tensor]], examples: list[Tensor], dynamic: list[tuple[int, ...]]) -> Piece:
     keep_compiled()
     fakes_of = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    fakes = []
+    fakes: list[Any] = []
     for example, dims in zip(examples, dynamic, strict=True):
         sizes = [DimDynamic.DYNAMIC if d in dims else DimDynamic.STATIC for d in range(example.dim())]
         fakes.append(fakes_of.from_tensor(example, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))

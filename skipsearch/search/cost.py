@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.decoding.compiled import CompiledModel
+from skipsearch.decoding.policy import DraftPolicy, ExitRule
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.files import write_json
 from skipsearch.mask import SkipMask
@@ -109,6 +110,7 @@ def profile(
     max_length: int,
     progress: Progress,
     repeats: int = 9,
+    compiled: CompiledModel | None = None,
 ) -> Costs:
     """Measure at each context length: drafts with sublayers left out, verifies of 0..max_length tokens.
 
@@ -128,9 +130,8 @@ def profile(
     ]
     points = []
     for number, context in enumerate(contexts):
-        sequences = [_sequence(model, mask, context, max_length) for mask in masks]
-        plain, fixed = sequences[0], DraftPolicy(max_length=DRAFTS)
-        unsure = DraftPolicy(max_length=DRAFTS, exit_threshold=NEVER)
+        sequences = [_sequence(model, mask, context, max_length, compiled) for mask in masks]
+        plain = sequences[0]
         arms: list[tuple[Any, ...]] = [("draft", i) for i in range(len(masks))]
         arms += [("exit",)] + [("verify", k) for k in range(max_length + 1)]
         times: dict[tuple[Any, ...], list[float]] = {arm: [] for arm in arms}
@@ -140,7 +141,7 @@ def profile(
                     seconds = _time_verify(plain, arm[1])
                 else:
                     sequence = sequences[arm[1]] if arm[0] == "draft" else sequences[-1]
-                    seconds = _time_draft(sequence, unsure if arm[0] == "exit" else fixed)
+                    seconds = _time_draft(sequence, asks=arm[0] == "exit")
                 if turn >= 3:  # the first turns warm up
                     times[arm].append(seconds)
             progress("profile", number * (repeats + 3) + turn + 1, len(contexts) * (repeats + 3))
@@ -159,19 +160,23 @@ def profile(
     return Costs(identity=identity, points=tuple(points))
 
 
-def _sequence(model: PreTrainedModel, mask: SkipMask, context: int, max_length: int) -> Sequences:
+def _sequence(
+    model: PreTrainedModel, mask: SkipMask, context: int, max_length: int, compiled: CompiledModel | None
+) -> Sequences:
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.randint(vocabulary, (1, context), generator=generator).to(input_device(model))
-    sequence = Sequences(model, ids, capacity=context + max(max_length, DRAFTS) + 4, mask=mask)
+    capacity = context + max(max_length, DRAFTS) + 4
+    sequence = Sequences(model, ids, capacity=capacity, mask=mask, compiled=compiled)
     sequence.verify([0])
     return sequence
 
 
-def _time_draft(sequence: Sequences, policy: DraftPolicy) -> float:
+def _time_draft(sequence: Sequences, asks: bool) -> float:
+    rule = ExitRule(DraftPolicy(max_length=DRAFTS, exit_threshold=NEVER))
     synchronize(sequence.ids.device)
     start = time.perf_counter()
-    sequence.draft(policy, [policy.max_length])
+    sequence.draft([DRAFTS], (lambda _place, _token, confidence: rule.stops(confidence)) if asks else None)
     synchronize(sequence.ids.device)
     return time.perf_counter() - start
 
@@ -188,8 +193,9 @@ def _time_verify(sequence: Sequences, k: int) -> float:
 
 
 def profile_or_load(
-    path: Path, model: PreTrainedModel, identity: str, *, contexts: list[int], max_length: int, progress: Progress
-) -> Costs:
+    path: Path, model: PreTrainedModel, identity: str, *, contexts: list[int], max_length: int, progress: Progress,
+    compiled: CompiledModel | None = None,
+) -> Costs:  # fmt: skip
     """The costs in `path` if they were measured for this model and set-up at these lengths; else new ones, saved."""
     key = f"{identity} | contexts {contexts} | K <= {max_length}"
     try:
@@ -199,6 +205,8 @@ def profile_or_load(
             return Costs(identity=key, points=points)
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none yet, or not ours: measured anew
-    costs = profile(model, key, contexts=contexts, max_length=max_length, progress=progress)
+    costs = profile(
+        model, key, contexts=contexts, max_length=max_length, progress=progress, compiled=compiled
+    )  # fmt: skip
     write_json(path, asdict(costs))
     return costs

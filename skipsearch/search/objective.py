@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from skipsearch.decoding.policy import DraftPolicy
+from scipy.optimize import isotonic_regression
+
+from skipsearch.decoding.policy import DraftPolicy, ExitRule
 from skipsearch.mask import SkipMask
 from skipsearch.search.cost import Point, draft_step
 from skipsearch.search.replay import MaskReplay, Replay
 
+BINS = 16  # of the confidence, in a calibrated exit
 THRESHOLDS = (None, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85)
 
 
@@ -35,7 +38,7 @@ class Score:
 
 def join(blocks: Counter[tuple[int, int]], mask: SkipMask, policy: DraftPolicy, point: Point) -> Score:
     """Tokens over seconds: sum of (n + 1) over sum of (k draft steps + one verify of k), over all blocks."""
-    step = draft_step(point, mask, policy.exit_threshold is not None)
+    step = draft_step(point, mask, policy.asks)
     verifies = sum(blocks.values())
     drafted = sum(k * count for (k, _), count in blocks.items())
     accepted = sum(n * count for (_, n), count in blocks.items())
@@ -60,7 +63,8 @@ def score(replay: Replay, mask: SkipMask, point: Point, *, thorough: bool = Fals
     """The best policy for a mask and what it reaches, by exact replay.
 
     A walk with the longest drafts shows where the mask is right and how sure it is; arithmetic on that
-    ranks all policies; the best one is walked exactly.
+    ranks fixed drafts and thresholds; the best one is walked exactly. Thorough scoring walks the calibrated exit too,
+    and the adaptive threshold from where the best one stands.
     """
     drafts = replay.of(mask)
     longest = DraftPolicy(max_length=replay.max_length)
@@ -74,9 +78,47 @@ def score(replay: Replay, mask: SkipMask, point: Point, *, thorough: bool = Fals
     ]
     estimates = {p: join(_foresee(outlook, p), mask, p, point).tokens_per_second for p in policies}
     best = max(estimates, key=estimates.__getitem__)
-    if best not in known:
-        known[best] = join(drafts.walk(best), mask, best, point)
+    tried = {best}
+    if thorough:
+        tried |= {calibrated(drafts, estimates[best], point), *_adaptive(best)}
+    for policy in tried - known.keys():
+        known[policy] = join(drafts.walk(policy), mask, policy, point)
     return max(known.values(), key=lambda s: s.tokens_per_second)
+
+
+def calibrated(drafts: MaskReplay, rate: float, point: Point) -> DraftPolicy:
+    """The exit that stops when one more token is expected to bring less than its seconds bring elsewhere.
+
+    A token drafted next is committed with the chance that all before it are right times its own acceptance; it
+    costs a draft step and what its verify adds. At `rate` tokens per second those seconds are worth so many tokens,
+    which is its price.
+    """
+    seen = [
+        (draft.confidence[j], j < draft.matches)
+        for draft in drafts.drafts.values()
+        for j in range(min(draft.matches + 1, len(draft.confidence)))
+    ]
+    bins: list[list[bool]] = [[] for _ in range(BINS)]
+    for confidence, right in seen:
+        bins[min(int(confidence * BINS), BINS - 1)].append(right)
+    # Two made-up tokens a bin, right as often as its confidence says, for bins that saw few.
+    rates = [(sum(b) + 2 * (i + 0.5) / BINS) / (len(b) + 2) for i, b in enumerate(bins)]
+    curve = isotonic_regression(rates, weights=[len(b) + 2 for b in bins]).x
+    mean = sum(right for _, right in seen) / max(1, len(seen))
+    step = draft_step(point, drafts.mask, exit_check=True)
+    prices = [
+        rate * (step + max(0.0, point.verify[k + 1] - point.verify[k])) / max(mean, 0.01)
+        for k in range(1, len(point.verify) - 1)
+    ]
+    longest = drafts.replay.max_length
+    return DraftPolicy(
+        max_length=longest, curve=tuple(round(float(a), 4) for a in curve),
+        prices=tuple(round(p, 4) for p in [*prices, prices[-1]][:longest]),
+    )  # fmt: skip
+
+
+def _adaptive(best: DraftPolicy) -> list[DraftPolicy]:
+    return [] if best.exit_threshold is None else [replace(best, adaptive=True)]
 
 
 def exact(drafts: MaskReplay, policy: DraftPolicy, point: Point) -> Score:
@@ -87,15 +129,12 @@ def exact(drafts: MaskReplay, policy: DraftPolicy, point: Point) -> Score:
 def _foresee(outlook: list[tuple[list[bool], list[float]]], policy: DraftPolicy) -> Counter[tuple[int, int]]:
     """Blocks that a policy would make if rightness and confidence depended on the position alone."""
     blocks: Counter[tuple[int, int]] = Counter()
-    threshold = policy.exit_threshold
     for right, sure in outlook:
-        at, size = 0, len(right)
+        at, size, rule = 0, len(right), ExitRule(policy)
         while at < size:
-            longest = min(policy.max_length, size - at - 1)
-            k = longest
-            if threshold is not None:
-                k = next((j + 1 for j in range(longest) if sure[at + j] < threshold), longest)
+            k = rule.length(sure[at : at + policy.max_length], size - at - 1)
             n = next((j for j in range(k) if not right[at + j]), k)
+            rule.learn(k, n)
             blocks[k, n] += 1
             at += n + 1
     return blocks

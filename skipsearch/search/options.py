@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from skipsearch.decoding.backend import Backend
 from skipsearch.errors import SkipsearchError
 from skipsearch.search.prompts import PromptSource
 from skipsearch.search.study import SAMPLERS
 
 MAX_LENGTH = 12  # the longest draft that a policy may have
+NGRAM = 10  # the longest continuation that is looked up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +28,7 @@ class SearchOptions:
         trial_prompts, trial_tokens: the part of the trace that a trial is scored on; the best are
             scored again on all of it.
         rounds: repetitions of validation.
+        backend: what the mask shall be served with: compiled, eager, or auto: compiled where possible.
         storage: Optuna URL; by default study.db in the results folder.
     """
 
@@ -40,6 +43,7 @@ class SearchOptions:
     trial_prompts: int = 24
     trial_tokens: int = 40
     rounds: int = 2
+    backend: Backend = "auto"
     seed: int = 0
     storage: str | None = None
     study: str = "search"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from skipsearch.decoding.backend import compiled_for
+from skipsearch.decoding.compiled import CompiledModel
 from skipsearch.errors import PromptError
 from skipsearch.model.load import Loaded, model_card
 from skipsearch.model.sublayers import find_sublayers
@@ -20,12 +22,13 @@ from skipsearch.search.trace import Progress, Trace, record_or_load
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """Everything that scoring needs, made or read back: prompts, trace, costs."""
+    """Everything that scoring needs, made or read back: prompts, trace, costs, and what runs forwards."""
 
     prompts: Prompts
     trace: Trace
     costs: Costs
     identity: dict[str, str]
+    compiled: CompiledModel | None
 
 
 def chosen_prompts(loaded: Loaded, options: SearchOptions) -> Prompts:
@@ -54,17 +57,20 @@ def prepare(loaded: Loaded, folder: Path, options: SearchOptions, progress: Prog
     """Prompts, record and profile."""
     model = loaded.model
     prompts = chosen_prompts(loaded, options)
+    compiled = compiled_for(model, options.backend, max_length=MAX_LENGTH, progress=progress)
     # Weights, not only the config: a fine-tuned model must not continue the study of its base.
     identity = {
         "model": str(model_card(model, loaded.name).config_sha256),
         "weights": _weights_fingerprint(model),
-        "set_up": set_up(model),
+        "set_up": set_up(model, "eager" if compiled is None else "compiled"),
         "prompts": fingerprint(prompts.calibration),
         "space": repr(Space.of(find_sublayers(model).num_layers, loaded.preset)),
         "tokens": f"{options.new_tokens} recorded, {options.trial_prompts} x {options.trial_tokens} a trial",
     }
     made_with = f"{identity['model']} {identity['weights']} {identity['set_up']}"
-    trace = record_or_load(folder / "trace.json", model, prompts.calibration, options.new_tokens, made_with, progress)
+    trace = record_or_load(
+        folder / "trace.json", model, prompts.calibration, options.new_tokens, made_with, progress, compiled
+    )  # fmt: skip
     if not trace.tokens:
         raise PromptError("the model ends every calibration prompt at once; choose other prompts with --prompts")
     mean = trace.mean_context
@@ -73,9 +79,10 @@ def prepare(loaded: Loaded, folder: Path, options: SearchOptions, progress: Prog
         {max(8, round(mean / 2)), round(mean), max(round(mean) + 1, min(longest, _context(model) - MAX_LENGTH - 4))}
     )
     costs = profile_or_load(
-        folder / "costs.json", model, made_with, contexts=contexts, max_length=MAX_LENGTH, progress=progress
-    )
-    return Prepared(prompts=prompts, trace=trace, costs=costs, identity=identity)
+        folder / "costs.json", model, made_with, contexts=contexts, max_length=MAX_LENGTH, progress=progress,
+        compiled=compiled,
+    )  # fmt: skip
+    return Prepared(prompts=prompts, trace=trace, costs=costs, identity=identity, compiled=compiled)
 
 
 def _weights_fingerprint(model: PreTrainedModel) -> str:

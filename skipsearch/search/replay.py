@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.decoding.policy import DraftPolicy, ExitRule
 from skipsearch.decoding.rows import rows_may_differ
 from skipsearch.mask import SkipMask
 from skipsearch.model.cache import layer_windows
@@ -45,15 +45,6 @@ class Draft:
 
     matches: int
     confidence: tuple[float, ...]
-
-    def drafted(self, policy: DraftPolicy, limit: int) -> int:
-        """K of this block under a policy, with at most `limit` tokens left to draft."""
-        longest = min(policy.max_length, limit)
-        if policy.exit_threshold is not None:
-            for j in range(longest):
-                if self.confidence[j] < policy.exit_threshold:
-                    return j + 1
-        return longest
 
 
 class _ReferenceLayer(DynamicLayer):  # type: ignore[misc]
@@ -176,13 +167,15 @@ class MaskReplay:
         assert policy.max_length <= self.replay.max_length
         trace, ends = self.replay.trace, self.replay.lengths
         blocks: Counter[tuple[int, int]] = Counter()
+        rules = [ExitRule(policy) for _ in trace.prompts]
         at = {p: len(prompt) + 1 for p, prompt in enumerate(trace.prompts) if len(prompt) + 1 < ends[p]}
         while at:
             self.run(at.items())
             for p, t in list(at.items()):
                 draft = self.drafts[p, t]
-                k = draft.drafted(policy, len(trace.prompts[p]) + trace.new_tokens - t - 1)
+                k = rules[p].length(draft.confidence, len(trace.prompts[p]) + trace.new_tokens - t - 1)
                 n = min(draft.matches, k)
+                rules[p].learn(k, n)
                 blocks[k, n] += 1
                 at[p] = t + n + 1
                 if at[p] >= ends[p]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from skipsearch.decoding.backend import backend_name, compiled_for, warm_mask
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.errors import ModelLoadError, ResultsError, SkipsearchError
 from skipsearch.files import write_json
@@ -22,8 +23,9 @@ from skipsearch.maskfile import Draft, MaskFile, Provenance
 from skipsearch.model.load import Loaded, model_card
 from skipsearch.model.sublayers import find_sublayers
 from skipsearch.search.audit import Audit, audit
+from skipsearch.search.cost import draft_step
 from skipsearch.search.objective import Score, score
-from skipsearch.search.options import MAX_LENGTH, SearchOptions
+from skipsearch.search.options import MAX_LENGTH, NGRAM, SearchOptions
 from skipsearch.search.prepare import Prepared, chosen_prompts, prepare
 from skipsearch.search.prompts import PromptSource
 from skipsearch.search.replay import Replay
@@ -127,15 +129,14 @@ def search(
     predicted, trial = rescore(loaded.model, prepared, study, progress)
     seconds["search"] = time.monotonic() - begin
     begin = time.monotonic()
-    measured = measure(
-        loaded.model, prepared.prompts.held_out, predicted.mask, predicted.policy, new_tokens=options.new_tokens,
-        rounds=options.rounds, seed=options.seed, progress=progress,
-    )  # fmt: skip
+    measured, policy = _measure(loaded.model, prepared, predicted, options, progress)
     file = MaskFile.of(
         predicted.mask,
         model=model_card(loaded.model, loaded.preset.model_id if loaded.preset else loaded.name),
-        draft=Draft(max_length=predicted.policy.max_length, exit_threshold=predicted.policy.exit_threshold),
-        evidence=evidence(loaded.model, prepared.prompts.held_out, measured, predicted.cost_ratio),
+        draft=Draft(**asdict(policy)),
+        evidence=evidence(
+            loaded.model, prepared.prompts.held_out, measured, predicted.cost_ratio, backend_name(prepared.compiled)
+        ),
         provenance=Provenance(
             torch=torch.__version__, transformers=transformers.__version__, study=options.study, trial=trial,
             seed=options.seed,
@@ -149,6 +150,23 @@ def search(
     )  # fmt: skip
     write_json(folder / "summary.json", summary(result))
     return result
+
+
+def _measure(
+    model: PreTrainedModel, prepared: Prepared, found: Score, options: SearchOptions, progress: Progress
+) -> tuple[Measured, DraftPolicy]:
+    """Validate the mask alone and as it is to be served; n-grams are kept only where they help."""
+    warm_mask(prepared.compiled, model, found.mask, progress)
+    point = prepared.costs.at(prepared.trace.mean_context)
+    step = draft_step(point, found.mask, found.policy.asks)
+    costs = tuple(round(seconds, 7) for seconds in (step, *point.verify))
+    served = replace(found.policy, ngram=NGRAM, never_slower=True, costs=costs)
+    measured = measure(
+        model, prepared.prompts.held_out, found.mask, found.policy, new_tokens=options.new_tokens,
+        rounds=options.rounds, seed=options.seed, progress=progress, compiled=prepared.compiled, served=served,
+    )  # fmt: skip
+    assert measured.served is not None
+    return measured, served if measured.served > measured.speedup else replace(served, ngram=0)
 
 
 def rescore(model: PreTrainedModel, prepared: Prepared, study: Study, progress: Progress) -> tuple[Score, int]:
@@ -183,12 +201,16 @@ def validate_file(loaded: Loaded, file: MaskFile, options: SearchOptions, progre
     """Time a mask file again on held-out prompts; returns it with fresh evidence."""
     prompts = chosen_prompts(loaded, options).held_out
     policy = DraftPolicy(**file.draft.model_dump())
+    compiled = compiled_for(loaded.model, options.backend, max_length=MAX_LENGTH, progress=progress)
+    warm_mask(compiled, loaded.model, file.mask, progress)
     measured = measure(
-        loaded.model, prompts, file.mask, policy, new_tokens=options.new_tokens, rounds=options.rounds,
-        seed=options.seed, progress=progress,
+        loaded.model, prompts, file.mask, replace(policy, ngram=0, never_slower=False), new_tokens=options.new_tokens,
+        rounds=options.rounds, seed=options.seed, progress=progress, compiled=compiled,
+        served=policy if policy.ngram or policy.never_slower else None,
     )  # fmt: skip
     known = file.evidence.cost_ratio if file.evidence else 0.0
-    return file.model_copy(update={"evidence": evidence(loaded.model, prompts, measured, known)})
+    fresh = evidence(loaded.model, prompts, measured, known, backend_name(compiled))
+    return file.model_copy(update={"evidence": fresh})
 
 
 def audit_file(loaded: Loaded, file: MaskFile, options: SearchOptions, progress: Progress) -> Audit:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from skipsearch.decoding.compiled import CompiledModel
 from skipsearch.decoding.loop import decode
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.files import write_json
@@ -62,12 +63,16 @@ def eos_ids(model: PreTrainedModel) -> frozenset[int]:
     return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
 
 
-def record(model: PreTrainedModel, prompts: tuple[Ids, ...], new_tokens: int, progress: Progress) -> Trace:
+def record(
+    model: PreTrainedModel, prompts: tuple[Ids, ...], new_tokens: int, progress: Progress,
+    compiled: CompiledModel | None = None,
+) -> Trace:  # fmt: skip
     """Decode every prompt plainly and greedily."""
     rows = []
     for i, prompt in enumerate(prompts):
         limit = len(prompt) + new_tokens
-        sequences = Sequences(model, torch.tensor([prompt], device=input_device(model)), capacity=limit)
+        ids = torch.tensor([prompt], device=input_device(model))
+        sequences = Sequences(model, ids, capacity=limit, compiled=compiled)
         blocks = decode(sequences, max_length=limit, policy=None, eos_ids=eos_ids(model))
         rows.append(tuple(token for block in blocks for token in block.tokens))
         progress("record", i + 1, len(prompts))
@@ -75,8 +80,9 @@ def record(model: PreTrainedModel, prompts: tuple[Ids, ...], new_tokens: int, pr
 
 
 def record_or_load(
-    path: Path, model: PreTrainedModel, prompts: tuple[Ids, ...], new_tokens: int, identity: str, progress: Progress
-) -> Trace:
+    path: Path, model: PreTrainedModel, prompts: tuple[Ids, ...], new_tokens: int, identity: str, progress: Progress,
+    compiled: CompiledModel | None = None,
+) -> Trace:  # fmt: skip
     """The trace in `path` if it was made for this identity (model, dtype) and these prompts; else a new one, saved."""
     key = {"identity": identity, "prompts_sha256": fingerprint(prompts), "new_tokens": new_tokens}
     try:
@@ -86,6 +92,6 @@ def record_or_load(
             return Trace(prompts=prompts, continuations=rows, new_tokens=new_tokens)
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none yet, or not ours: it is made anew
-    trace = record(model, prompts, new_tokens, progress)
+    trace = record(model, prompts, new_tokens, progress, compiled)
     write_json(path, {"key": key, "prompts": trace.prompts, "continuations": trace.continuations})
     return trace

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,13 +17,16 @@ import torch
 from scipy.stats import bootstrap
 from transformers import PreTrainedModel
 
+from skipsearch.decoding.compiled import CompiledModel
 from skipsearch.decoding.loop import decode
+from skipsearch.decoding.pace import Pace
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import Evidence
 from skipsearch.model.sublayers import input_device
+from skipsearch.model.view import draft_view
 from skipsearch.search.cost import device_name, synchronize
 from skipsearch.search.prompts import Ids, fingerprint
 from skipsearch.search.trace import Progress, eos_ids
@@ -31,40 +34,140 @@ from skipsearch.search.trace import Progress, eos_ids
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One prompt decoded once: seconds and tokens behind the prefill's, the tokens, the counts."""
+    """One prompt decoded once.
+
+    Attributes:
+        seconds, tokens: of decoding, behind the prefill and the tokens that came with it.
+        prefill: seconds before that.
+        ids: all new tokens.
+        stats: raw counts, where the decoder keeps them.
+    """
 
     seconds: float
     tokens: int
+    prefill: float
     ids: tuple[int, ...]
     stats: DecodeStats
 
 
+Arm = Callable[[Ids, int], Run]
+
+
 def timed_decode(
     model: PreTrainedModel, prompt: Ids, new_tokens: int, mask: SkipMask | None, policy: DraftPolicy | None,
-    draft: PreTrainedModel | None = None, aligned: int = 0,
+    draft: PreTrainedModel | None = None, aligned: int = 0, compiled: CompiledModel | None = None,
+    pace: Pace | None = None,
 ) -> Run:  # fmt: skip
     """Decode greedily; the clock starts when the prefill has given its token."""
     device = input_device(model)
     limit = len(prompt) + new_tokens
     stats = DecodeStats()
+    synchronize(device)
+    begin = time.perf_counter()
     sequences = Sequences(
-        model, torch.tensor([prompt], device=device), capacity=limit, mask=mask, draft=draft, aligned=aligned
-    )
+        model, torch.tensor([prompt], device=device), capacity=limit, mask=mask, draft=draft, aligned=aligned,
+        compiled=compiled,
+    )  # fmt: skip
     start = 0.0
     ids: list[int] = []
-    for block in decode(sequences, max_length=limit, policy=policy, eos_ids=eos_ids(model), stats=stats):
+    for block in decode(sequences, max_length=limit, policy=policy, eos_ids=eos_ids(model), stats=stats, pace=pace):
         if not ids:
             synchronize(device)
             start = time.perf_counter()
         ids += block.tokens
     synchronize(device)
     seconds = time.perf_counter() - start
-    return Run(seconds=seconds, tokens=len(ids) - 1, ids=tuple(ids), stats=stats)
+    return Run(seconds=seconds, tokens=len(ids) - 1, prefill=start - begin, ids=tuple(ids), stats=stats)
+
+
+def our_arm(
+    model: PreTrainedModel, mask: SkipMask | None = None, policy: DraftPolicy | None = None,
+    compiled: CompiledModel | None = None,
+) -> Arm:  # fmt: skip
+    """Our own decoding as an arm. Its estimates go on from prompt to prompt, as those of a served model do."""
+    draft = None if mask is None else draft_view(model, mask)
+    pace = Pace() if policy is None else Pace(policy.costs)
+    return lambda prompt, new_tokens: timed_decode(
+        model, prompt, new_tokens, mask, policy, draft, compiled=compiled, pace=pace
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """An arm's runs over all prompts.
+
+    Attributes:
+        seconds: of each prompt, the median of its rounds.
+        prefill: likewise.
+        runs: the last one of each prompt.
+    """
+
+    seconds: np.ndarray
+    prefill: np.ndarray
+    runs: tuple[Run, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(run.tokens for run in self.runs)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / float(self.seconds.sum())
+
+    @property
+    def stats(self) -> DecodeStats:
+        total = DecodeStats()
+        for run in self.runs:
+            total.add(run.stats)
+        return total
+
+    def ids(self) -> list[tuple[int, ...]]:
+        """The new tokens of each prompt."""
+        return [run.ids for run in self.runs]
+
+    def speedup(self, baseline: Timing, seed: int = 0) -> tuple[float, tuple[float, float]]:
+        """Tokens per second over those of another arm, with a 95 % interval (percentile bootstrap over prompts)."""
+        mine, other = (t.seconds / np.array([max(1, r.tokens) for r in t.runs]) for t in (self, baseline))
+        weights = np.array([max(1, run.tokens) for run in baseline.runs])
+        return float((other * weights).sum() / (mine * weights).sum()), interval(other * weights, mine * weights, seed)
+
+
+def race(
+    arms: dict[str, Arm], prompts: Sequence[Ids], *, new_tokens: int, rounds: int, seed: int, progress: Progress,
+    stage: str = "validate",
+) -> dict[str, Timing]:  # fmt: skip
+    """Time arms prompt by prompt, in random order within each prompt and round, after a warm-up of each."""
+    rng = random.Random(seed)
+    for arm in arms.values():  # first calls choose kernels and fill caches
+        arm(prompts[0], min(16, new_tokens))
+    seconds: dict[str, list[list[float]]] = {name: [[] for _ in prompts] for name in arms}
+    prefill: dict[str, list[list[float]]] = {name: [[] for _ in prompts] for name in arms}
+    runs: dict[tuple[str, int], Run] = {}
+    for turn in range(rounds):
+        for i, prompt in enumerate(prompts):
+            for name in rng.sample(sorted(arms), len(arms)):
+                run = arms[name](prompt, new_tokens)
+                seconds[name][i].append(run.seconds)
+                prefill[name][i].append(run.prefill)
+                runs[name, i] = run
+            progress(stage, turn * len(prompts) + i + 1, rounds * len(prompts))
+    return {
+        name: Timing(
+            seconds=np.array([statistics.median(s) for s in seconds[name]]),
+            prefill=np.array([statistics.median(s) for s in prefill[name]]),
+            runs=tuple(runs[name, i] for i in range(len(prompts))),
+        )
+        for name in arms
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """Plain decoding and a mask on the same prompts, each the median of several rounds a prompt."""
+    """Plain decoding, the mask with its policy alone, and as it is served, on the same prompts.
+
+    Attributes:
+        served, served_ci: speed-up with n-grams and fallback to plain steps; None if that is not asked for.
+    """
 
     speedup: float
     speedup_ci: tuple[float, float]
@@ -73,41 +176,28 @@ class Measured:
     greedy_equal: bool
     stats: DecodeStats
     tokens: int
+    served: float | None = None
+    served_ci: tuple[float, float] | None = None
 
 
 def measure(
     model: PreTrainedModel, prompts: tuple[Ids, ...], mask: SkipMask | None, policy: DraftPolicy | None, *,
-    new_tokens: int, rounds: int, seed: int, progress: Progress, draft: PreTrainedModel | None = None,
+    new_tokens: int, rounds: int, seed: int, progress: Progress, compiled: CompiledModel | None = None,
+    served: DraftPolicy | None = None,
 ) -> Measured:  # fmt: skip
-    """Time both arms prompt by prompt, in random order within each prompt and round.
-
-    The interval is a 95 % percentile bootstrap over prompts, of the ratio of summed seconds.
-    """
-    rng = random.Random(seed)
-    arms = {"plain": (None, None, None), "mask": (mask, policy, draft)}
-    for arm in arms.values():  # warm-up: first calls choose kernels and fill caches
-        timed_decode(model, prompts[0], min(16, new_tokens), *arm)
-    seconds: dict[str, list[list[float]]] = {name: [[] for _ in prompts] for name in arms}
-    runs: dict[tuple[str, int], Run] = {}
-    for turn in range(rounds):
-        for i, prompt in enumerate(prompts):
-            for name in rng.sample(sorted(arms), len(arms)):
-                run = timed_decode(model, prompt, new_tokens, *arms[name])
-                seconds[name][i].append(run.seconds)
-                runs[name, i] = run
-            progress("validate", turn * len(prompts) + i + 1, rounds * len(prompts))
-    plain, masked = (np.array([statistics.median(s) for s in seconds[name]]) for name in ("plain", "mask"))
-    stats = DecodeStats(blocks=Counter())
-    for i in range(len(prompts)):
-        stats.blocks += runs["mask", i].stats.blocks
-        stats.committed += runs["mask", i].stats.committed
-    tokens = {name: sum(runs[name, i].tokens for i in range(len(prompts))) for name in arms}
+    """Time plain decoding, the mask with `policy`, and with the policy `served` if there is one."""
+    arms = {"plain": our_arm(model, compiled=compiled), "mask": our_arm(model, mask, policy, compiled)}
+    if served is not None:
+        arms["served"] = our_arm(model, mask, served, compiled)
+    timed = race(arms, prompts, new_tokens=new_tokens, rounds=rounds, seed=seed, progress=progress)
+    plain, masked = timed["plain"], timed["mask"]
+    speedup, low_high = masked.speedup(plain, seed)
+    as_served = timed["served"].speedup(plain, seed) if served is not None else (None, None)
     return Measured(
-        speedup=float(plain.sum() / masked.sum()), speedup_ci=interval(plain, masked, seed),
-        tokens_per_second=tokens["mask"] / float(masked.sum()),
-        plain_tokens_per_second=tokens["plain"] / float(plain.sum()),
-        greedy_equal=all(runs["plain", i].ids == runs["mask", i].ids for i in range(len(prompts))),
-        stats=stats, tokens=tokens["mask"],
+        speedup=speedup, speedup_ci=low_high, tokens_per_second=masked.tokens_per_second,
+        plain_tokens_per_second=plain.tokens_per_second,
+        greedy_equal=all(timing.ids() == plain.ids() for timing in timed.values()), stats=masked.stats,
+        tokens=masked.tokens, served=as_served[0], served_ci=as_served[1],
     )  # fmt: skip
 
 
@@ -120,7 +210,9 @@ def interval(plain: np.ndarray, masked: np.ndarray, seed: int) -> tuple[float, f
     return float(found.low), float(found.high)
 
 
-def evidence(model: PreTrainedModel, prompts: tuple[Ids, ...], measured: Measured, cost_ratio: float) -> Evidence:
+def evidence(
+    model: PreTrainedModel, prompts: tuple[Ids, ...], measured: Measured, cost_ratio: float, backend: str
+) -> Evidence:
     """What goes into mask.json. The verdict is "use" only if the whole interval lies above 1."""
     low, high = measured.speedup_ci
     return Evidence(
@@ -129,7 +221,8 @@ def evidence(model: PreTrainedModel, prompts: tuple[Ids, ...], measured: Measure
         speedup_ci=(round(low, 4), round(high, 4)), baseline="plain decoding in the same runtime",
         tokens_per_second=round(measured.tokens_per_second, 2),
         baseline_tokens_per_second=round(measured.plain_tokens_per_second, 2), greedy_equal=measured.greedy_equal,
-        backend="eager", dtype=str(model.dtype).removeprefix("torch."), device=device_name(input_device(model)),
+        backend=backend, dtype=str(model.dtype).removeprefix("torch."), device=device_name(input_device(model)),
         prompts=len(prompts), tokens=measured.tokens, prompts_sha256=fingerprint(prompts),
-        verdict="use" if low > 1.0 else "do not use",
+        verdict="use" if low > 1.0 else "do not use", served_speedup=measured.served and round(measured.served, 4),
+        served_speedup_ci=measured.served_ci and (round(measured.served_ci[0], 4), round(measured.served_ci[1], 4)),
     )  # fmt: skip

@@ -1,0 +1,112 @@
+"""Which backend serves a model: compiled pieces where they are proven to agree with the model, else eager."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from skipsearch.decoding.compiled import WIDTHS, CompiledModel
+from skipsearch.errors import BackendError, BackendWarning
+from skipsearch.mask import SkipMask
+from skipsearch.model.sublayers import input_device
+from skipsearch.model.view import draft_view
+
+Backend = Literal["auto", "eager", "compiled"]
+Progress = Callable[[str, int, int], None]
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.02}  # of the largest logit
+
+_known: weakref.WeakKeyDictionary[PreTrainedModel, CompiledModel | str] = weakref.WeakKeyDictionary()
+
+
+def compiled_for(
+    model: PreTrainedModel, backend: Backend, *, max_length: int = 0, progress: Progress | None = None,
+) -> CompiledModel | None:  # fmt: skip
+    """The compiled model, or None for eager decoding.
+
+    The first call compiles, or reads what was compiled before from the disk, and compares with the model.
+    Later calls with the same model object are free.
+
+    Args:
+        backend: "auto" and "compiled" compile where possible and warn once, saying why, where not.
+        max_length: the longest draft whose verify is to be compiled now and not at its first use.
+        progress: told (stage, done, total).
+    """
+    if backend not in ("auto", "eager", "compiled"):
+        raise BackendError(f"backend is {backend!r}, must be auto, eager or compiled")
+    if backend == "eager":
+        return None
+    if model not in _known:
+        try:
+            _known[model] = compile_and_prove(model, max_length, progress)
+        except Exception as error:
+            # Whatever a tracer or a compiler makes of a model it does not know: eager decoding is always there.
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            why = (
+                said[0] if isinstance(error, BackendError) else f"compiling failed ({type(error).__name__}: {said[0]})"
+            )
+            _known[model] = why[:300]
+            warnings.warn(f"decoding eagerly: {_known[model]}", BackendWarning, stacklevel=2)
+    found = _known[model]
+    if isinstance(found, str):
+        return None
+    found.warm(found.pieces.layers_of(model), widths_of(found, max_length), progress)
+    return found
+
+
+def widths_of(compiled: CompiledModel, max_length: int) -> list[int]:
+    """Widths that decoding with drafts of so many tokens takes, the prefill's first."""
+    return [compiled.chunk, *(w for w in WIDTHS if w <= compiled.width_for(max_length + 1))]
+
+
+@torch.no_grad()
+def compile_and_prove(model: PreTrainedModel, max_length: int, progress: Progress | None) -> CompiledModel:
+    """Compile the model's pieces and compare logits with its own: a full forward, then single and several tokens.
+
+    Raises:
+        BackendError: the logits differ by more than rounding, or the model or machine cannot.
+    """
+    compiled = CompiledModel(model)
+    layers = compiled.pieces.layers_of(model)
+    compiled.warm(layers, widths_of(compiled, max_length), progress)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    context = int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 20)
+    length = min(compiled.chunk + 9, context)
+    ids = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(input_device(model))
+    expected = model(input_ids=ids, past_key_values=DynamicCache(config=model.config), use_cache=True).logits[0]
+    owner = _Owner()
+    buffers = compiled.lease(length, owner)
+    buffers.ids[:, :length] = ids
+    buffers.positions.copy_(torch.arange(len(buffers.positions)).clamp(max=length - 1))
+    at, got = 0, []
+    for tokens in (min(compiled.chunk, length - 3), 1, length):
+        tokens = min(tokens, length - at)
+        scores = compiled.forward(layers, buffers, at, at, tokens, keep_last=tokens == compiled.chunk)
+        got.append((at + tokens - 1, scores.logits[0, 0 if scores.token.shape[1] == 1 else tokens - 1].clone()))
+        at += tokens
+    for place, logits in got:
+        error = float((logits - expected[place]).abs().max() / expected[place].abs().max())
+        if not error < TOLERANCE.get(model.dtype, 0.1):
+            raise BackendError(f"compiled logits differ from the model's by {error:.2g} of the largest")
+    return compiled
+
+
+def warm_mask(
+    compiled: CompiledModel | None, model: PreTrainedModel, mask: SkipMask, progress: Progress | None = None
+) -> None:
+    """Compile what drafting with a mask needs: at most the layers of which one sublayer alone is left."""
+    if compiled is not None:
+        compiled.warm(compiled.pieces.layers_of(draft_view(model, mask)), [1], progress)
+
+
+def backend_name(compiled: CompiledModel | None) -> str:
+    """As mask.json calls it."""
+    return "eager" if compiled is None else "compiled"
+
+
+class _Owner:
+    """Somebody to lend buffers to."""

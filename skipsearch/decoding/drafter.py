@@ -1,0 +1,149 @@
+"""Drafter: where each block's draft comes from. Sources are the mask, n-grams of the text, or none.
+
+Whatever drafts, the target verifies in the same way, so the output does not depend on it.
+Shapes: B rows, K drafted tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skipsearch.decoding.ngram import NgramIndex
+from skipsearch.decoding.pace import Pace
+from skipsearch.decoding.policy import DraftPolicy, ExitRule
+from skipsearch.decoding.sequences import Sequences
+from skipsearch.decoding.stats import Block
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What was drafted for one block.
+
+    Attributes:
+        drafted: tokens of each row, which lie behind its last one.
+        probs: with sampling, the probabilities [B, K, V] that they were drawn from.
+        source: "plain", "mask" or "ngram".
+        of_mask: of one row, how many tokens the mask drafted; an n-gram that agreed in `match` tokens gave the rest.
+    """
+
+    drafted: list[int]
+    probs: Tensor | None = None
+    source: str = "plain"
+    of_mask: int = 0
+    match: int = 0
+
+
+class Drafter:
+    """Drafts for one batch of sequences, and learns from what is accepted.
+
+    N-grams and the choice between sources are for a single sequence; rows of a batch draft with the mask.
+
+    Args:
+        pace: estimates to go on from, shared by sequences that follow each other.
+    """
+
+    def __init__(self, sequences: Sequences, policy: DraftPolicy, pace: Pace | None = None) -> None:
+        self.sequences, self.policy = sequences, policy
+        self.pace = pace or Pace()
+        self.rules = {row: ExitRule(policy) for row in sequences.rows}
+        self.single = len(sequences.rows) == 1
+        self.index: NgramIndex | None = None
+        if policy.ngram and self.single:
+            self.index = NgramIndex()
+            self.index.extend(sequences.ids[0, : sequences.lengths[0]].tolist())
+        self._begun, self._drafted = 0.0, 0.0
+
+    def draft(self, rooms: list[int]) -> Draft:
+        """Draft at most rooms[b] tokens for each row."""
+        self._begun = time.perf_counter()
+        draft = self._draft(rooms)
+        self._drafted = time.perf_counter()
+        return draft
+
+    def _draft(self, rooms: list[int]) -> Draft:
+        nothing = Draft([0] * len(rooms))
+        has_mask = self.sequences.draft_model is not None
+        if max(rooms) < 1:
+            return nothing
+        if not self.single or not (self.policy.never_slower or self.index):
+            return self._by_mask(rooms) if has_mask else nothing
+        rates = {"mask": self.pace.mask_rate} if has_mask else {}
+        following: list[int] = []
+        match, length = 0, 0
+        if self.index is not None:
+            match, following = self.index.lookup(limit=min(self.policy.ngram, rooms[0]))
+            if match:
+                length, rates["ngram"] = self.pace.ngram_plan(match, len(following))
+        if self.policy.never_slower or not rates:
+            if not self.pace.knows and self.pace.clock:
+                return nothing  # a plain step, to know what the others have to beat
+            if self.pace.knows or not rates:
+                rates["plain"] = self.pace.plain_rate
+        source = self.pace.choose(rates)
+        if source == "mask":
+            return self._by_mask(rooms)
+        if source == "plain":
+            return nothing
+        self.sequences.put(0, 0, following[:length])
+        return Draft([length], self._certain(following[:length]), "ngram", 0, match)
+
+    def _by_mask(self, rooms: list[int]) -> Draft:
+        sequences, policy = self.sequences, self.policy
+        limits = [min(room, policy.max_length) for room in rooms]
+        rules = [self.rules[row] for row in sequences.rows]
+        for rule in rules:
+            rule.begin()
+        tokens: list[int] = []
+
+        def stop(place: int, token: int, confidence: float) -> bool:
+            tokens.append(token)
+            if policy.asks and rules[place].stops(confidence):
+                return True
+            if self.index is None:
+                return False
+            match, _ = self.index.lookup(tokens, 1)
+            return match > 2 and self.pace.ngram_acceptance(match) >= self.pace.mask_acceptance
+
+        drafted, probs = sequences.draft(limits, stop if policy.asks or self.index is not None else None)
+        match = 0
+        of_mask = drafted[0]
+        if self.index is not None and rooms[0] > of_mask:
+            match, following = self.index.lookup(tokens, min(policy.ngram, rooms[0] - of_mask))
+            chance = rules[0].chance if policy.curve else self.pace.mask_acceptance**of_mask
+            more = self.pace.tail(chance, of_mask, match, len(following)) if match else 0
+            if more:
+                sequences.put(0, of_mask, following[:more])
+                drafted = [of_mask + more]
+                if probs is not None:
+                    certain = self._certain(following[:more])
+                    assert certain is not None
+                    probs = torch.cat([probs, certain], 1)
+        return Draft(drafted, probs, "mask", of_mask, match)
+
+    def _certain(self, tokens: list[int]) -> Tensor | None:
+        """Probabilities [1, K, V] of a source that proposes exactly these tokens; none for greedy decoding."""
+        if self.sequences.sampling is None:
+            return None
+        ids = torch.tensor([tokens], device=self.sequences.ids.device)
+        return torch.nn.functional.one_hot(ids, self.sequences.vocabulary).float()
+
+    def learn(self, draft: Draft, blocks: list[Block]) -> None:
+        """Take in what became of a draft. Called right after its verify."""
+        seconds = time.perf_counter() - self._begun
+        for block in blocks:
+            self.rules[block.row].learn(block.drafted, block.accepted)
+        if not self.single:
+            return
+        block = blocks[0]
+        if self.index is not None:
+            self.index.extend(block.tokens)
+        # Where nothing waits for the device, the clock cannot tell a draft from its verify.
+        apart = draft.source != "mask" or self.policy.asks or self.sequences.ids.device.type == "cpu"
+        self.pace.learn(
+            draft.source, of_mask=draft.of_mask, match=draft.match, drafted=block.drafted, accepted=block.accepted,
+            seconds=seconds, verify_seconds=time.perf_counter() - self._drafted if apart else None,
+        )  # fmt: skip

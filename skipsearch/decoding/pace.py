@@ -1,0 +1,142 @@
+"""Pace: running estimates of what each source of drafts brings, in tokens per second.
+
+From them follows which source drafts next, and that none does while plain steps are faster. A source that
+lost is tried again when the time since its last try makes the expected loss a small share: bounded cost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+PROBE_SHARE = 0.02  # of the time may go into trying what seemed slower
+MEMORY = 0.85  # weight that what was learnt keeps at each new block
+# Acceptance that is expected of an n-gram whose last 1, 2, 3, 4 to 7, 8 and more tokens agree, before any is seen.
+FIRST_GUESS = (0.3, 0.5, 0.65, 0.75, 0.85)
+GUESS_WEIGHT = 3.0
+
+
+def match_class(length: int) -> int:
+    """Which of the classes of `FIRST_GUESS` a match of so many tokens is in."""
+    return min(length, 4) - 1 if length < 8 else 4
+
+
+class Pace:
+    """What plain steps, mask drafts and n-grams have brought so far.
+
+    Args:
+        costs: seconds of a draft step, then of verifying 0, 1, 2, ... drafted tokens, if they were measured before.
+        clock: whether seconds are measured while decoding; without it the given costs stand, so that
+            what is drafted, and with it sampled output, depends on nothing but the seed.
+    """
+
+    def __init__(self, costs: Sequence[float] = (), clock: bool = True) -> None:
+        self.clock = clock
+        self.step = costs[0] if costs else 0.0
+        self.verify: dict[int, float] = dict(enumerate(costs[1:]))
+        self.tokens, self.seconds = 0.0, 0.0  # of blocks that a mask drafted
+        self.right, self.asked = 2.0, 3.0  # mask drafts accepted, and looked at
+        self.hits = [guess * GUESS_WEIGHT for guess in FIRST_GUESS]
+        self.tries = [GUESS_WEIGHT] * len(FIRST_GUESS)
+        self._since: dict[str, float] = {}
+        self._loss: dict[str, float] = {}
+
+    @property
+    def knows(self) -> bool:
+        """Whether a plain step's cost is known, without which nothing can be compared."""
+        return 0 in self.verify
+
+    def verify_seconds(self, drafted: int) -> float:
+        """Seconds of a verify, between those known: linear, beyond them: as the nearest."""
+        if drafted in self.verify:
+            return self.verify[drafted]
+        below = max((k for k in self.verify if k < drafted), default=None)
+        above = min((k for k in self.verify if k > drafted), default=None)
+        if below is None or above is None:
+            known = below if above is None else above
+            return self.verify[known] if known is not None else 1.0
+        part = (drafted - below) / (above - below)
+        return (1 - part) * self.verify[below] + part * self.verify[above]
+
+    @property
+    def plain_rate(self) -> float:
+        return 1 / self.verify_seconds(0)
+
+    @property
+    def mask_rate(self) -> float:
+        """Tokens per second of mask drafting; infinite before the first block, so that it is tried."""
+        return self.tokens / self.seconds if self.seconds else math.inf
+
+    @property
+    def mask_acceptance(self) -> float:
+        return self.right / self.asked
+
+    def ngram_acceptance(self, match: int) -> float:
+        """Chance that the next token of an n-gram is right, while those before it were."""
+        known = match_class(match)
+        return min(0.99, self.hits[known] / self.tries[known])
+
+    def ngram_plan(self, match: int, longest: int) -> tuple[int, float]:
+        """The number of tokens to propose that promises most tokens per second, and those."""
+        a = self.ngram_acceptance(match)
+        rates = {
+            k: (1 - a ** (k + 1)) / (1 - a) / self.verify_seconds(k) for k in range(1, longest + 1)
+        }  # fmt: skip
+        best = max(rates, key=rates.__getitem__)
+        return best, rates[best]
+
+    def tail(self, chance: float, drafted: int, match: int, longest: int) -> int:
+        """How many tokens of an n-gram to append to a draft that is right with this chance."""
+        a = self.ngram_acceptance(match)
+        rate = max(self.plain_rate, 0.0 if math.isinf(self.mask_rate) else self.mask_rate)
+        base, gain, best, gained = self.verify_seconds(drafted), 0.0, 0, 0.0
+        for t in range(1, longest + 1):
+            gain += chance * a**t
+            worth = gain - (self.verify_seconds(drafted + t) - base) * rate
+            if worth > gained:
+                best, gained = t, worth
+        return best
+
+    def choose(self, rates: dict[str, float]) -> str:
+        """The source with the best rate, or one whose turn it is to be tried again."""
+        best = max(rates, key=rates.__getitem__)
+        for source in rates:
+            if source not in (best, "plain") and self._since.get(source, math.inf) * PROBE_SHARE > self._loss.get(
+                source, 0.0
+            ):
+                return source
+        return best
+
+    def learn(
+        self, source: str, *, of_mask: int, match: int, drafted: int, accepted: int, seconds: float,
+        verify_seconds: float | None,
+    ) -> None:  # fmt: skip
+        """Take in what became of a block.
+
+        Args:
+            of_mask: how many of the drafted tokens a mask drafted; an n-gram with `match` gave the others.
+            seconds: of the whole block.
+            verify_seconds: of its verify, if the clock could tell.
+        """
+        if not self.clock:
+            seconds = of_mask * self.step + self.verify_seconds(drafted)
+        elif verify_seconds is not None:
+            old = self.verify.get(drafted)
+            # Disturbances only ever add: what is faster is believed sooner.
+            trust = 0.3 if old is None or verify_seconds < old else 0.1
+            self.verify[drafted] = verify_seconds if old is None else old + trust * (verify_seconds - old)
+        if source == "mask":
+            self.tokens = MEMORY * self.tokens + accepted + 1
+            self.seconds = MEMORY * self.seconds + seconds
+            looked = min(accepted + 1, of_mask)
+            self.right = MEMORY * self.right + min(accepted, of_mask)
+            self.asked = MEMORY * self.asked + looked
+        if match and accepted >= of_mask and drafted > of_mask:
+            known, right = match_class(match), accepted - of_mask
+            self.hits[known] = MEMORY * self.hits[known] + right
+            self.tries[known] = MEMORY * self.tries[known] + min(right + 1, drafted - of_mask)
+        for other in self._since:
+            self._since[other] += seconds
+        if source != "plain" and self.knows:
+            self._since[source] = 0.0
+            self._loss[source] = max(0.0, seconds - (accepted + 1) / self.plain_rate)

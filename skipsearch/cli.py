@@ -219,6 +219,41 @@ def validate(
 
 
 @app.command()
+def bench(
+    model: Model = "demo",
+    mask: Annotated[Path | None, typer.Option(help="mask.json; without it, arms that need none")] = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option("--prompts", help="builtin, random, or a file (Spec-Bench: a group a task); may be repeated"),
+    ] = None,
+    per_group: Annotated[int, typer.Option(min=1, help="prompts of each group")] = 8,
+    arm: Annotated[list[str] | None, typer.Option("--arm", help="measure this arm alone; may be repeated")] = None,
+    hf: Annotated[bool, typer.Option(help="measure transformers' own ways too")] = True,
+    new_tokens: NewTokens = 96, rounds: Rounds = 2, backend: Backends = "auto", seed: Seed = 0,
+    folder: Annotated[Path | None, typer.Option("--out", help="folder for bench.json, .csv, .svg")] = None,
+    dtype: Dtype = "auto", device: Device = "auto", revision: Revision = None, trust: Trust = False,
+    as_json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Time every way to decode side by side: transformers' own, plain, n-grams, the mask, both."""
+    from skipsearch.maskfile import load_mask
+
+    file = load_mask(mask) if mask is not None else None
+    loaded = _load(model, dtype, device, revision, trust)
+    from skipsearch.bench.bench import BenchOptions, bench_file
+    from skipsearch.report.bench import bench_table, groups_table, save_bench
+    from skipsearch.report.progress import stages
+
+    options = BenchOptions(
+        new_tokens=new_tokens, rounds=rounds, backend=backend, hf=hf, only=tuple(arm or ()), seed=seed,
+        sources=tuple(prompts or ("builtin",)), per_group=per_group,
+    )  # fmt: skip
+    with stages(err, quiet=as_json) as progress:
+        data = bench_file(loaded, file, options, progress.stage)
+    paths = save_bench(data, folder or Path("results") / loaded.name)
+    _print({**data, "files": paths}, as_json, bench_table(data), groups_table(data), f"picture: {paths['bench.svg']}")
+
+
+@app.command()
 def show(mask: Annotated[Path, typer.Argument(help="mask.json")], as_json: Json = False, debug: Debug = False) -> None:
     """Draw a mask file: a row of cells for each kind of sublayer, and its evidence."""
     from skipsearch.maskfile import load_mask

@@ -136,6 +136,9 @@ class MaskFile(_Part):
             ResultsError: the folder cannot be written to.
         """
         data = self.model_dump(mode="json")
+        data["draft"] = {k: v for k, v in data["draft"].items() if v or k in ("max_length", "exit_threshold")}
+        if data["evidence"] is not None:
+            data["evidence"] = {k: v for k, v in data["evidence"].items() if v is not None}
         data["per_layer_config"] = self.mask.to_per_layer_config()
         write_json(Path(path), data)
 

@@ -46,7 +46,10 @@ class Decoding(RuleBasedStateMachine):
     @rule(k=st.integers(1, 6), threshold=st.sampled_from([None, 0.2]))
     def draft_and_verify(self, k: int, threshold: float | None) -> None:
         policy = DraftPolicy(max_length=k, exit_threshold=threshold)
-        drafted, _ = self.sequences.draft(policy, [ROOM + 8 - length for length in self.sequences.lengths])
+        drafted, _ = self.sequences.draft(
+            [min(policy.max_length, ROOM + 8 - length) for length in self.sequences.lengths],
+            lambda place, token, confidence: policy.exit_threshold is not None and confidence < policy.exit_threshold,
+        )  # fmt: skip
         self.commit(drafted)
 
     @precondition(lambda self: max(self.sequences.lengths) < ROOM)

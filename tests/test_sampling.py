@@ -17,7 +17,6 @@ from scipy.stats import chisquare
 from skipsearch import SkipMask, self_speculative
 from skipsearch.decoding import sequences
 from skipsearch.decoding.accept import accept_greedy, accept_sampling, draw, probabilities
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.errors import DecodingError
 
 N, AT_ONCE, VOCABULARY, NEW = 200_000, 50_000, 8, 3
@@ -130,8 +129,8 @@ def accept_randomness_decides_the_exit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gives up a drafted token by the random number that will judge it."""
     draft = sequences.Sequences.draft
 
-    def mutant(self: Any, policy: Any, limits: Any) -> Any:
-        drafted, probs = draft(self, DraftPolicy(max_length=1), limits)
+    def mutant(self: Any, limits: Any, stop: Any = None) -> Any:
+        drafted, probs = draft(self, [min(1, limit) for limit in limits])
         if probs is None:
             return drafted, probs
         peek = torch.Generator().manual_seed(0)

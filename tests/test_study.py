@@ -17,8 +17,9 @@ from skipsearch import SkipMask
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.errors import ResultsError, StudyMismatch
 from skipsearch.search.objective import Score
+from skipsearch.search.options import SAMPLERS
 from skipsearch.search.space import Space
-from skipsearch.search.study import SAMPLERS, Study, open_storage, storage_url
+from skipsearch.search.study import Study, open_storage, storage_url
 
 SPACE = Space(num_layers=4, fixed=SkipMask(attention=[0], num_layers=4))
 IDENTITY = {"model": "abc", "prompts": "def"}

@@ -55,7 +55,8 @@ def continue_text(
     return {
         "text": tokenizer.decode(tokens), "tokens": tokens, "seconds": seconds,
         "tokens_per_second": len(tokens) / seconds, "drafted": stats.drafted, "accepted": stats.accepted,
-        "verifies": stats.verifies, "accepted_from": dict(stats.accepted_from), "acceptance_rate": stats.acceptance_rate, "tau": stats.tau,
+        "verifies": stats.verifies,
+        "accepted_from": dict(stats.accepted_from), "acceptance_rate": stats.acceptance_rate, "tau": stats.tau,
     }  # fmt: skip
 
 

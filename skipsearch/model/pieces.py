@@ -12,21 +12,16 @@ Shapes: Q tokens of a forward, C tokens of a buffer, T slots that attention read
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._inductor import config as inductor_config
-from torch._inductor import standalone_compile
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -355,23 +350,25 @@ def keep_compiled() -> Path:
     return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "skipsearch" / "compiled")))
 
 
-@contextlib.contextmanager
-def _settings(device: torch.device) -> Iterator[None]:
-    # On a CPU the wrapper around the kernels is compiled as well: in Python it costs as much as the kernels do.
-    # On a GPU graphs remove it; there, products of few rows become reductions, which reach more of the bandwidth.
-    given = {"cpp_wrapper": True} if device.type == "cpu" else {"coordinate_descent_tuning": True}
-    with inductor_config.patch(given):
-        yield
-
-
 @torch.no_grad()
 def _compile(run: Callable[..., list[Tensor]], examples: list[Tensor], dynamic: list[tuple[int, ...]]) -> Piece:
     keep_compiled()
+    # Slow to import, and eager decoding needs none of it.
+    from torch._inductor import config, standalone_compile
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    # On a CPU the wrapper around the kernels is compiled as well: in Python it costs as much as the kernels do.
+    # On a GPU graphs remove it; there, products of few rows become reductions, which reach more of the bandwidth.
+    on_cpu = examples[0].device.type == "cpu"
+    settings = config.patch({"cpp_wrapper": True} if on_cpu else {"coordinate_descent_tuning": True})
     fakes_of = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     fakes: list[Any] = []
     for example, dims in zip(examples, dynamic, strict=True):
         sizes = [DimDynamic.DYNAMIC if d in dims else DimDynamic.STATIC for d in range(example.dim())]
         fakes.append(fakes_of.from_tensor(example, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
-    with _settings(examples[0].device):
+    with settings, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler warns of its own deprecated parts
         graph = make_fx(run)(*fakes)
         return cast(Piece, standalone_compile(graph, fakes, dynamic_shapes="from_graph"))

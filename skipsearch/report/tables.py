@@ -39,6 +39,7 @@ def _evidence_rows(proof: dict[str, Any]) -> list[tuple[str, Any]]:
         ),
         ("acceptance rate, tau", f"{proof['acceptance_rate']:.3f}, {proof['tau']:.2f} tokens a verify"),
         ("cost ratio c, bound 1/c", f"{proof['cost_ratio']:.3f}, {bound:.2f}x"),
+        *_served_rows(proof),
         ("same tokens as plain", "yes, on every prompt" if proof["greedy_equal"] else "no"),
         ("held-out", f"{proof['prompts']} prompts, {proof['tokens']} tokens"),
         ("on", f"{proof['device']}, {proof['dtype']}, {proof['backend']}"),
@@ -47,6 +48,13 @@ def _evidence_rows(proof: dict[str, Any]) -> list[tuple[str, Any]]:
     if proof["cost_ratio"] and proof["speedup"] > bound:
         rows.append(("warning", Text("faster than the bound 1/c: the baseline was slowed down", style="yellow")))
     return rows
+
+
+def _served_rows(proof: dict[str, Any]) -> list[tuple[str, Any]]:
+    if proof.get("served_speedup") is None:
+        return []
+    low, high = proof["served_speedup_ci"]
+    return [("as served", f"{proof['served_speedup']:.2f}x  ({low:.2f} to {high:.2f}) with the whole policy below")]
 
 
 def draw_mask(mask: SkipMask) -> Text:
@@ -65,11 +73,25 @@ def draw_mask(mask: SkipMask) -> Text:
     return text
 
 
+def policy_line(draft: dict[str, Any]) -> str:
+    """A draft policy in words."""
+    parts = [f"K = {draft['max_length']}"]
+    if draft.get("exit_threshold") is not None:
+        parts.append(
+            f"exit below confidence {draft['exit_threshold']:g}" + (", adaptive" * bool(draft.get("adaptive")))
+        )
+    if draft.get("curve"):
+        parts.append("calibrated exit")
+    if draft.get("ngram"):
+        parts.append(f"n-grams of up to {draft['ngram']} tokens")
+    if draft.get("never_slower"):
+        parts.append("plain steps where drafting does not pay")
+    return ", ".join(parts)
+
+
 def mask_table(file: MaskFile) -> Panel:
     """One mask file: picture, policy, evidence."""
-    draft = file.draft
-    exit_rule = "" if draft.exit_threshold is None else f", exit below confidence {draft.exit_threshold:g}"
-    rows: list[tuple[str, Any]] = [("draft", f"K = {draft.max_length}{exit_rule}")]
+    rows: list[tuple[str, Any]] = [("draft", policy_line(file.draft.model_dump()))]
     if file.evidence is None:
         rows.append(("evidence", "none yet; measure it with `skipsearch validate`"))
     else:
@@ -83,11 +105,10 @@ def mask_table(file: MaskFile) -> Panel:
 def summary_table(data: dict[str, Any]) -> Table:
     """The end of a run, from `search.run.summary`."""
     draft, mask = data["draft"], data["mask"]
-    exit_rule = "" if draft["exit_threshold"] is None else f", exit below confidence {draft['exit_threshold']:g}"
     rows: list[tuple[str, Any]] = [
         ("model", data["model"]),
         ("skipped", f"{len(mask['attention'])} attention, {len(mask['mlp'])} MLP of {mask['num_layers']} layers"),
-        ("draft", f"K = {draft['max_length']}{exit_rule}"),
+        ("draft", policy_line(draft)),
         *_evidence_rows(data["evidence"]),
         ("predicted", f"{data['predicted']['speedup']:.2f}x, {data['predicted']['tokens_per_second']:.1f} tokens/s"),
         ("trials", f"{data['trials']} ({', '.join(f'{k} {v:.0f} s' for k, v in data['seconds'].items())})"),

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from skipsearch.decoding.backend import Backend
 from skipsearch.errors import SkipsearchError
 from skipsearch.search.prompts import PromptSource
-from skipsearch.search.study import SAMPLERS
 
 MAX_LENGTH = 12  # the longest draft that a policy may have
+SAMPLERS = ("gp", "tpe", "random")
 NGRAM = 10  # the longest continuation that is looked up
 
 

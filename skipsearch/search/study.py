@@ -46,7 +46,7 @@ def _random(seed: int) -> BaseSampler:
     return RandomSampler(seed=seed)
 
 
-SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {"gp": _gp, "tpe": _tpe, "random": _random}
+MAKERS: dict[str, Callable[[int], BaseSampler]] = {"gp": _gp, "tpe": _tpe, "random": _random}
 
 
 def storage_url(folder: Path) -> str:
@@ -104,7 +104,7 @@ class Study:
         name: of the study.
         space: what a trial may skip.
         identity: everything that scores depend on, by name; stored with the study.
-        sampler: a key of `SAMPLERS`.
+        sampler: one of `options.SAMPLERS`.
 
     Raises:
         StudyMismatch: the storage holds a study of this name with another identity.
@@ -118,7 +118,7 @@ class Study:
         with _experiments_welcome():
             self.study = optuna.create_study(
                 storage=open_storage(url), study_name=name, direction="maximize", load_if_exists=True,
-                sampler=SAMPLERS[sampler](seed),
+                sampler=MAKERS[sampler](seed),
             )  # fmt: skip
             self.study.set_metric_names(["tokens per second (predicted)"])
         known = self.study.user_attrs.get("identity")

@@ -1,0 +1,130 @@
+"""The arms of a benchmark: transformers' own ways to decode, and ours, each a function from a prompt to a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CompileConfig, PreTrainedModel, StaticCache, StoppingCriteria, StoppingCriteriaList
+
+from skipsearch.decoding.compiled import CompiledModel
+from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.decoding.stats import DecodeStats
+from skipsearch.mask import SkipMask
+from skipsearch.model.sublayers import input_device
+from skipsearch.model.view import draft_view
+from skipsearch.search.cost import synchronize
+from skipsearch.search.options import NGRAM
+from skipsearch.search.prompts import Ids
+from skipsearch.search.trace import eos_ids
+from skipsearch.search.validate import Arm, Run, our_arm
+
+HF_EAGER, HF_STATIC, HF_LOOKUP, HF_ASSISTED = (
+    "HF eager",
+    "HF static, compiled",
+    "HF prompt lookup",
+    "HF assisted by view",
+)
+EAGER, PLAIN, AGAIN, MASK = "plain, eager", "plain", "plain again (A/A)", "mask"
+LOOKUP, HYBRID, PREFIX = "n-gram", "hybrid", "prefix exit"
+
+
+class _Clock(StoppingCriteria):  # type: ignore[misc]
+    """Notes when the first token, or the first block, is there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.at, self.length = device, 0.0, 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        if not self.at:
+            synchronize(self.device)
+            self.at, self.length = time.perf_counter(), input_ids.shape[1]
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def hf_arm(model: PreTrainedModel, fresh: Callable[[], dict[str, Any]] = dict, **options: Any) -> Arm:
+    """`model.generate` with these options and `fresh()` ones, greedily. Tokens of the prefill are not counted."""
+    device = input_device(model)
+
+    def run(prompt: Ids, new_tokens: int) -> Run:
+        ids = torch.tensor([prompt], device=device)
+        clock = _Clock(device)
+        given = {**options, **fresh()}
+        synchronize(device)
+        begin = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
+                stopping_criteria=StoppingCriteriaList([clock]), **given,
+            )  # fmt: skip
+        synchronize(device)
+        end = time.perf_counter()
+        new = out[0, len(prompt) :].tolist()
+        ended = [i for i, token in enumerate(new) if token in eos_ids(model)]
+        new = new[: ended[0] + 1] if ended else new
+        counted = max(0, len(new) - (clock.length - len(prompt)))
+        return Run(
+            seconds=end - clock.at, tokens=counted, prefill=clock.at - begin, ids=tuple(new), stats=DecodeStats()
+        )
+
+    return run
+
+
+def hf_static(model: PreTrainedModel, longest: int) -> Arm:
+    """`generate` with a static cache and its own compilation, the cache made once and reset for each prompt."""
+    cache = StaticCache(config=model.config, max_cache_len=longest)
+    settings = CompileConfig(mode="reduce-overhead" if input_device(model).type == "cuda" else "default")
+    settings._compile_all_devices = True
+
+    def emptied() -> dict[str, Any]:
+        cache.reset()
+        return {"past_key_values": cache}
+
+    return hf_arm(model, emptied, compile_config=settings)
+
+
+def prefix_mask(mask: SkipMask) -> SkipMask:
+    """The early exit that runs as many sublayers as the mask: whole layers from the front (LayerSkip's draft)."""
+    left = 2 * mask.num_layers - len(mask.attention) - len(mask.mlp)
+    behind = range(max(1, round(left / 2)), mask.num_layers)
+    return SkipMask(attention=behind, mlp=behind, num_layers=mask.num_layers)
+
+
+def arms(
+    model: PreTrainedModel, mask: SkipMask | None, policy: DraftPolicy, compiled: CompiledModel | None, longest: int,
+    hf: bool = True,
+) -> dict[str, Arm]:  # fmt: skip
+    """All arms by name.
+
+    Args:
+        mask, policy: of the mask's arms; without a mask those are left out.
+        compiled: serves all of ours but the eager one.
+        longest: tokens of the longest sequence.
+        hf: whether to measure transformers' own.
+    """
+    found: dict[str, Arm] = {}
+    if hf:
+        found[HF_EAGER] = hf_arm(model)
+        if compiled is not None:
+            found[HF_STATIC] = hf_static(model, longest)
+        found[HF_LOOKUP] = hf_arm(model, prompt_lookup_num_tokens=NGRAM)
+        if mask is not None:
+            found[HF_ASSISTED] = hf_arm(model, assistant_model=draft_view(model, mask))
+    if compiled is not None:
+        found[EAGER] = our_arm(model)
+    found[PLAIN] = our_arm(model, compiled=compiled)
+    found[AGAIN] = our_arm(model, compiled=compiled)
+    served = dataclasses.replace(policy, ngram=policy.ngram or NGRAM, never_slower=True)
+    lookup = DraftPolicy(max_length=1, ngram=NGRAM, never_slower=True, costs=policy.costs)
+    found[LOOKUP] = our_arm(model, None, lookup, compiled)
+    if mask is not None:
+        found[MASK] = our_arm(model, mask, dataclasses.replace(policy, ngram=0, never_slower=False), compiled)
+        found[HYBRID] = our_arm(model, mask, served, compiled)
+        found[PREFIX] = our_arm(model, prefix_mask(mask), DraftPolicy(max_length=4, exit_threshold=0.5), compiled)
+    return found

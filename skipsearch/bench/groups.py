@@ -1,0 +1,67 @@
+"""Groups of prompts to measure on: task groups of a file, whole files, code nobody trained on, random tokens."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from skipsearch.errors import PromptError
+from skipsearch.search.prompts import BUILT_IN, Ids, PromptSource, load_prompts
+
+RANDOM = "random"
+RANDOM_TOKENS = 64
+# Spec-Bench (Xia et al., arXiv 2401.07851) counts the eight categories of MT-bench as one task group.
+MT_BENCH = frozenset(("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"))
+
+
+def prompt_groups(
+    sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, per_group: int, room: int, seed: int,
+    vocabulary: int,
+) -> dict[str, tuple[Ids, ...]]:  # fmt: skip
+    """Prompts by group name, `per_group` of each, cut to their first `room` tokens.
+
+    Args:
+        sources: "builtin", "random", or prompt files and data set ids as for `skipsearch run`; a JSON-lines file
+            whose rows name a category gives a group for each.
+
+    Raises:
+        PromptError: a source that is missing or too small.
+    """
+    groups: dict[str, tuple[Ids, ...]] = {}
+    for name in sources:
+        if name == RANDOM:
+            rng = random.Random(seed)
+            groups["random tokens"] = tuple(
+                tuple(rng.randrange(vocabulary) for _ in range(min(room, RANDOM_TOKENS))) for _ in range(per_group)
+            )
+            continue
+        for group, source in _split(name):
+            cut = None if name == BUILT_IN else room
+            found = load_prompts(
+                source, tokenizer, calibration=2, held_out=max(2, per_group), max_tokens=cut, room=room, seed=seed
+            )  # fmt: skip
+            groups[group] = found.held_out[:per_group]
+    return groups
+
+
+def _split(name: str) -> list[tuple[str, PromptSource]]:
+    path = Path(name).expanduser()
+    if name == BUILT_IN:
+        return [("held-out code", PromptSource())]
+    if path.suffix == ".jsonl" and path.is_file():
+        by_category: dict[str, list[str]] = {}
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise PromptError(f"prompt file {path} is not JSON lines ({error}); mend the file") from error
+            if isinstance(row, dict) and "category" in row and "turns" in row:
+                category = "mt_bench" if row["category"] in MT_BENCH else str(row["category"])
+                by_category.setdefault(category, []).append(row["turns"][0])
+        if by_category:
+            return [(c, PromptSource(name=f"{path.name}: {c}", texts=tuple(texts))) for c, texts in by_category.items()]
+    return [(path.stem or name, PromptSource(name=name))]

@@ -240,7 +240,7 @@ def bench(
     file = load_mask(mask) if mask is not None else None
     loaded = _load(model, dtype, device, revision, trust)
     from skipsearch.bench.bench import BenchOptions, bench_file
-    from skipsearch.report.bench import bench_table, groups_table, save_bench
+    from skipsearch.report.bench import bench_title, counts_table, groups_table, save_bench, speed_table
     from skipsearch.report.progress import stages
 
     options = BenchOptions(
@@ -250,7 +250,8 @@ def bench(
     with stages(err, quiet=as_json) as progress:
         data = bench_file(loaded, file, options, progress.stage)
     paths = save_bench(data, folder or Path("results") / loaded.name)
-    _print({**data, "files": paths}, as_json, bench_table(data), groups_table(data), f"picture: {paths['bench.svg']}")
+    tables = (bench_title(data), speed_table(data), counts_table(data), groups_table(data))
+    _print({**data, "files": paths}, as_json, *tables, f"picture: {paths['bench.svg']}")
 
 
 @app.command()

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ class _Slots(DynamicLayer):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         assert self.buffers is not None and self.slots_Q is not None
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer.index_copy_(2, self.slots_Q, states)
+            buffer[:, :, self.slots_Q] = states  # this form is compiled to writes in place; index_copy_ is not
         return self.buffers
 
     def get_seq_length(self) -> int:
@@ -232,7 +233,8 @@ class Pieces:
         cache = DynamicCache(config=model.config)
         cache.layers = [_Slots() for _ in range(self.num_layers)]
         given: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
-        given["attention_mask"] = attention_masks(model, self.windows, slots_Q[None], lambda _window: slots_T[None])
+        masks = attention_masks(model, self.windows, slots_Q[None], lambda _window: slots_T[None])
+        given["attention_mask"] = pytree.tree_map(lambda seen: _added(seen, self.dtype), masks)
         if self.takes_positions:
             given["position_ids"] = positions_Q[None]
         return torch.func.functional_call(model, dict(zip(self.outside[0], tensors, strict=False)), (), given)
@@ -269,6 +271,13 @@ def _check(model: PreTrainedModel) -> None:
             f"the model's attention is {model.config._attn_implementation!r}, must be 'sdpa' or 'eager'; "
             f"load it with attn_implementation='sdpa'"
         )
+
+
+def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """What to add to attention's scores: made once here, and not once in every layer."""
+    if seen.dtype != torch.bool:
+        return seen
+    return torch.where(seen, 0.0, -torch.inf).to(dtype)
 
 
 def _read_calls(calls: list[Any]) -> tuple[Tensor, list[Tensor], list[Call]]:
@@ -346,8 +355,12 @@ def _buffer(shape: tuple[int, int, torch.dtype], slots: int, device: torch.devic
 
 def keep_compiled() -> Path:
     """Where compiled pieces are kept between runs; TORCHINDUCTOR_CACHE_DIR, if set, decides."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "skipsearch" / "compiled")))
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    name, home = "TORCHINDUCTOR_CACHE_DIR", Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    if os.environ.get(name, default_cache_dir()) == default_cache_dir():  # torch sets its own, which a reboot empties
+        os.environ[name] = str(home / "skipsearch" / "compiled")
+    return Path(os.environ[name])
 
 
 @torch.no_grad()
@@ -368,7 +381,9 @@ def _compile(run: Callable[..., list[Tensor]], examples: list[Tensor], dynamic: 
     for example, dims in zip(examples, dynamic, strict=True):
         sizes = [DimDynamic.DYNAMIC if d in dims else DimDynamic.STATIC for d in range(example.dim())]
         fakes.append(fakes_of.from_tensor(example, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
-    with settings, warnings.catch_warnings():
+    # On a CPU the kernel of transformers' choice for grouped heads copies all keys for a few tokens.
+    grouped = patch.dict(os.environ, {"TRANSFORMERS_SDPA_FORCE_GQA": "1"} if on_cpu else {})
+    with settings, grouped, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler warns of its own deprecated parts
         graph = make_fx(run)(*fakes)
         return cast(Piece, standalone_compile(graph, fakes, dynamic_shapes="from_graph"))

@@ -19,58 +19,59 @@ def _interval(value: float | None, ci: Any) -> str:
     return "" if value is None else f"{value:.2f} ({ci[0]:.2f} to {ci[1]:.2f})"
 
 
-def bench_table(data: dict[str, Any], group: str = "all") -> Table:
-    """One group's arms: speeds with 95 % intervals, counts, bound and bandwidth."""
+def bench_title(data: dict[str, Any], group: str = "all") -> str:
+    """What was measured, and where."""
     settings, machine = data["settings"], data["machine"]
-    rows = [row for row in data["rows"] if row["group"] == group]
-    title = (
-        f"{group}: {rows[0]['prompts']} prompts, {rows[0]['tokens']} tokens; {settings['parameters'] / 1e6:.1f} M "
-        f"parameters, {settings['dtype']}, {settings['backend']}; {machine['device']}, "
-        f"copies {machine['copy_bytes_per_second'] / 1e9:.0f} GB/s"
+    first = next(row for row in data["rows"] if row["group"] == group)
+    return (
+        f"{group}: {first['prompts']} prompts, up to {settings['new_tokens']} tokens each; "
+        f"{settings['parameters'] / 1e6:.1f} M parameters, {settings['dtype']}, backend {settings['backend']}\n"
+        f"{machine['device']}; copies {machine['copy_bytes_per_second'] / 1e9:.0f} GB/s, "
+        f"reads {machine['read_bytes_per_second'] / 1e9:.0f} GB/s"
     )
+
+
+def _table(title: str, names: tuple[str, ...]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("arm", style="cyan", no_wrap=True)
-    names = (
-        "tokens/s",
-        "x HF eager",
-        "x plain",
-        "accepted",
-        "tau",
-        "c",
-        "of own bound",
-        "GB/s",
-        "% copy",
-        "peak MB",
-        "J/token",
-        "equal",
-    )
     for name in names:
-        table.add_column(name, justify="right")
-    for row in rows:
-        moved, share, c = row.get("bytes_per_second"), row.get("share_of_own_bound"), row.get("cost_ratio")
-        peak, joules = row.get("peak_memory_bytes"), row.get("joules_per_token")
+        table.add_column(
+            name, style="cyan" if name == names[0] else None, justify="left" if name == names[0] else "right"
+        )
+    return table
+
+
+def speed_table(data: dict[str, Any], group: str = "all") -> Table:
+    """One group's arms: tokens per second, and times two baselines with 95 % intervals."""
+    table = _table("", ("arm", "tokens/s", "x HF eager", "x plain", "equal"))
+    for row in (row for row in data["rows"] if row["group"] == group):
         table.add_row(
             row["arm"], f"{row['tokens_per_second']:.1f}", _interval(row.get("speedup_hf"), row.get("speedup_hf_ci")),
-            _interval(row["speedup_plain"], row["speedup_plain_ci"]),
-            f"{row['acceptance_rate']:.2f}" if row.get("acceptance_rate") else "",
-            f"{row['tau']:.2f}" if row.get("tau") else "", f"{c:.2f}" if c else "", f"{share:.0%}" if share else "",
-            f"{moved / 1e9:.1f}" if moved else "", f"{row['of_copy_bandwidth']:.0%}" if moved else "",
-            f"{peak / 1e6:.0f}" if peak else "", f"{joules:.2f}" if joules else "n/a",
-            f"{row['greedy_equal']}/{row['prompts']}",
+            _interval(row["speedup_plain"], row["speedup_plain_ci"]), f"{row['greedy_equal']}/{row['prompts']}",
         )  # fmt: skip
     return table
 
 
+def counts_table(data: dict[str, Any], group: str = "all") -> Table:
+    """One group's arms: acceptance, bound and its share, bytes moved, memory, energy."""
+    table = _table("", ("arm", "accept", "tau", "c", "1/c", "bound", "share", "GB/s", "% copy", "MB", "J/token"))
+    for row in (row for row in data["rows"] if row["group"] == group):
+        shown = (
+            ("acceptance_rate", 1, ".2f"), ("tau", 1, ".2f"), ("cost_ratio", 1, ".2f"), ("bound", 1, ".1f"),
+            ("own_bound", 1, ".2f"), ("share_of_own_bound", 1, ".0%"), ("bytes_per_second", 1e-9, ".1f"),
+            ("of_copy_bandwidth", 1, ".0%"), ("peak_memory_bytes", 1e-6, ".0f"), ("joules_per_token", 1, ".2f"),
+        )  # fmt: skip
+        values = [(row.get(name), scale, form) for name, scale, form in shown]
+        table.add_row(row["arm"], *("" if v is None else f"{v * scale:{form}}" for v, scale, form in values))
+    return table
+
+
 def groups_table(data: dict[str, Any]) -> Table:
-    """Speed-up over plain decoding: a row a group, a column an arm."""
-    arms = list(dict.fromkeys(row["arm"] for row in data["rows"]))
-    table = Table(title="times plain decoding in the same runtime, by group", title_justify="left", title_style="bold")
-    table.add_column("group", style="cyan")
-    for arm in arms:
-        table.add_column(arm, justify="right")
-    for group in dict.fromkeys(row["group"] for row in data["rows"]):
-        found = {row["arm"]: row["speedup_plain"] for row in data["rows"] if row["group"] == group}
-        table.add_row(group, *(f"{found[arm]:.2f}" for arm in arms))
+    """Speed-up over plain decoding: a row an arm, a column a group."""
+    groups = tuple(dict.fromkeys(row["group"] for row in data["rows"]))
+    table = _table("times plain decoding in the same runtime", ("arm", *groups))
+    for arm in dict.fromkeys(row["arm"] for row in data["rows"]):
+        found = {row["group"]: row["speedup_plain"] for row in data["rows"] if row["arm"] == arm}
+        table.add_row(arm, *(f"{found[group]:.2f}" for group in groups))
     return table
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from skipsearch.decoding.compiled import WIDTHS, CompiledModel
+from skipsearch.decoding.sequences import GUESS
 from skipsearch.errors import BackendError, BackendWarning
 from skipsearch.mask import SkipMask
 from skipsearch.model.sublayers import input_device
@@ -86,7 +87,7 @@ def compile_and_prove(model: PreTrainedModel, max_length: int, progress: Progres
     for tokens in (min(compiled.chunk, length - 3), 1, length):
         tokens = min(tokens, length - at)
         scores = compiled.forward(layers, buffers, at, at, tokens, keep_last=tokens == compiled.chunk)
-        got.append((at + tokens - 1, scores.logits[0, 0 if scores.token.shape[1] == 1 else tokens - 1].clone()))
+        got.append((at + tokens - 1, scores.logits[0, min(tokens, scores.said.shape[1]) - 1].clone()))
         at += tokens
     for place, logits in got:
         error = float((logits - expected[place]).abs().max() / expected[place].abs().max())
@@ -100,7 +101,12 @@ def warm_mask(
 ) -> None:
     """Compile what drafting with a mask needs: at most the layers of which one sublayer alone is left."""
     if compiled is not None:
-        compiled.warm(compiled.pieces.layers_of(draft_view(model, mask)), [1], progress)
+        warm_draft(compiled, draft_view(model, mask), progress)
+
+
+def warm_draft(compiled: CompiledModel, draft: PreTrainedModel, progress: Progress | None = None) -> None:
+    """The same for a draft view."""
+    compiled.warm(compiled.pieces.layers_of(draft), [1, compiled.width_for(1 + GUESS)], progress)
 
 
 def backend_name(compiled: CompiledModel | None) -> str:

@@ -55,11 +55,10 @@ class Buffers:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What a forward says of the tokens behind its own: logits [1, Q, V], the likeliest [1, Q], its probability."""
+    """What a forward says of the tokens behind its own: logits [1, Q, V]; the likeliest and its probability [2, Q]."""
 
     logits: Tensor
-    token: Tensor
-    confidence: Tensor
+    said: Tensor
 
 
 class CompiledModel:
@@ -191,9 +190,9 @@ class CompiledModel:
         def run() -> None:
             at = buffers.at
             for _ in range(steps):
-                token = self.run(layers, buffers, at, 1, slots).token
+                said = self.run(layers, buffers, at, 1, slots).said
                 at = at + 1
-                buffers.ids.index_copy_(1, at[1:], token)
+                buffers.ids.index_copy_(1, at[1:], said[:1].long())
 
         self.graph(buffers, ("draft", steps, slots, *map(id, layers)), run)
 

@@ -15,8 +15,10 @@ from torch import Tensor
 from skipsearch.decoding.ngram import NgramIndex
 from skipsearch.decoding.pace import Pace
 from skipsearch.decoding.policy import DraftPolicy, ExitRule
-from skipsearch.decoding.sequences import Sequences
+from skipsearch.decoding.sequences import GUESS, Sequences
 from skipsearch.decoding.stats import Block
+
+GUESS_FROM = 0.4  # acceptance from which an n-gram is worth a look
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,10 @@ class Drafter:
             match, _ = self.index.lookup(tokens, 1)
             return match > 2 and self.pace.ngram_acceptance(match) >= self.pace.mask_acceptance
 
-        drafted, probs = sequences.draft(limits, stop if policy.asks or self.index is not None else None)
+        drafted, probs = sequences.draft(
+            limits, stop if policy.asks or self.index is not None else None,
+            self._guess if self.index is not None and sequences.sampling is None else None,
+        )  # fmt: skip
         match = 0
         of_mask = drafted[0]
         if self.index is not None and rooms[0] > of_mask:
@@ -123,6 +128,12 @@ class Drafter:
                     assert certain is not None
                     probs = torch.cat([probs, certain], 1)
         return Draft(drafted, probs, "mask", of_mask, match)
+
+    def _guess(self, drafted: list[int]) -> list[int]:
+        """An n-gram for the mask to check in one pass, behind what it has drafted; of one length, or none."""
+        assert self.index is not None
+        match, following = self.index.lookup(drafted, GUESS)
+        return following if match and self.pace.ngram_acceptance(match) >= GUESS_FROM else []
 
     def _certain(self, tokens: list[int]) -> Tensor | None:
         """Probabilities [1, K, V] of a source that proposes exactly these tokens; none for greedy decoding."""

@@ -22,7 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from skipsearch.decoding.accept import Sampling
-from skipsearch.decoding.backend import Backend, compiled_for
+from skipsearch.decoding.backend import Backend, compiled_for, warm_draft
 from skipsearch.decoding.compiled import CompiledModel
 from skipsearch.decoding.loop import decode
 from skipsearch.decoding.pace import Pace
@@ -139,8 +139,9 @@ class SelfSpeculative:
         keep_logits = bool(config.return_dict_in_generate and config.output_logits)
 
         self.stats = stats = DecodeStats()
-        draft = self._draft_for(model)
-        compiled = self._compiled_for(model, batch)
+        draft, compiled = self._draft_for(model), self._compiled_for(model, batch)
+        if compiled is not None and draft is not None:
+            warm_draft(compiled, draft)
         pace = self._pace_for(model, bool(config.do_sample))
         together = batch == 1 or (not self.deterministic and rows_may_differ(model))
         for group in [list(range(batch))] if together else [[b] for b in range(batch)]:

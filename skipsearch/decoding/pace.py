@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+MEMORY_OF_MASK, MEMORY_OF_NGRAM = 0.85, 0.92  # weight that what was learnt keeps at each new block of its source
+MARGIN = 0.9  # masks must be so much better: their estimate is of blocks chosen for them, and those flatter it
 PROBE_SHARE = 0.02  # of the time may go into trying what seemed slower
-MEMORY = 0.85  # weight that what was learnt keeps at each new block
 # Acceptance that is expected of an n-gram whose last 1, 2, 3, 4 to 7, 8 and more tokens agree, before any is seen.
 FIRST_GUESS = (0.3, 0.5, 0.65, 0.75, 0.85)
 GUESS_WEIGHT = 3.0
@@ -38,6 +39,7 @@ class Pace:
         self.right, self.asked = 2.0, 3.0  # mask drafts accepted, and looked at
         self.hits = [guess * GUESS_WEIGHT for guess in FIRST_GUESS]
         self.tries = [GUESS_WEIGHT] * len(FIRST_GUESS)
+        self._best = 0.0  # the rate that the last choice had to beat
         self._since: dict[str, float] = {}
         self._loss: dict[str, float] = {}
 
@@ -65,7 +67,7 @@ class Pace:
     @property
     def mask_rate(self) -> float:
         """Tokens per second of mask drafting; infinite before the first block, so that it is tried."""
-        return self.tokens / self.seconds if self.seconds else math.inf
+        return MARGIN * self.tokens / self.seconds if self.seconds else math.inf
 
     @property
     def mask_acceptance(self) -> float:
@@ -100,6 +102,7 @@ class Pace:
     def choose(self, rates: dict[str, float]) -> str:
         """The source with the best rate, or one whose turn it is to be tried again."""
         best = max(rates, key=rates.__getitem__)
+        self._best = 0.0 if math.isinf(rates[best]) else rates[best]
         for source in rates:
             if source not in (best, "plain") and self._since.get(source, math.inf) * PROBE_SHARE > self._loss.get(
                 source, 0.0
@@ -126,17 +129,17 @@ class Pace:
             trust = 0.3 if old is None or verify_seconds < old else 0.1
             self.verify[drafted] = verify_seconds if old is None else old + trust * (verify_seconds - old)
         if source == "mask":
-            self.tokens = MEMORY * self.tokens + accepted + 1
-            self.seconds = MEMORY * self.seconds + seconds
+            self.tokens = MEMORY_OF_MASK * self.tokens + accepted + 1
+            self.seconds = MEMORY_OF_MASK * self.seconds + seconds
             looked = min(accepted + 1, of_mask)
-            self.right = MEMORY * self.right + min(accepted, of_mask)
-            self.asked = MEMORY * self.asked + looked
+            self.right = MEMORY_OF_MASK * self.right + min(accepted, of_mask)
+            self.asked = MEMORY_OF_MASK * self.asked + looked
         if match and accepted >= of_mask and drafted > of_mask:
             known, right = match_class(match), accepted - of_mask
-            self.hits[known] = MEMORY * self.hits[known] + right
-            self.tries[known] = MEMORY * self.tries[known] + min(right + 1, drafted - of_mask)
+            self.hits[known] = MEMORY_OF_NGRAM * self.hits[known] + right
+            self.tries[known] = MEMORY_OF_NGRAM * self.tries[known] + min(right + 1, drafted - of_mask)
         for other in self._since:
             self._since[other] += seconds
-        if source != "plain" and self.knows:
+        if source != "plain" and self._best:
             self._since[source] = 0.0
-            self._loss[source] = max(0.0, seconds - (accepted + 1) / self.plain_rate)
+            self._loss[source] = max(0.0, seconds - (accepted + 1) / self._best)

@@ -26,6 +26,7 @@ from skipsearch.model.sublayers import takes_positions
 from skipsearch.model.view import draft_view
 
 SLACK = 64  # room behind the longest sequence for what a batch's other rows draft
+GUESS = 3  # tokens that a draft reads in one pass beside its own last one
 ALIGNED = 16  # width of the deterministic mode's blocks: a full tile of half-precision kernels
 
 
@@ -155,8 +156,11 @@ class Sequences:
         assert self.compiled is not None
         layers = self.target_layers if target else self.draft_layers
         scores = self.compiled.forward(layers, self.buffers, start, start + self.offset, width, keep_last=keep == 1)
-        last = width if scores.token.shape[1] > 1 else 1
-        return Scores(*(part[:, last - keep : last] for part in (scores.logits, scores.token, scores.confidence)))
+        have = scores.said.shape[1]
+        if have == keep:
+            return scores
+        last = min(width, have)
+        return Scores(scores.logits[:, last - keep : last], scores.said[:, last - keep : last])
 
     def put(self, row: int, ahead: int, tokens: list[int]) -> None:
         """Draft these tokens behind a row's last one and `ahead` others."""
@@ -165,20 +169,25 @@ class Sequences:
 
     @torch.no_grad()
     def draft(
-        self, limits: list[int], stop: Callable[[int, int, float], bool] | None = None
-    ) -> tuple[list[int], Tensor | None]:
+        self, limits: list[int], stop: Callable[[int, int, float], bool] | None = None,
+        guess: Callable[[list[int]], list[int]] | None = None,
+    ) -> tuple[list[int], Tensor | None]:  # fmt: skip
         """Draft with the mask behind each row's last token, at most limits[b] tokens.
 
         Args:
             stop: asked, with the row's place, the token and its probability, whether the row's draft ends there.
                 Without it, nothing waits for the device between tokens.
+            guess: of one row decoded greedily through the compiled model: asked, with what is drafted so far, which
+                `GUESS` tokens may come next, or none. The draft model reads them in one pass, and goes on from
+                where it would have said something else.
 
         Returns:
             how many tokens each row drafted (they lie in `ids`), and with sampling draft_probs [B, K, V].
         """
         assert self.draft_model is not None
-        plain = self.sampling is None and not self.processors
-        if self.compiled is not None and plain and stop is None:
+        if self.compiled is not None and self.sampling is None and not self.processors:
+            if stop is not None or guess is not None:
+                return [self._draft_row(limits[0], stop, guess)], None
             start = self.lengths[0] - 1 - self.offset
             self.compiled.draft(self.draft_layers, self.buffers, start, self.lengths[0] - 1, limits[0])
             return list(limits), None
@@ -189,22 +198,18 @@ class Sequences:
             # Rows that are done run along on their last token: cheaper than taking their keys out of the batch.
             # Once they are the most, they wait for nobody: what is drafted by then is verified.
             starts = [end - 1 - self.offset for end in ends]
+            scores_BV = self._process(self._forward(self.draft_model, starts, 1, 1)[:, 0], ends)
             sure_B: Tensor | None = None
-            if self.compiled is not None and plain:
-                scores = self._compiled(False, starts[0], 1, 1)
-                token_B, sure_B = scores.token[:, 0], scores.confidence[:, 0]
+            if self.sampling is None:
+                token_B = scores_BV.argmax(-1)
+                if stop is not None:
+                    top_B = scores_BV.gather(1, token_B[:, None])[:, 0]
+                    sure_B = (top_B - scores_BV.float().logsumexp(-1)).exp()
             else:
-                scores_BV = self._process(self._forward(self.draft_model, starts, 1, 1)[:, 0], ends)
-                if self.sampling is None:
-                    token_B = scores_BV.argmax(-1)
-                    if stop is not None:
-                        top_B = scores_BV.gather(1, token_B[:, None])[:, 0]
-                        sure_B = (top_B - scores_BV.float().logsumexp(-1)).exp()
-                else:
-                    probs.append(probabilities(scores_BV))
-                    token_B = draw(probs[-1], self.sampling.draft)
-                    if stop is not None:
-                        sure_B = probs[-1].max(-1).values
+                probs.append(probabilities(scores_BV))
+                token_B = draw(probs[-1], self.sampling.draft)
+                if stop is not None:
+                    sure_B = probs[-1].max(-1).values
             if len(drafting) == len(ends) == 1:
                 self.ids[0, ends[0]] = token_B[0]
             else:
@@ -220,6 +225,28 @@ class Sequences:
         drafted = [end - length for end, length in zip(ends, self.lengths, strict=True)]
         return drafted, torch.stack(probs, dim=1) if probs else None
 
+    def _draft_row(
+        self, limit: int, stop: Callable[[int, int, float], bool] | None,
+        guess: Callable[[list[int]], list[int]] | None,
+    ) -> int:  # fmt: skip
+        """Draft greedily for one row of the compiled model; returns how many tokens."""
+        tokens: list[int] = []
+        first, ended = self.lengths[0], False
+        while len(tokens) < limit and not ended:
+            end = first + len(tokens)
+            guessed = guess(tokens) if guess is not None and len(tokens) + GUESS < limit else []
+            if guessed:
+                self.ids[0, end : end + len(guessed)] = torch.tensor(guessed, device=self.ids.device)
+            scores = self._compiled(False, end - 1 - self.offset, 1 + len(guessed), 1 + len(guessed))
+            said, sure = scores.said.tolist()
+            for j, token in enumerate(map(int, said)):
+                tokens.append(token)
+                ended = stop is not None and stop(0, token, sure[j])
+                if ended or j == len(guessed) or token != guessed[j]:
+                    break
+            self.ids[0, first + len(tokens) - 1] = tokens[-1]  # the others stand there, as they were guessed
+        return len(tokens)
+
     @torch.no_grad()
     def verify(self, drafted: list[int], draft_probs_BKV: Tensor | None = None) -> list[Block]:
         """Run the target over what is not yet committed, accept, and append each row's block.
@@ -227,8 +254,10 @@ class Sequences:
         With nothing drafted this is one step of plain decoding, and the first time it is the prefill.
         """
         rows, k = len(drafted), max(drafted)
-        logits_BKV, likeliest_BK = self._target_logits(k)
+        logits_BKV, said_2K = self._target_logits(k)
         device = logits_BKV.device
+        if rows == 1 and self.sampling is None and not self.processors:
+            return [self._accept_row(drafted[0], logits_BKV, said_2K)]
         if self.processors:
             ends = [[length + j for length in self.lengths] for j in range(k + 1)]
             scores_BKV = torch.stack([self._process(logits_BKV[:, j], ends[j]) for j in range(k + 1)], dim=1)
@@ -236,12 +265,8 @@ class Sequences:
             scores_BKV = logits_BKV
         draft_ids_BK = self._behind(k)
         if self.sampling is None:
-            if likeliest_BK is None or self.processors:
-                likeliest_BK = scores_BKV.argmax(-1)
-            if k:
-                n_B, bonus_B = accept_greedy(draft_ids_BK, torch.tensor(drafted, device=device), likeliest_BK)
-            else:
-                n_B, bonus_B = torch.zeros(rows, dtype=torch.long, device=device), likeliest_BK[:, 0]
+            likeliest_BK = scores_BKV.argmax(-1)
+            n_B, bonus_B = accept_greedy(draft_ids_BK, torch.tensor(drafted, device=device), likeliest_BK)
         else:
             target_probs_BKV = probabilities(scores_BKV)
             if draft_probs_BKV is None:
@@ -266,10 +291,29 @@ class Sequences:
             self.ids[range(rows), [length - 1 for length in self.lengths]] = bonus_B
         return blocks
 
+    def _accept_row(self, drafted: int, logits_BKV: Tensor, said_2K: Tensor | None) -> Block:
+        """Greedy acceptance for one row: a single wait for the device, and no kernels for a handful of numbers."""
+        first = self.lengths[0]
+        likeliest_K = logits_BKV[0].argmax(-1) if said_2K is None else said_2K[0].long()
+        target = likeliest_K.tolist() if not drafted else None
+        if target is None:
+            both = torch.cat([likeliest_K, self.ids[0, first : first + drafted]]).tolist()
+            target, draft = both[: drafted + 1], both[drafted + 1 :]
+            n = next((j for j in range(drafted) if draft[j] != target[j]), drafted)
+        else:
+            n = 0
+        self.lengths[0] = first + n + 1
+        self.cache.committed[0] = self.lengths[0] - 1 - self.offset
+        self.ids[0, first + n] = likeliest_K[n]
+        return Block(
+            row=self.rows[0], tokens=target[: n + 1], drafted=drafted, accepted=n, _place=0, _logits_BKV=logits_BKV,
+            _scores_BKV=logits_BKV,
+        )  # fmt: skip
+
     def _target_logits(self, k: int) -> tuple[Tensor, Tensor | None]:
         """The target's logits [B, k + 1, V] for the token behind each row's last one and behind k drafts.
 
-        And, where the forward says it, the likeliest tokens [B, k + 1].
+        And, where the forward says it, the likeliest tokens and their probabilities [2, k + 1].
         """
         last = self.lengths[0] - 1 - self.offset
         starts = self.cache.committed
@@ -280,7 +324,7 @@ class Sequences:
             starts = self._prefill(starts, ahead)
             if self.compiled is not None:
                 scores = self._compiled(True, starts[0], last + k + 1 - starts[0], k + 1)
-                return scores.logits, scores.token
+                return scores.logits, scores.said
             return self._forward(self.target, starts, last + k + 1 - starts[0], k + 1), None
         first = last // self.aligned * self.aligned
         assert last + k < first + self.aligned, "a draft reaches beyond its aligned block"

@@ -208,7 +208,10 @@ class Pieces:
         return self._piece(key, run, examples, [*dynamic, *[()] * len(layer.tensors)])
 
     def tail(self, width: int, hidden: Tensor) -> Piece:
-        """(*tensors outside of layers, hidden [1, Q, E]) -> logits [1, Q, V], token [1, Q], its probability [1, Q]."""
+        """(*tensors outside of layers, hidden [1, Q, E]) -> logits [1, Q, V], and [2, Q]: tokens, probabilities.
+
+        The likeliest tokens stand as doubles beside their probabilities, so that both reach the host at once.
+        """
         names, tensors = self.outside
         model = _twin(self._outside)
         layers = cast(nn.ModuleList, model.get_submodule(self.path))
@@ -220,7 +223,8 @@ class Pieces:
             slots = torch.arange(width, device=inputs[-1].device)
             logits = self._outer(model, inputs, torch.zeros_like(slots)[None], slots, slots, slots).logits
             highest, token = logits.max(-1)
-            return [logits, token, (highest.float() - logits.float().logsumexp(-1)).exp()]
+            confidence = (highest.float() - logits.float().logsumexp(-1)).exp()
+            return [logits, torch.cat([token, confidence]).double()]
 
         example = hidden.new_zeros((1, width, hidden.shape[-1]))
         dynamic: list[tuple[int, ...]] = [()] * (len(names) + 1)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from skipsearch.errors import BackendError
 from skipsearch.model.pieces import EXAMPLE_SLOTS, Layer, Piece, Pieces, _buffer
 
-WIDTHS = (1, 2, 3, 4, 6, 8, 10, 13)  # forwards of a block: a plain step, and drafts with the token before them
+WIDTHS = (1, 2, 4, 6, 9, 13)  # forwards of a block: a plain step, and drafts with the token before them
 CHUNK = {"cpu": 64, "cuda": 256}  # tokens of a forward of the prefill
 STEP = {"cpu": 64, "cuda": 256}  # attention reads slots in multiples of this: on a GPU each is a graph of its own
 SLACK = 320  # slots behind the longest sequence, for what fills a forward and its multiple of slots

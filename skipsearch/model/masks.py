@@ -49,4 +49,4 @@ def _as_wanted(model: PreTrainedModel, allowed: Tensor) -> Tensor:
     if model.config._attn_implementation == "sdpa":
         return allowed
     smallest = torch.finfo(model.dtype).min
-    return torch.zeros(allowed.shape, dtype=model.dtype, device=allowed.device).masked_fill(~allowed, smallest)
+    return torch.where(allowed, 0.0, smallest).to(model.dtype)

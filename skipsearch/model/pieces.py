@@ -13,6 +13,7 @@ Shapes: Q tokens of a forward, C tokens of a buffer, T slots that attention read
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -387,7 +388,13 @@ def _compile(run: Callable[..., list[Tensor]], examples: list[Tensor], dynamic: 
         fakes.append(fakes_of.from_tensor(example, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
     # On a CPU the kernel of transformers' choice for grouped heads copies all keys for a few tokens.
     grouped = patch.dict(os.environ, {"TRANSFORMERS_SDPA_FORCE_GQA": "1"} if on_cpu else {})
+    log = logging.getLogger("torch")
+    level = log.level
     with settings, grouped, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler warns of its own deprecated parts
-        graph = make_fx(run)(*fakes)
-        return cast(Piece, standalone_compile(graph, fakes, dynamic_shapes="from_graph"))
+        # The compiler warns of its own deprecated parts, and logs what it then raises.
+        warnings.simplefilter("ignore")
+        log.setLevel(logging.CRITICAL)
+        try:
+            return cast(Piece, standalone_compile(make_fx(run)(*fakes), fakes, dynamic_shapes="from_graph"))
+        finally:
+            log.setLevel(level)

@@ -1,0 +1,253 @@
+"""The compiled backend: the model's own logits, the same tokens, one set of pieces for every mask."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from skipsearch import SkipMask, self_speculative
+from skipsearch.decoding import backend
+from skipsearch.decoding.backend import compile_and_prove, compiled_for
+from skipsearch.decoding.compiled import CompiledModel
+from skipsearch.decoding.loop import decode
+from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.decoding.sequences import GUESS, Sequences
+from skipsearch.decoding.stats import DecodeStats
+from skipsearch.errors import BackendError, BackendWarning, DecodingError
+from skipsearch.model.view import draft_view
+
+MASK = SkipMask(attention=[0, 2], mlp=[1, 2], num_layers=4)
+
+
+@pytest.fixture(scope="module")
+def llama(tiny: Any) -> tuple[Any, CompiledModel]:
+    model = tiny("llama")
+    compiled = compiled_for(model, "compiled")
+    assert compiled is not None
+    return model, compiled
+
+
+def decoded(model: Any, ids: Any, new: int, mask: Any, policy: Any, compiled: Any, **given: Any) -> tuple[Any, Any]:
+    stats = DecodeStats()
+    sequences = Sequences(model, ids, capacity=ids.shape[1] + new, mask=mask, compiled=compiled, **given)
+    blocks = decode(sequences, max_length=ids.shape[1] + new, policy=policy, stats=stats)
+    return [token for block in blocks for token in block.tokens], stats
+
+
+def greedy(model: Any, ids: Any, new: int) -> list[int]:
+    options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :].tolist()
+
+
+POLICIES = [
+    DraftPolicy(max_length=4),
+    DraftPolicy(max_length=6, exit_threshold=0.05),
+    DraftPolicy(max_length=6, exit_threshold=0.05, adaptive=True),
+    DraftPolicy(max_length=6, curve=(0.2, 0.9), prices=(0.1,) * 6),
+    DraftPolicy(max_length=6, ngram=8),
+    DraftPolicy(max_length=6, exit_threshold=0.05, ngram=8, never_slower=True),
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_same_tokens_as_generate(llama: Any, policy: DraftPolicy) -> None:
+    """Prevents a policy, a padded width or a guess from changing the output; prompts cross chunks and slot steps."""
+    model, compiled = llama
+    for length in (1, 5, 61, 64, 70):
+        ids = torch.arange(length)[None] % 90 + 3
+        tokens, stats = decoded(model, ids, 40, MASK, policy, compiled)
+        assert tokens == greedy(model, ids, 40), length
+        assert sum(stats.blocks_from.values()) == stats.verifies
+        assert sum(stats.accepted_from.values()) == stats.accepted
+
+
+def test_blocks_are_those_of_eager_decoding(llama: Any, ids: Any) -> None:
+    """Prevents the draft of K steps without the host from drafting something else."""
+    model, compiled = llama
+    for policy in POLICIES[:4]:
+        ours, eager = (decoded(model, ids, 50, MASK, policy, c)[1].blocks for c in (compiled, None))
+        assert ours == eager, str(policy)
+
+
+def test_another_mask_compiles_nothing_new(llama: Any, ids: Any) -> None:
+    """Prevents a compile for each mask: a draft is a choice of pieces that are there."""
+    model, compiled = llama
+    for mask in (SkipMask(attention=[0], num_layers=4), SkipMask(mlp=[0], num_layers=4)):
+        decoded(model, ids, 8, mask, POLICIES[0], compiled)
+    known = len(compiled.pieces._compiled)
+    mask = SkipMask(attention=[1, 3], mlp=[0, 2], num_layers=4)
+    assert decoded(model, ids, 30, mask, POLICIES[0], compiled)[0] == greedy(model, ids, 30)
+    everything = SkipMask(attention=range(4), mlp=range(4), num_layers=4)
+    assert decoded(model, ids, 30, everything, POLICIES[0], compiled)[0] == greedy(model, ids, 30)
+    assert len(compiled.pieces._compiled) == known
+
+
+def test_two_sequences_at_once_have_buffers_of_their_own(llama: Any) -> None:
+    """Prevents interleaved sequences from writing into each other's keys, and buffers from piling up."""
+    model, compiled = llama
+    gc.collect()
+    free = len(compiled._free)
+    prompts = [torch.arange(9)[None] + 3, torch.arange(12)[None] + 40]
+    both = [Sequences(model, ids, capacity=60, mask=MASK, compiled=compiled) for ids in prompts]
+    streams = [
+        decode(s, max_length=ids.shape[1] + 20, policy=POLICIES[0]) for s, ids in zip(both, prompts, strict=True)
+    ]
+    found: list[list[int]] = [[], []]
+    while any(len(tokens) < 20 for tokens in found):
+        for tokens, stream in zip(found, streams, strict=True):
+            tokens += [token for block in [next(stream, None)] if block for token in block.tokens]
+    assert found == [greedy(model, ids, 20) for ids in prompts]
+    del both, streams
+    gc.collect()
+    assert len(compiled._free) >= max(2, free)
+
+
+def test_a_guess_that_is_wrong_changes_nothing(llama: Any, ids: Any) -> None:
+    """Prevents the draft from keeping guessed tokens that it would not have said."""
+    model, compiled = llama
+    drafts = []
+    for guess in (None, lambda _tokens: [7] * GUESS):
+        sequences = Sequences(model, ids, capacity=60, mask=MASK, compiled=compiled)
+        sequences.verify([0])
+        sequences.draft([8], lambda *_: False, guess)
+        drafts.append(sequences.ids[0, sequences.lengths[0] :][:8].tolist())
+    assert drafts[0] == drafts[1]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
+def test_other_builds_of_layers(tiny: Any, family: str) -> None:
+    """Prevents sliding windows, layers of two builds, and learned positions beyond the context from going wrong."""
+    model = tiny(family)
+    compiled = compile_and_prove(model, 3, None)
+    ids = torch.arange(30)[None] + 3
+    for new in (20, 60):
+        assert decoded(model, ids, new, MASK, POLICIES[0], compiled)[0] == greedy(model, ids, new)
+
+
+def test_options_of_generate_through_the_compiled_backend(llama: Any, ids: Any) -> None:
+    """Prevents padding, processors, returned scores or a handed-over cache from being lost on the way."""
+    model, _ = llama
+    method = self_speculative(MASK, backend="compiled")
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1)
+    seen = torch.cat([torch.zeros(1, 4, dtype=torch.long), torch.ones_like(ids)], 1)
+    options: dict[str, Any] = {
+        "attention_mask": seen, "max_new_tokens": 20, "do_sample": False, "repetition_penalty": 1.3, "pad_token_id": 0,
+        "return_dict_in_generate": True, "output_scores": True, "output_logits": True, "use_cache": True,
+    }  # fmt: skip
+    plain = model.generate(padded, **options)
+    ours = model.generate(padded, custom_generate=method, **options)
+    assert torch.equal(ours.sequences, plain.sequences)
+    for name in ("scores", "logits"):
+        for a, b in zip(ours[name], plain[name], strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    cache = DynamicCache(config=model.config)
+    model.generate(ids, past_key_values=cache, custom_generate=method, attention_mask=torch.ones_like(ids),
+                   max_new_tokens=9, do_sample=False)  # fmt: skip
+    longer = torch.cat([ids, torch.tensor([greedy(model, ids, 9)])], 1)
+    # Another sequence takes the buffers; what was handed over must not change with them.
+    model.generate(ids % 50 + 3, custom_generate=method, attention_mask=torch.ones_like(ids), max_new_tokens=9)
+    more = model.generate(longer, past_key_values=cache, custom_generate=method, attention_mask=torch.ones_like(longer),
+                          max_new_tokens=8, do_sample=False)  # fmt: skip
+    assert more[0, longer.shape[1] :].tolist() == greedy(model, longer, 8)
+
+
+def test_sampling_with_a_seed_does_not_depend_on_the_clock(llama: Any, ids: Any) -> None:
+    """Prevents never_slower, which looks at the clock, from making seeded output irreproducible."""
+    model, _ = llama
+    outputs = []
+    for _ in range(2):
+        method = self_speculative(MASK, max_length=4, ngram=6, never_slower=True, backend="compiled")
+        torch.manual_seed(5)
+        options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 40, "do_sample": True}
+        outputs.append(model.generate(ids, custom_generate=method, **options))
+    assert torch.equal(*outputs)
+
+
+def test_what_cannot_be_compiled_is_decoded_eagerly_with_one_warning(tiny: Any, ids: Any, monkeypatch: Any) -> None:
+    """Prevents a model that the compiler refuses from failing, and the reason from being lost or repeated."""
+    model = tiny("qwen2")
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("no such kernel\nsecond line")
+
+    monkeypatch.setattr(backend, "compile_and_prove", refuse)
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    plain = model.generate(ids, **options)
+    method = self_speculative(MASK, backend="compiled")
+    with pytest.warns(BackendWarning, match="decoding eagerly: compiling failed .RuntimeError: no such kernel"):
+        assert torch.equal(model.generate(ids, custom_generate=method, **options), plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(model.generate(ids, custom_generate=method, **options), plain)
+
+
+def test_logits_that_differ_are_refused(tiny: Any, monkeypatch: Any) -> None:
+    """Prevents pieces that compute something else from serving: two layers taken for one build, say."""
+    model = tiny("llama")
+    forward = CompiledModel.forward
+
+    def wrong(self: Any, layers: Any, *given: Any, **named: Any) -> Any:
+        return forward(self, layers[:-1], *given, **named)
+
+    monkeypatch.setattr(CompiledModel, "forward", wrong)
+    with pytest.raises(BackendError, match="compiled logits differ"):
+        compile_and_prove(model, 0, None)
+
+
+def test_batches_and_deterministic_mode_say_that_they_are_eager(llama: Any, ids: Any) -> None:
+    """Prevents a batch from being decoded row by row, or in silence on another backend."""
+    model, _ = llama
+    rows = torch.cat([ids, ids + 1])
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+    plain = model.generate(rows, attention_mask=torch.ones_like(rows), **options)
+    with pytest.warns(BackendWarning, match="a batch of 2 sequences"):
+        ours = model.generate(
+            rows, attention_mask=torch.ones_like(rows), custom_generate=self_speculative(MASK, backend="compiled"),
+            **options,
+        )  # fmt: skip
+    assert torch.equal(ours, plain)
+    with pytest.warns(BackendWarning, match="deterministic"):
+        method = self_speculative(MASK, backend="compiled", deterministic=True)
+        model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=method, **options)
+
+
+def test_an_unknown_backend_is_refused(tiny: Any) -> None:
+    """Prevents a misspelt backend from meaning eager."""
+    with pytest.raises(BackendError, match="backend is 'cuda', must be auto, eager or compiled"):
+        compiled_for(tiny("llama"), "cuda")  # type: ignore[arg-type]
+
+
+def test_a_view_is_left_as_it_was(llama: Any, ids: Any) -> None:
+    """Prevents tracing from leaving traced tensors in the user's model or its views."""
+    model, compiled = llama
+    view = draft_view(model, MASK)
+    compiled.warm(compiled.pieces.layers_of(view), [1])
+    for module in (model, view):
+        assert all(type(p) is torch.nn.Parameter for p in module.parameters())
+    assert model(ids).logits.isfinite().all()
+
+
+@pytest.mark.gpu
+def test_graphs_replay_what_was_captured(tiny: Any) -> None:
+    """Prevents a graph from reading a place that has moved since it was captured."""
+    from skipsearch.model.families import tiny_model
+
+    model = tiny_model("llama").to("cuda")
+    compiled = compiled_for(model, "compiled", max_length=4)
+    assert compiled is not None
+    for length in (5, 70, 9):
+        ids = torch.arange(length, device="cuda")[None] % 90 + 3
+        for policy in POLICIES:
+            assert decoded(model, ids, 40, MASK, policy, compiled)[0] == greedy(model, ids, 40)
+
+
+def test_refused_by_generate_as_before(llama: Any, ids: Any) -> None:
+    """Prevents the compiled backend from bypassing what cannot be honoured."""
+    model, _ = llama
+    with pytest.raises(DecodingError, match="num_beams"):
+        model.generate(ids, num_beams=2, max_new_tokens=4, custom_generate=self_speculative(MASK, backend="compiled"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from skipsearch.errors import PromptError
-from skipsearch.search.prompts import BUILT_IN, Ids, PromptSource, load_prompts
+from skipsearch.search.prompts import BUILT_IN, BUILT_IN_TOKENS, Ids, PromptSource, load_prompts
 
 RANDOM = "random"
 RANDOM_TOKENS = 64
@@ -40,7 +40,7 @@ def prompt_groups(
             )
             continue
         for group, source in _split(name):
-            cut = None if name == BUILT_IN else room
+            cut = min(room, BUILT_IN_TOKENS) if name == BUILT_IN else room
             found = load_prompts(
                 source, tokenizer, calibration=2, held_out=max(2, per_group), max_tokens=cut, room=room, seed=seed
             )  # fmt: skip

@@ -1,0 +1,214 @@
+"""What a GPU is asked: bandwidth, plain decoding, cost ratios of the published masks, a bench of the widened model.
+
+    benchmarks/gpu_suite.sh [folder]                             # on a CUDA machine
+    python benchmarks/gpu_suite.py --tiny --out /tmp/suite       # the same code on a CPU, with tiny shapes
+
+Parts, in this order, each a row of rows.jsonl; one that fails is a row with its error, and the rest goes on:
+copies      bandwidth of a large copy and of a large product with a vector
+shape X     a Llama of that shape with random weights, bf16: ms a token of `generate`, of our eager and our compiled
+            backend, as percent of the copy bandwidth; seconds of verifying 0, 4, 8, 12 tokens; for each published
+            mask of that shape, the cost ratio c of a draft step, in both backends
+widened     the bundled model widened to more than 10^9 parameters, bf16: a mask searched with compiled costs (with
+            optuna; without it, the measured mask's policy is fitted anew), validated, and a bench with all arms
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from widen import difference, widen
+
+from skipsearch.bench.arms import hf_arm
+from skipsearch.bench.bench import BenchOptions, bench, step_costs, weight_bytes
+from skipsearch.bench.groups import prompt_groups
+from skipsearch.bench.machine import copy_bandwidth, read_bandwidth
+from skipsearch.decoding.backend import compiled_for, warm_mask
+from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.mask import SkipMask
+from skipsearch.maskfile import load_mask
+from skipsearch.model.load import Loaded, load_model
+from skipsearch.model.preset import presets
+from skipsearch.report.bench import save_bench
+from skipsearch.search.cost import _sequence, _time_verify, device_name, profile
+from skipsearch.search.objective import score
+from skipsearch.search.options import MAX_LENGTH, SearchOptions
+from skipsearch.search.replay import Replay
+from skipsearch.search.trace import record
+from skipsearch.search.validate import our_arm
+
+ROOT = Path(__file__).parents[1]
+SHAPES = {  # hidden, MLP, layers, heads, KV heads, vocabulary; the preset whose published masks fit
+    "llama-2-7b": (4096, 11008, 32, 32, 32, 32000),
+    "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128256),
+    "llama-2-13b": (5120, 13824, 40, 40, 40, 32000),
+}
+TINY = {"llama-2-13b": (64, 128, 40, 4, 4, 512)}
+
+
+def quiet(*_: Any) -> None:
+    pass
+
+
+def random_llama(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
+    """A Llama of this shape, weights drawn so that activations stay finite (zeros would read faster than real ones)."""
+    hidden, mlp, layers, heads, kv_heads, vocabulary = shape
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=vocabulary, max_position_embeddings=4096, eos_token_id=None,
+        bos_token_id=None, pad_token_id=None, tie_word_embeddings=False,
+    )  # fmt: skip
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(default)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.02 if "embed" in name else parameter.shape[1] ** -0.5)
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+def shape_row(name: str, shape: tuple[int, ...], device: torch.device, bandwidth: float, tokens: int) -> dict[str, Any]:
+    """Plain decoding and cost ratios at one shape."""
+    model = random_llama(shape, device, torch.bfloat16)
+    prompt = tuple(range(3, 67))
+    moved = weight_bytes(model)
+    row: dict[str, Any] = {"shape": name, "parameters": sum(p.numel() for p in model.parameters()), "bytes": moved}
+    start = time.perf_counter()
+    compiled = compiled_for(model, "compiled", max_length=MAX_LENGTH)
+    row["compile_seconds"], row["compiled"] = time.perf_counter() - start, compiled is not None
+    arms = {"generate": hf_arm(model), "eager": our_arm(model), "compiled": our_arm(model, compiled=compiled)}
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    for turn in range(4):
+        for arm, run in arms.items():
+            done = run(prompt, tokens)
+            if turn:
+                seconds[arm].append(done.seconds / done.tokens)
+    for arm, values in seconds.items():
+        step = statistics.median(values)
+        row[arm] = {"ms_a_token": 1e3 * step, "of_copy_bandwidth": moved / step / bandwidth}
+    row["compiled_over_generate"] = row["generate"]["ms_a_token"] / row["compiled"]["ms_a_token"]
+    for label, backend in (("eager", None), ("compiled", compiled)):
+        plain = _sequence(model, SkipMask(num_layers=shape[2]), 128, MAX_LENGTH, backend)
+        row[f"verify_{label}"] = {
+            k: statistics.median(_time_verify(plain, k) for _ in range(9)) for k in (0, 1, 4, 8, 12)
+        }
+        del plain
+        row[f"c_{label}"] = {}
+        preset = presets().get(name)
+        for seed in preset.masks if preset is not None else ():
+            if seed.mask.num_layers == shape[2]:
+                warm_mask(backend, model, seed.mask)
+                draft, step = step_costs(model, seed.mask, backend, 128, repeats=7)
+                row[f"c_{label}"][seed.name] = draft / step
+    return row
+
+
+def widened_row(times: int, device: torch.device, folder: Path, per_group: int, tokens: int) -> dict[str, Any]:
+    """The bundled model widened, searched for and measured."""
+    narrow = load_model("demo", dtype="float32", device="cpu")
+    wide = widen(narrow.model, times)
+    row: dict[str, Any] = {"times": times, "parameters": sum(p.numel() for p in wide.parameters())}
+    if device.type == "cpu":
+        row["relative_difference_fp32"] = difference(narrow.model, wide)
+    wide = wide.to(device, torch.bfloat16)
+    narrow.model.to(device)
+    compiled = compiled_for(wide, "auto", max_length=MAX_LENGTH)
+    costs = profile(wide, "wide", contexts=[112], max_length=MAX_LENGTH, progress=quiet, repeats=5, compiled=compiled)
+    point = costs.points[0]
+    row |= {"verify": point.verify, "attention": point.attention, "mlp": point.mlp, "rest": point.rest}
+    mask, policy, how = _search(narrow, costs, folder, tokens)
+    warm_mask(compiled, wide, mask)
+    policy = dataclasses.replace(policy, ngram=10, never_slower=True)
+    groups = prompt_groups(
+        ["builtin", "random"], narrow.tokenizer, per_group=per_group, room=300, seed=0,
+        vocabulary=wide.config.vocab_size,
+    )  # fmt: skip
+    data = bench(wide, groups, mask, policy, BenchOptions(new_tokens=tokens, rounds=2), quiet)
+    save_bench(data, folder)
+    shown = ("arm", "tokens_per_second", "speedup_hf", "speedup_plain", "speedup_plain_ci", "share_of_own_bound",
+             "of_copy_bandwidth", "joules_per_token", "equal_to_plain", "prompts")  # fmt: skip
+    row["bench"] = [{k: r.get(k) for k in shown} for r in data["rows"] if r["group"] == "all"]
+    return row | {"mask": mask.to_dict(), "policy": str(policy), "found_by": how}
+
+
+def _search(narrow: Loaded, costs: Any, folder: Path, tokens: int) -> tuple[SkipMask, DraftPolicy, str]:
+    point = costs.points[0]
+    try:
+        from skipsearch.search.prepare import prepare
+        from skipsearch.search.run import rescore, search_trials
+
+        options = SearchOptions(trials=40, new_tokens=tokens, prompts=12, trial_prompts=12, held_out=4, backend="eager")
+        prepared = dataclasses.replace(prepare(narrow, folder, options, quiet), costs=costs)
+        found, _ = rescore(narrow.model, prepared, search_trials(narrow, prepared, folder, options, quiet), quiet)
+        return found.mask, found.policy, f"{options.trials} trials"
+    except ImportError as missing:
+        file = load_mask(ROOT / "results" / "measured" / "demo.mask.json")
+        source = prompt_groups(
+            ["builtin"], narrow.tokenizer, per_group=8, room=300, seed=1, vocabulary=narrow.model.config.vocab_size
+        )["held-out code"]
+        trace = record(narrow.model, source, tokens, quiet)
+        found = score(Replay(narrow.model, trace, MAX_LENGTH), file.mask, point, thorough=True)
+        return found.mask, found.policy, f"the measured mask, its policy fitted anew ({missing})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=8.5)
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, for a CPU")
+    args = parser.parse_args()
+    begin = time.monotonic()
+    device = torch.device("cpu" if args.tiny or not torch.cuda.is_available() else "cuda")
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = args.out / "rows.jsonl"
+    here = {"device": device_name(device), "torch": torch.__version__}
+    bandwidth = 1.0
+
+    def part(name: str, run: Callable[[], dict[str, Any]], needs: float) -> None:
+        nonlocal bandwidth
+        left = 60 * args.minutes - (time.monotonic() - begin)
+        row: dict[str, Any] = {"benchmark": "gpu_suite", "part": name, **here}
+        start = time.monotonic()
+        if left < needs:
+            row["skipped"] = f"{left:.0f} s are left, it takes about {needs:.0f}"
+        else:
+            try:
+                row |= run()
+            except Exception as error:  # the other parts are worth having all the same
+                row |= {"error": f"{type(error).__name__}: {error}"[:500], "where": traceback.format_exc()[-1500:]}
+        row["seconds"] = time.monotonic() - start
+        bandwidth = row.get("copy_bytes_per_second", bandwidth)
+        with rows.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps({k: v for k, v in row.items() if k != "where"}), flush=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    part(
+        "copies",
+        lambda: {"copy_bytes_per_second": copy_bandwidth(device), "read_bytes_per_second": read_bandwidth(device)}, 5,
+    )  # fmt: skip
+    tokens = 24 if args.tiny else 64
+    for name, shape in (TINY if args.tiny else SHAPES).items():
+        part(f"shape {name}", lambda n=name, s=shape: shape_row(n, s, device, bandwidth, tokens), 45)  # type: ignore[misc]
+    times, per_group = (2, 2) if args.tiny else (16, 6)
+    part("widened", lambda: widened_row(times, device, args.out / "widened", per_group, tokens), 120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""skipsearch bench and the widening: honest rows, prompts by group, the same function at more bytes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skipsearch import SkipMask
+from skipsearch.bench.arms import AGAIN, HF_ASSISTED, HF_EAGER, HYBRID, MASK, PLAIN, arms, prefix_mask
+from skipsearch.bench.bench import BenchOptions, _rows, bench, weight_bytes
+from skipsearch.bench.groups import prompt_groups
+from skipsearch.bench.machine import Energy, copy_bandwidth, peak_memory
+from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.decoding.stats import DecodeStats
+from skipsearch.errors import PromptError, SkipsearchError
+from skipsearch.report.bench import bench_picture, read_bench, save_bench
+from skipsearch.search.validate import Run, Timing
+
+ROOT = Path(__file__).parents[1]
+SKIP = SkipMask(attention=[0, 2], mlp=[1], num_layers=4)
+
+
+def quiet(*_: Any) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def measured(tiny: Any) -> dict[str, Any]:
+    groups = {"one": (tuple(range(3, 12)), tuple(range(20, 34))), "two": (tuple(range(40, 47)), tuple(range(60, 71)))}
+    options = BenchOptions(new_tokens=16, rounds=1, backend="eager")
+    return bench(tiny("llama"), groups, SKIP, DraftPolicy(max_length=3, exit_threshold=0.02), options, quiet)
+
+
+def row(data: dict[str, Any], arm: str, group: str = "all") -> dict[str, Any]:
+    return next(r for r in data["rows"] if r["arm"] == arm and r["group"] == group)
+
+
+def test_every_arm_decodes_the_same_tokens_and_counts_them_alike(measured: Any) -> None:
+    """Prevents an arm from winning by decoding less, something else, or by counting the prefill's token."""
+    names = {r["arm"] for r in measured["rows"]}
+    assert {HF_EAGER, HF_ASSISTED, PLAIN, AGAIN, MASK, HYBRID} <= names
+    for r in measured["rows"]:
+        assert r["greedy_equal"] == r["equal_to_plain"] == r["prompts"], r["arm"]
+    # Behind the prefill: one token less than asked for, or, where the first block came with it, that block less.
+    assert row(measured, PLAIN)["tokens"] == row(measured, MASK)["tokens"] == row(measured, HF_EAGER)["tokens"] == 60
+    assert row(measured, PLAIN)["tokens"] == sum(row(measured, PLAIN, g)["tokens"] for g in ("one", "two"))
+    assert row(measured, PLAIN)["speedup_plain"] == 1
+    assert measured["machine"]["copy_bytes_per_second"] > 1e8
+
+
+def test_bound_and_share_by_hand() -> None:
+    """Prevents a share of the bound that is worked out with other counts than the arm's own."""
+
+    def timing(seconds: float, blocks: Counter[Any]) -> Timing:
+        import numpy as np
+
+        stats = DecodeStats(blocks=blocks)
+        runs = tuple(
+            Run(seconds=seconds, tokens=12, prefill=0.1, ids=(1,) * 13, stats=stats if i == 0 else DecodeStats())
+            for i in range(2)
+        )
+        return Timing(seconds=np.full(2, seconds), prefill=np.full(2, 0.1), runs=runs)
+
+    timed = {PLAIN: timing(12.0, Counter({(0, 0): 24})), MASK: timing(8.0, Counter({(4, 2): 8}))}
+    found = {r["arm"]: r for r in _rows("g", timed, {MASK: {"c": 0.25, "bytes": 100}}, 400, 1000.0, 0)}
+    assert found[MASK]["speedup_plain"] == pytest.approx(1.5)
+    assert found[MASK]["own_bound"] == pytest.approx(3 / (1 + 0.25 * 4))
+    assert found[MASK]["share_of_own_bound"] == pytest.approx(1.0)
+    assert found[MASK]["bytes_per_second"] == pytest.approx((8 * 400 + 32 * 100) / 16)
+    assert found[PLAIN]["of_copy_bandwidth"] == pytest.approx(24 * 400 / 24 / 1000)
+
+
+def test_saved_rows_are_read_back_and_drawn(measured: Any, tmp_path: Path) -> None:
+    """Prevents a picture of other figures than the table's, and markup from an arm's name in it."""
+    paths = save_bench(measured, tmp_path)
+    assert read_bench(tmp_path) == json.loads(json.dumps(measured))
+    lines = (tmp_path / "bench.csv").read_text().splitlines()
+    assert len(lines) == len(measured["rows"]) + 1 and set(paths) == {"bench.json", "bench.csv", "bench.svg"}
+    picture = bench_picture(measured)
+    assert f"{row(measured, MASK)['speedup_plain']:.2f}" in picture and "A/A" in picture
+    import xml.etree.ElementTree as ElementTree
+
+    ElementTree.fromstring(picture)
+
+
+def test_unknown_arm_is_refused(tiny: Any) -> None:
+    """Prevents a misspelt arm from being left out in silence."""
+    with pytest.raises(SkipsearchError, match="arm is 'masc', must be one of"):
+        options = BenchOptions(only=("masc",), backend="eager")
+        bench(tiny("llama"), {"g": ((3, 4, 5),)}, SKIP, DraftPolicy(), options, quiet)
+
+
+def test_prompts_by_group(demo: Any, tmp_path: Path) -> None:
+    """Prevents MT-bench's categories from counting eight times, and groups from mixing."""
+    names = ("qa", "math", "stem")
+    rows = [{"category": c, "turns": [f"{c} number {i} of these", "and then"]} for i in range(6) for c in names]
+    file = tmp_path / "spec.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    settings: dict[str, Any] = {"per_group": 3, "room": 9, "seed": 0, "vocabulary": 4096}
+    groups = prompt_groups([str(file), "random", "builtin"], demo.tokenizer, **settings)
+    assert list(groups) == ["qa", "mt_bench", "random tokens", "held-out code"]
+    assert all(len(group) == 3 for group in groups.values())
+    assert all(len(prompt) <= 9 for name, group in groups.items() if name != "held-out code" for prompt in group)
+    assert prompt_groups(["random"], demo.tokenizer, **settings) == {"random tokens": groups["random tokens"]}
+    file.write_text('{"category": "qa"\n')
+    with pytest.raises(PromptError, match="not JSON lines"):
+        prompt_groups([str(file)], demo.tokenizer, **settings)
+
+
+@given(st.sets(st.integers(0, 19)), st.sets(st.integers(0, 19)))
+def test_prefix_exit_runs_as_much_as_the_mask(attention: set[int], mlp: set[int]) -> None:
+    """Prevents the rival from being given fewer sublayers than the mask has."""
+    mask = SkipMask(attention=attention, mlp=mlp, num_layers=20)
+    prefix = prefix_mask(mask)
+    assert prefix.attention == prefix.mlp
+    left = [2 * 20 - len(m.attention) - len(m.mlp) for m in (mask, prefix)]
+    assert abs(left[0] - left[1]) <= 1 or left[0] < 2
+
+
+def test_weight_bytes_leave_out_a_table_that_is_only_looked_up_in(tiny: Any) -> None:
+    """Prevents bandwidth figures that count an untied embedding, or a tied head twice."""
+    model = tiny("llama")
+    every = sum(p.numel() * p.element_size() for p in model.parameters())
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert weight_bytes(model) == every - (0 if tied else model.get_input_embeddings().weight.nbytes)
+
+
+def test_machine_says_what_it_can() -> None:
+    """Prevents a zero where nothing can be measured."""
+    device, found = torch.device("cpu"), dict[str, float]()
+    with peak_memory(device, found):
+        torch.zeros(1000)
+    assert found["bytes"] > 1e6 and copy_bandwidth(device) > 1e8
+    assert Energy(device).joules() is None
+
+
+def test_arms_without_a_mask(tiny: Any) -> None:
+    """Prevents a bench from needing a mask: plain decoding and n-grams are worth measuring alone."""
+    assert not {MASK, HYBRID, HF_ASSISTED} & arms(tiny("llama"), None, DraftPolicy(), None, 64).keys()
+
+
+def test_widened_model_is_the_same_function(tiny: Any) -> None:
+    """Prevents heads, grouped keys or the head's scale from being tiled wrongly."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from widen import difference, widen
+    finally:
+        sys.path.pop(0)
+    narrow = tiny("llama")
+    for times in (2, 4):
+        wide = widen(narrow, times)
+        assert difference(narrow, wide) < 1e-5
+        layers = [sum(p.numel() for p in m.model.layers.parameters()) for m in (narrow, wide)]
+        assert layers[1] > 0.95 * times**2 * layers[0]
+        ids = torch.arange(3, 12)[None]
+        options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+        assert torch.equal(wide.generate(ids, **options), narrow.generate(ids, **options))
+
+
+def test_bench_on_the_command_line(tmp_path: Path) -> None:
+    """Prevents --json from printing anything but the object, and the files from being left out."""
+    command = [str(Path(sys.executable).parent / "skipsearch")]
+    done = subprocess.run(
+        [*command, "bench", "--model", "demo", "--arm", "n-gram", "--no-hf", "--backend", "eager", "--per-group", "2",
+         "--new-tokens", "8", "--rounds", "1", "--out", str(tmp_path), "--json"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert {r["arm"] for r in data["rows"]} == {"plain", "n-gram"} and Path(data["files"]["bench.svg"]).exists()

@@ -19,7 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from skipsearch.errors import BackendError
-from skipsearch.model.pieces import EXAMPLE_SLOTS, Layer, Piece, Pieces, _buffer
+from skipsearch.model.compile import Piece
+from skipsearch.model.pieces import EXAMPLE_IDS, EXAMPLE_POSITIONS, Layer, Pieces
+from skipsearch.model.twins import EXAMPLE_SLOTS, make_buffer
 
 WIDTHS = (1, 2, 4, 6, 9, 13)  # forwards of a block: a plain step, and drafts with the token before them
 CHUNK = {"cpu": 64, "cuda": 256}  # tokens of a forward of the prefill
@@ -99,7 +101,7 @@ class CompiledModel:
                 torch.zeros((1, size), **whole), torch.zeros(size, **whole), torch.arange(size, device=self.device),
                 torch.zeros(2, **whole),
                 [
-                    (_buffer(keys, size, self.device), _buffer(values, size, self.device))
+                    (make_buffer(keys, size, self.device), make_buffer(values, size, self.device))
                     for keys, values in self.pieces.shapes
                 ],
             )  # fmt: skip
@@ -117,10 +119,8 @@ class CompiledModel:
             head = self.pieces.head(width)
             options: dict[str, Any] = {"dtype": torch.long, "device": self.device}
             slots = torch.arange(EXAMPLE_SLOTS, device=self.device)
-            example = head(
-                *self.pieces.outside[1], torch.zeros(1, 331, **options), torch.zeros(359, **options), slots,
-                torch.zeros(2, **options),
-            )  # fmt: skip
+            ids, positions = torch.zeros(1, EXAMPLE_IDS, **options), torch.zeros(EXAMPLE_POSITIONS, **options)
+            example = head(*self.pieces.outside[1], ids, positions, slots, torch.zeros(2, **options))
             self._heads[width] = head, list(example)
         return self._heads[width]
 

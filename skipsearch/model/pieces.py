@@ -12,31 +12,36 @@ Shapes: Q tokens of a forward, C tokens of a buffer, T slots that attention read
 
 from __future__ import annotations
 
-import copy
-import logging
-import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from skipsearch.errors import BackendError
 from skipsearch.model.cache import layer_windows
+from skipsearch.model.compile import Piece, compile_piece
 from skipsearch.model.masks import attention_masks
 from skipsearch.model.sublayers import find_sublayers, input_device, takes_positions
+from skipsearch.model.twins import (
+    EXAMPLE_SLOTS,
+    Last,
+    OneLayer,
+    Recorder,
+    Slots,
+    build_of,
+    cache_shapes,
+    make_buffer,
+    tensors_of,
+    twin,
+)  # fmt: skip
 from skipsearch.model.view import Gone, with_layers
 
-Piece = Callable[..., Sequence[Tensor]]
-# Lengths to trace with. They differ, because equal ones would be taken for one symbol.
-EXAMPLE_IDS, EXAMPLE_POSITIONS, EXAMPLE_SLOTS = 331, 359, 197
+# Lengths to trace with. They and `EXAMPLE_SLOTS` differ: equal ones would be taken for one symbol.
+EXAMPLE_IDS, EXAMPLE_POSITIONS = 331, 359
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,53 +68,6 @@ class Layer:
     index: int
 
 
-class _Recorder(nn.Module):
-    """Stands for a layer: notes its arguments, and passes the hidden state on."""
-
-    def __init__(self, layer: nn.Module, as_tuple: bool, calls: list[Any]) -> None:
-        super().__init__()
-        self.as_tuple, self.calls = as_tuple, calls
-        object.__setattr__(self, "layer", layer)  # not a child: only asked for its settings
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(vars(self)["layer"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        self.calls.append((args, kwargs))
-        return (hidden,) if self.as_tuple else hidden
-
-
-class _Last(_Recorder):
-    """Stands for the last layer, and returns what it was given beforehand."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return (self.calls[0],) if self.as_tuple else self.calls[0]
-
-
-class _Slots(DynamicLayer):  # type: ignore[misc]
-    """One layer's buffers: new keys go to given slots, attention sees all."""
-
-    def __init__(self, buffers: tuple[Tensor, Tensor] | None = None, slots_Q: Tensor | None = None) -> None:
-        super().__init__()
-        self.buffers, self.slots_Q, self.is_initialized = buffers, slots_Q, True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        assert self.buffers is not None and self.slots_Q is not None
-        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, self.slots_Q] = states  # this form is compiled to writes in place; index_copy_ is not
-        return self.buffers
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return EXAMPLE_SLOTS, 0
-
-
 class Pieces:
     """All pieces of one model.
 
@@ -130,10 +88,10 @@ class Pieces:
         layers = list(cast(nn.ModuleList, model.get_submodule(self.path)))
         self.num_layers = len(layers)
         self.calls: list[Any] = []
-        recorders = [_Recorder(layer, self.as_tuple, self.calls) for layer in layers]
-        self._outside = _twin(with_layers(model, recorders))
-        self.outside = _tensors(self._outside)
-        self.shapes = _shapes(model)
+        recorders = [Recorder(layer, self.as_tuple, self.calls) for layer in layers]
+        self._outside = twin(with_layers(model, recorders))
+        self.outside = tensors_of(self._outside)
+        self.shapes = cache_shapes(model)
         self._layers: dict[int, Layer] = {}
         self._compiled: dict[Any, Piece] = {}
         self.layer_calls: list[Call] = []
@@ -145,8 +103,8 @@ class Pieces:
             if isinstance(module, Gone):
                 continue
             if id(module) not in self._layers:
-                names, tensors = _tensors(module)
-                self._layers[id(module)] = Layer(module, names, tensors, _build(module, names, tensors), index)
+                names, tensors = tensors_of(module)
+                self._layers[id(module)] = Layer(module, names, tensors, build_of(module, names, tensors), index)
             found.append(self._layers[id(module)])
         return found
 
@@ -181,12 +139,12 @@ class Pieces:
         """(hidden, slots [Q], keys, values [1, H, T, D], *the head's extras it takes, *its tensors) -> hidden."""
         call = self.layer_calls[layer.index]
         extras = [example[leaf] for leaf in call.leaves if type(leaf) is int]
-        twin = _twin(layer.module)
+        module = twin(layer.module)
         constants = repr([leaf if type(leaf) is not int else ("extra",) for leaf in call.leaves])
 
         def run(hidden: Tensor, slots_Q: Tensor, keys: Tensor, values: Tensor, *rest: Tensor) -> list[Tensor]:
             given, tensors = iter(rest[: len(extras)]), rest[len(extras) :]
-            cache = _OneLayer([_Slots((keys, values), slots_Q)])
+            cache = OneLayer([Slots((keys, values), slots_Q)])
 
             def leaf(kind: Any) -> Any:
                 if type(kind) is int:
@@ -194,11 +152,11 @@ class Pieces:
                 return {"hidden": hidden, "cache": cache}[kind] if isinstance(kind, str) else kind[0]
 
             args, kwargs = pytree.tree_unflatten([leaf(kind) for kind in call.leaves], call.spec)
-            out = torch.func.functional_call(twin, dict(zip(layer.names, tensors, strict=True)), args, kwargs)
+            out = torch.func.functional_call(module, dict(zip(layer.names, tensors, strict=True)), args, kwargs)
             return [out[0] if self.as_tuple else out]
 
         def examples() -> list[Tensor]:
-            buffers = [_buffer(shape, EXAMPLE_SLOTS, self.device) for shape in self.shapes[layer.index]]
+            buffers = [make_buffer(shape, EXAMPLE_SLOTS, self.device) for shape in self.shapes[layer.index]]
             return [example[0], example[1], *buffers, *extras, *layer.tensors]
 
         shapes = [tuple(extra.shape) for extra in extras]
@@ -214,10 +172,10 @@ class Pieces:
         The likeliest tokens stand as doubles beside their probabilities, so that both reach the host at once.
         """
         names, tensors = self.outside
-        model = _twin(self._outside)
+        model = twin(self._outside)
         layers = cast(nn.ModuleList, model.get_submodule(self.path))
         given: list[Tensor] = []
-        layers[-1] = _Last(vars(layers[-1])["layer"], self.as_tuple, given)
+        layers[-1] = Last(vars(layers[-1])["layer"], self.as_tuple, given)
 
         def run(*inputs: Tensor) -> list[Tensor]:
             given[:] = [inputs[-1]]
@@ -236,7 +194,7 @@ class Pieces:
     ) -> Any:
         """The model's own forward around its layers."""
         cache = DynamicCache(config=model.config)
-        cache.layers = [_Slots() for _ in range(self.num_layers)]
+        cache.layers = [Slots() for _ in range(self.num_layers)]
         given: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
         masks = attention_masks(model, self.windows, slots_Q[None], lambda _window: slots_T[None])
         given["attention_mask"] = pytree.tree_map(lambda seen: _added(seen, self.dtype), masks)
@@ -249,21 +207,8 @@ class Pieces:
         dynamic: list[tuple[int, ...]],
     ) -> Piece:  # fmt: skip
         if key not in self._compiled:
-            self._compiled[key] = _compile(run, examples(), dynamic)
+            self._compiled[key] = compile_piece(run, examples(), dynamic)
         return self._compiled[key]
-
-
-class _OneLayer(DynamicCache):  # type: ignore[misc]
-    """A cache that is the same layer whatever number is asked for: layers that share a piece differ in theirs."""
-
-    def __init__(self, layers: list[_Slots]) -> None:
-        Cache.__init__(self, layers=layers)
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        return self.layers[0].update(key_states, value_states)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
 
 
 def _check(model: PreTrainedModel) -> None:
@@ -311,90 +256,3 @@ def _read_calls(calls: list[Any]) -> tuple[Tensor, list[Tensor], list[Call]]:
         found.append(Call(tuple(kinds), spec))
     assert first is not None
     return first, extras, found
-
-
-def _twin(module: nn.Module) -> Any:
-    """A copy of the module tree with the same tensors, which tracing may swap without touching the model."""
-    memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    memo |= {id(m.config): m.config for m in module.modules() if hasattr(m, "config")}
-    for m in module.modules():
-        if isinstance(m, _Recorder):
-            memo |= {id(m.calls): m.calls, id(vars(m)["layer"]): vars(m)["layer"]}
-    return copy.deepcopy(module, memo)
-
-
-def _tensors(module: nn.Module) -> tuple[list[str], list[Tensor]]:
-    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return list(named), [tensor.detach() for tensor in named.values()]
-
-
-def _build(module: nn.Module, names: list[str], tensors: list[Tensor]) -> str:
-    """Two layers with the same build compute the same function of their tensors. Their number is no part of it."""
-    parts: list[Any] = [(n, tuple(t.shape), t.stride(), t.dtype, t.device) for n, t in zip(names, tensors, strict=True)]
-    ignored = ("layer_idx", "training", "config")
-    for name, part in module.named_modules():
-        plain = {
-            k: v for k, v in vars(part).items()
-            if not k.startswith("_") and k not in ignored and not isinstance(v, Tensor | nn.Module)
-        }  # fmt: skip
-        parts.append((name, type(part).__module__, type(part).__qualname__, sorted(plain.items(), key=repr)))
-    return repr(parts)
-
-
-@torch.no_grad()
-def _shapes(model: PreTrainedModel) -> list[tuple[tuple[int, int, torch.dtype], ...]]:
-    """Heads, head size and dtype of each layer's keys and values, read off a forward of one token."""
-    cache = DynamicCache(config=model.config)
-    model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=input_device(model)), past_key_values=cache)
-    return [
-        tuple((states.shape[1], states.shape[3], states.dtype) for states in (layer.keys, layer.values))
-        for layer in cache.layers
-    ]
-
-
-def _buffer(shape: tuple[int, int, torch.dtype], slots: int, device: torch.device) -> Tensor:
-    """Zeros [1, H, T, D] that lie slot after slot, so that what attention reads of them is one block."""
-    heads, size, dtype = shape
-    return torch.zeros((1, slots, heads, size), dtype=dtype, device=device).transpose(1, 2)
-
-
-def keep_compiled() -> Path:
-    """Where compiled pieces are kept between runs; TORCHINDUCTOR_CACHE_DIR, if set, decides."""
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    name, home = "TORCHINDUCTOR_CACHE_DIR", Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    if os.environ.get(name, default_cache_dir()) == default_cache_dir():  # torch sets its own, which a reboot empties
-        os.environ[name] = str(home / "skipsearch" / "compiled")
-    return Path(os.environ[name])
-
-
-@torch.no_grad()
-def _compile(run: Callable[..., list[Tensor]], examples: list[Tensor], dynamic: list[tuple[int, ...]]) -> Piece:
-    keep_compiled()
-    # Slow to import, and eager decoding needs none of it.
-    from torch._inductor import config, standalone_compile
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-
-    # On a CPU the wrapper around the kernels is compiled as well: in Python it costs as much as the kernels do.
-    # On a GPU graphs remove it; there, products of few rows become reductions, which reach more of the bandwidth.
-    on_cpu = examples[0].device.type == "cpu"
-    settings = config.patch({"cpp_wrapper": True} if on_cpu else {"coordinate_descent_tuning": True})
-    fakes_of = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    fakes: list[Any] = []
-    for example, dims in zip(examples, dynamic, strict=True):
-        sizes = [DimDynamic.DYNAMIC if d in dims else DimDynamic.STATIC for d in range(example.dim())]
-        fakes.append(fakes_of.from_tensor(example, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
-    # On a CPU the kernel of transformers' choice for grouped heads copies all keys for a few tokens.
-    grouped = patch.dict(os.environ, {"TRANSFORMERS_SDPA_FORCE_GQA": "1"} if on_cpu else {})
-    log = logging.getLogger("torch")
-    level = log.level
-    with settings, grouped, warnings.catch_warnings():
-        # The compiler warns of its own deprecated parts, and logs what it then raises.
-        warnings.simplefilter("ignore")
-        log.setLevel(logging.CRITICAL)
-        try:
-            return cast(Piece, standalone_compile(make_fx(run)(*fakes), fakes, dynamic_shapes="from_graph"))
-        finally:
-            log.setLevel(level)

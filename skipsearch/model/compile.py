@@ -1,0 +1,67 @@
+"""Compiling a function of tensors, and keeping what was compiled on the disk."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+Piece = Callable[..., Sequence[Tensor]]
+
+
+def keep_compiled() -> Path:
+    """Where compiled pieces are kept between runs; TORCHINDUCTOR_CACHE_DIR, if set, decides."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    name, home = "TORCHINDUCTOR_CACHE_DIR", Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    if os.environ.get(name, default_cache_dir()) == default_cache_dir():  # torch sets its own, which a reboot empties
+        os.environ[name] = str(home / "skipsearch" / "compiled")
+    return Path(os.environ[name])
+
+
+@torch.no_grad()
+def compile_piece(
+    run: Callable[..., list[Tensor]], examples: list[Tensor], dynamic: list[tuple[int, ...]]
+) -> Piece:  # fmt: skip
+    """Trace and compile, or read back what was compiled before.
+
+    Args:
+        run: a function of tensors alone; what it writes into its inputs is kept.
+        examples: inputs to trace with.
+        dynamic: for each input, the dimensions whose length may change. Equal lengths there count as one symbol.
+    """
+    keep_compiled()
+    # Slow to import, and eager decoding needs none of it.
+    from torch._inductor import config, standalone_compile
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    # On a CPU the wrapper around the kernels is compiled as well: in Python it costs as much as the kernels do.
+    # On a GPU graphs remove it; there, products of few rows become reductions, which reach more of the bandwidth.
+    on_cpu = examples[0].device.type == "cpu"
+    settings = config.patch({"cpp_wrapper": True} if on_cpu else {"coordinate_descent_tuning": True})
+    fakes_of = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    fakes: list[Any] = []
+    for example, dims in zip(examples, dynamic, strict=True):
+        sizes = [DimDynamic.DYNAMIC if d in dims else DimDynamic.STATIC for d in range(example.dim())]
+        fakes.append(fakes_of.from_tensor(example, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
+    # On a CPU the kernel of transformers' choice for grouped heads copies all keys for a few tokens.
+    grouped = patch.dict(os.environ, {"TRANSFORMERS_SDPA_FORCE_GQA": "1"} if on_cpu else {})
+    log = logging.getLogger("torch")
+    level = log.level
+    with settings, grouped, warnings.catch_warnings():
+        # The compiler warns of its own deprecated parts, and logs what it then raises.
+        warnings.simplefilter("ignore")
+        log.setLevel(logging.CRITICAL)
+        try:
+            return cast(Piece, standalone_compile(make_fx(run)(*fakes), fakes, dynamic_shapes="from_graph"))
+        finally:
+            log.setLevel(level)

@@ -1,0 +1,124 @@
+"""Stand-ins to trace a model with: layers that record or replace, a cache of static buffers, twins of modules.
+
+A twin is a copy of a module tree with the same tensors, so that tracing never touches the user's model.
+Shapes: Q tokens of a forward, T slots that attention reads, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from skipsearch.model.sublayers import input_device
+
+EXAMPLE_SLOTS = 197  # slots to trace with
+
+
+class Recorder(nn.Module):
+    """Stands for a layer: notes its arguments, and passes the hidden state on."""
+
+    def __init__(self, layer: nn.Module, as_tuple: bool, calls: list[Any]) -> None:
+        super().__init__()
+        self.as_tuple, self.calls = as_tuple, calls
+        object.__setattr__(self, "layer", layer)  # not a child: only asked for its settings
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(vars(self)["layer"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.calls.append((args, kwargs))
+        return (hidden,) if self.as_tuple else hidden
+
+
+class Last(Recorder):
+    """Stands for the last layer, and returns what it was given beforehand."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.calls[0],) if self.as_tuple else self.calls[0]
+
+
+class Slots(DynamicLayer):  # type: ignore[misc]
+    """One layer's buffers: new keys go to given slots, attention sees all."""
+
+    def __init__(self, buffers: tuple[Tensor, Tensor] | None = None, slots_Q: Tensor | None = None) -> None:
+        super().__init__()
+        self.buffers, self.slots_Q, self.is_initialized = buffers, slots_Q, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        assert self.buffers is not None and self.slots_Q is not None
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, self.slots_Q] = states  # this form is compiled to writes in place; index_copy_ is not
+        return self.buffers
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return EXAMPLE_SLOTS, 0
+
+
+class OneLayer(DynamicCache):  # type: ignore[misc]
+    """A cache that is the same layer whatever number is asked for: layers that share a piece differ in theirs."""
+
+    def __init__(self, layers: list[Slots]) -> None:
+        Cache.__init__(self, layers=layers)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        return self.layers[0].update(key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+def twin(module: nn.Module) -> Any:
+    """A copy of the module tree with the same tensors, which tracing may swap without touching the model."""
+    memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    memo |= {id(m.config): m.config for m in module.modules() if hasattr(m, "config")}
+    for m in module.modules():
+        if isinstance(m, Recorder):
+            memo |= {id(m.calls): m.calls, id(vars(m)["layer"]): vars(m)["layer"]}
+    return copy.deepcopy(module, memo)
+
+
+def tensors_of(module: nn.Module) -> tuple[list[str], list[Tensor]]:
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return list(named), [tensor.detach() for tensor in named.values()]
+
+
+def build_of(module: nn.Module, names: list[str], tensors: list[Tensor]) -> str:
+    """Two layers with the same build compute the same function of their tensors. Their number is no part of it."""
+    parts: list[Any] = [(n, tuple(t.shape), t.stride(), t.dtype, t.device) for n, t in zip(names, tensors, strict=True)]
+    ignored = ("layer_idx", "training", "config")
+    for name, part in module.named_modules():
+        plain = {
+            k: v for k, v in vars(part).items()
+            if not k.startswith("_") and k not in ignored and not isinstance(v, Tensor | nn.Module)
+        }  # fmt: skip
+        parts.append((name, type(part).__module__, type(part).__qualname__, sorted(plain.items(), key=repr)))
+    return repr(parts)
+
+
+@torch.no_grad()
+def cache_shapes(model: PreTrainedModel) -> list[tuple[tuple[int, int, torch.dtype], ...]]:
+    """Heads, head size and dtype of each layer's keys and values, read off a forward of one token."""
+    cache = DynamicCache(config=model.config)
+    model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=input_device(model)), past_key_values=cache)
+    return [
+        tuple((states.shape[1], states.shape[3], states.dtype) for states in (layer.keys, layer.values))
+        for layer in cache.layers
+    ]
+
+
+def make_buffer(shape: tuple[int, int, torch.dtype], slots: int, device: torch.device) -> Tensor:
+    """Zeros [1, H, T, D] that lie slot after slot, so that what attention reads of them is one block."""
+    heads, size, dtype = shape
+    return torch.zeros((1, slots, heads, size), dtype=dtype, device=device).transpose(1, 2)

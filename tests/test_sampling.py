@@ -129,7 +129,7 @@ def accept_randomness_decides_the_exit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gives up a drafted token by the random number that will judge it."""
     draft = sequences.Sequences.draft
 
-    def mutant(self: Any, limits: Any, stop: Any = None) -> Any:
+    def mutant(self: Any, limits: Any, *_: Any) -> Any:
         drafted, probs = draft(self, [min(1, limit) for limit in limits])
         if probs is None:
             return drafted, probs

@@ -30,7 +30,9 @@ bench: $(READY)
 	$(BIN)/python benchmarks/search_speed.py
 	$(BIN)/python benchmarks/cost_model.py
 	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/speedup.py
+	$(BIN)/skipsearch bench --model demo --mask results/demo/mask.json --out results/demo
+	$(BIN)/python benchmarks/block_profile.py --mask results/demo/mask.json
+	$(BIN)/python benchmarks/gpu_suite.py --tiny --out results/gpu-tiny
 	$(BIN)/python benchmarks/lossless.py demo
 	$(BIN)/python benchmarks/lossless.py batch
 	$(BIN)/python benchmarks/lossless.py families

@@ -18,6 +18,7 @@ import numpy as np
 from scipy.stats import bootstrap, spearmanr
 
 from skipsearch import SkipMask, load_model
+from skipsearch.decoding.backend import backend_name, compiled_for
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.search.cost import profile
 from skipsearch.search.objective import exact
@@ -35,13 +36,15 @@ def main() -> None:
     parser.add_argument("--masks", type=int, default=20)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--backend", default="auto")
     args = parser.parse_args()
     count = args.masks
     loaded = load_model("demo")
     model, rng = loaded.model, random.Random(0)
     prompts = chosen_prompts(loaded, SearchOptions(new_tokens=TOKENS)).calibration[: args.prompts]
-    trace = record(model, prompts, TOKENS, lambda *_: None)
-    costs = profile(model, "", contexts=[64, 96, 128], max_length=8, progress=lambda *_: None)
+    compiled = compiled_for(model, args.backend, max_length=8)
+    trace = record(model, prompts, TOKENS, lambda *_: None, compiled)
+    costs = profile(model, "", contexts=[64, 96, 128], max_length=8, progress=lambda *_: None, compiled=compiled)
     replay, point = Replay(model, trace, 8), costs.at(trace.mean_context)
     chosen = []
     for _ in range(count):
@@ -53,7 +56,7 @@ def main() -> None:
     tokens = [0] * count
     for _ in range(args.rounds):
         for i in rng.sample(range(count), count):
-            runs = [timed_decode(model, prompt, TOKENS, *chosen[i]) for prompt in prompts]
+            runs = [timed_decode(model, prompt, TOKENS, *chosen[i], compiled=compiled) for prompt in prompts]
             seconds[i].append(sum(run.seconds for run in runs))
             tokens[i] = sum(run.tokens for run in runs)
     measured = [n / statistics.median(s) for n, s in zip(tokens, seconds, strict=True)]
@@ -68,7 +71,7 @@ def main() -> None:
               f"predicted {p:6.1f}, measured {m:6.1f} tokens/s")  # fmt: skip
     print(f"Spearman {rank:.3f} ({interval.low:.3f} to {interval.high:.3f}), median error {error:.1%}")
     print(json.dumps({
-        "benchmark": "cost_model", "masks": count, "prompts": args.prompts, "rounds": args.rounds,
+        "benchmark": "cost_model", "backend": backend_name(compiled), "masks": count, "prompts": args.prompts, "rounds": args.rounds,
         "spearman": round(rank, 4),
         "spearman_ci": [round(float(interval.low), 4), round(float(interval.high), 4)],
         "median_error": round(error, 4), "predicted": [round(p, 1) for p in predicted],

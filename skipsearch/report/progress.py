@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 _WHAT = {
+    "compile": "compile: once, about half a minute; kept for later runs",
+    "warm-up": "warm-up: each way once",
     "record": "record: what the full model says",
     "profile": "profile: seconds of each part",
     "sensitivity": "search: one sublayer left out at a time",
@@ -50,7 +52,7 @@ def stages(console: Console, quiet: bool) -> Iterator[Stages]:
         yield Stages(None, None if quiet else console)
         return
     columns = (
-        TextColumn("{task.description:<44}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description:<46}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )  # fmt: skip
     with Progress(*columns, console=console) as bars:

@@ -71,7 +71,8 @@ def main() -> None:
               f"predicted {p:6.1f}, measured {m:6.1f} tokens/s")  # fmt: skip
     print(f"Spearman {rank:.3f} ({interval.low:.3f} to {interval.high:.3f}), median error {error:.1%}")
     print(json.dumps({
-        "benchmark": "cost_model", "backend": backend_name(compiled), "masks": count, "prompts": args.prompts, "rounds": args.rounds,
+        "benchmark": "cost_model", "backend": backend_name(compiled), "masks": count,
+        "prompts": args.prompts, "rounds": args.rounds,
         "spearman": round(rank, 4),
         "spearman_ci": [round(float(interval.low), 4), round(float(interval.high), 4)],
         "median_error": round(error, 4), "predicted": [round(p, 1) for p in predicted],

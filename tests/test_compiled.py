@@ -64,6 +64,7 @@ def test_same_tokens_as_generate(llama: Any, policy: DraftPolicy) -> None:
         assert tokens == greedy(model, ids, 40), length
         assert sum(stats.blocks_from.values()) == stats.verifies
         assert sum(stats.accepted_from.values()) == stats.accepted
+        assert max(k for k, _ in stats.blocks) <= max(policy.max_length, policy.ngram)  # wider ones are not compiled
 
 
 def test_blocks_are_those_of_eager_decoding(llama: Any, ids: Any) -> None:

@@ -116,8 +116,10 @@ class Drafter:
         )  # fmt: skip
         match = 0
         of_mask = drafted[0]
-        if self.index is not None and rooms[0] > of_mask:
-            match, following = self.index.lookup(tokens, min(policy.ngram, rooms[0] - of_mask))
+        # No block is longer than a mask or an n-gram may draft alone: such widths are compiled.
+        room = min(rooms[0], max(policy.max_length, policy.ngram)) - of_mask
+        if self.index is not None and room > 0:
+            match, following = self.index.lookup(tokens, min(policy.ngram, room))
             chance = rules[0].chance if policy.curve else self.pace.mask_acceptance**of_mask
             more = self.pace.tail(chance, of_mask, match, len(following)) if match else 0
             if more:

@@ -8,7 +8,6 @@ Shapes: Q tokens of a forward, T slots that attention reads, V vocabulary.
 from __future__ import annotations
 
 import logging
-import shutil
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from skipsearch.errors import BackendError
-from skipsearch.model.compile import Piece
+from skipsearch.model.compile import Piece, compiler
 from skipsearch.model.pieces import EXAMPLE_IDS, EXAMPLE_POSITIONS, Layer, Pieces
 from skipsearch.model.twins import EXAMPLE_SLOTS, make_buffer
 
@@ -71,7 +70,7 @@ class CompiledModel:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        if shutil.which("g++") is None and shutil.which("c++") is None and shutil.which("clang++") is None:
+        if compiler() is None:
             raise BackendError("no C++ compiler was found, backend 'compiled' needs one; install g++")
         self.pieces = Pieces(model)
         self.device = self.pieces.device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,11 @@ import torch
 from torch import Tensor
 
 Piece = Callable[..., Sequence[Tensor]]
+
+
+def compiler() -> str | None:
+    """The C++ compiler that pieces need, on a GPU too; None if there is none."""
+    return next((found for found in map(shutil.which, ("g++", "c++", "clang++")) if found), None)
 
 
 def keep_compiled() -> Path:

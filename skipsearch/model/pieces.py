@@ -12,6 +12,7 @@ Shapes: Q tokens of a forward, C tokens of a buffer, T slots that attention read
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -94,6 +95,7 @@ class Pieces:
         self.shapes = cache_shapes(model)
         self._layers: dict[int, Layer] = {}
         self._compiled: dict[Any, Piece] = {}
+        self._lock = threading.Lock()
         self.layer_calls: list[Call] = []
 
     def layers_of(self, model: nn.Module) -> list[Layer]:
@@ -206,8 +208,9 @@ class Pieces:
         self, key: Any, run: Callable[..., list[Tensor]], examples: Callable[[], list[Tensor]],
         dynamic: list[tuple[int, ...]],
     ) -> Piece:  # fmt: skip
-        if key not in self._compiled:
-            self._compiled[key] = compile_piece(run, examples(), dynamic)
+        with self._lock:  # tracing notes the layers' calls here: one at a time
+            if key not in self._compiled:
+                self._compiled[key] = compile_piece(run, examples(), dynamic)
         return self._compiled[key]
 
 

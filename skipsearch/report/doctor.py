@@ -34,7 +34,11 @@ def examine() -> dict[str, Any]:
             "device": f"{device}: {device_name(device)}",
             "default dtype": "as stored" if device.type == "cuda" else "float32",
         }
-    facts["backend"] = "eager"
+        from skipsearch.model.compile import compiler, keep_compiled
+
+        facts["backend"] = (
+            f"compiled (kept in {keep_compiled()})" if compiler() else "eager; install g++ for the compiled one"
+        )
     model = Path(__file__).resolve().parents[1] / "demo" / "model" / "model.safetensors"
     facts["bundled model"] = "present" if model.is_file() else "absent"
     if not model.is_file():

@@ -25,7 +25,7 @@ from skipsearch.maskfile import load_mask
 from skipsearch.model.load import load_model
 from skipsearch.model.sublayers import input_device
 from skipsearch.search.cost import device_name, synchronize
-from skipsearch.search.options import MAX_LENGTH, SearchOptions
+from skipsearch.search.options import SearchOptions
 from skipsearch.search.prepare import chosen_prompts
 from skipsearch.search.validate import our_arm
 
@@ -42,7 +42,7 @@ def main() -> None:
     loaded, file = load_model(args.model, dtype=args.dtype), load_mask(args.mask)
     model, policy = loaded.model, DraftPolicy(**file.draft.model_dump())
     start = time.perf_counter()
-    compiled = compiled_for(model, args.backend, max_length=MAX_LENGTH)
+    compiled = compiled_for(model, args.backend)
     warm_mask(compiled, model, file.mask)
     compiling = time.perf_counter() - start
     print(f"compiled, or read back, in {compiling:.1f} s", flush=True)

@@ -42,7 +42,7 @@ def main() -> None:
     loaded = load_model("demo")
     model, rng = loaded.model, random.Random(0)
     prompts = chosen_prompts(loaded, SearchOptions(new_tokens=TOKENS)).calibration[: args.prompts]
-    compiled = compiled_for(model, args.backend, max_length=8)
+    compiled = compiled_for(model, args.backend)
     trace = record(model, prompts, TOKENS, lambda *_: None, compiled)
     costs = profile(model, "", contexts=[64, 96, 128], max_length=8, progress=lambda *_: None, compiled=compiled)
     replay, point = Replay(model, trace, 8), costs.at(trace.mean_context)

@@ -89,7 +89,7 @@ def search_wide(narrow: Any, wide: Any, folder: Path, trials: int, new_tokens: i
 
     options = SearchOptions(trials=trials, held_out=held_out, new_tokens=new_tokens)
     prepared = prepare(narrow, folder, replace(options, backend="eager"), progress)
-    compiled = compiled_for(wide.model, "auto", max_length=MAX_LENGTH, progress=progress)
+    compiled = compiled_for(wide.model, "auto", progress=progress)
     context = round(prepared.trace.mean_context)
     costs = profile(
         wide.model, "wide", contexts=[context], max_length=MAX_LENGTH, progress=progress, repeats=5, compiled=compiled

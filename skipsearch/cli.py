@@ -48,7 +48,11 @@ Calibration = Annotated[int, typer.Option("--num-prompts", min=2, help="prompts 
 HeldOut = Annotated[int, typer.Option("--num-held-out", min=2, help="prompts to validate on")]
 Rounds = Annotated[int, typer.Option(min=1, help="repetitions of validation")]
 Backends = Annotated[
-    Literal["auto", "eager", "compiled"], typer.Option("--backend", help="what runs forwards; auto: compiled if it can")
+    Literal["auto", "eager", "compiled"],
+    typer.Option(
+        "--backend",
+        help="what runs forwards; auto: compiled if it can (generate: what the mask was tuned for, eager without one)",
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="seed of everything random")]
 
@@ -134,19 +138,24 @@ def generate(
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Continue a prompt with a mask (or plainly), streaming."""
+    if compare and mask is None:
+        raise typer.BadParameter("it compares a mask with plain decoding, so it needs --mask", param_hint="--compare")
+    tuned = _backend_of(mask) if backend == "auto" else backend
     loaded = _load(model, dtype, device, revision, trust)
     from skipsearch.decoding.continuation import continue_text
+    from skipsearch.report.progress import stages
     from skipsearch.report.tables import generation_line
 
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
-        "backend": _backend_of(mask) if backend == "auto" else backend,
+        "backend": tuned,
     }  # fmt: skip
-    arms = [("plain", None), ("mask", mask)] if compare and mask else [("mask" if mask else "plain", mask)]
+    arms = [("plain", None), ("mask", mask)] if compare else [("mask" if mask else "plain", mask)]
     results: dict[str, Any] = {}
-    if compare:
+    with stages(err, quiet=as_json) as progress:
         for _, path in arms:  # warm-up, so that the first arm pays for nothing alone
-            continue_text(loaded, prompt, path, stream=False, **{**settings, "max_new_tokens": min(16, max_new_tokens)})
+            few = {**settings, "max_new_tokens": min(16 if compare else 2, max_new_tokens)}
+            continue_text(loaded, prompt, path, stream=False, progress=progress.stage, **few)
     for name, path in arms:
         if not as_json and len(arms) > 1:
             out.rule(name)
@@ -226,11 +235,11 @@ def bench(
         list[str] | None,
         typer.Option("--prompts", help="builtin, random, or a file (Spec-Bench: a group a task); may be repeated"),
     ] = None,
-    per_group: Annotated[int, typer.Option(min=1, help="prompts of each group")] = 8,
-    arm: Annotated[list[str] | None, typer.Option("--arm", help="measure this arm alone; may be repeated")] = None,
+    per_group: Annotated[int, typer.Option(min=2, help="prompts of each group")] = 8,
+    arm: Annotated[list[str] | None, typer.Option("--arm", help="an arm beside plain; may be repeated")] = None,
     hf: Annotated[bool, typer.Option(help="measure transformers' own ways too")] = True,
     new_tokens: NewTokens = 96, rounds: Rounds = 2, backend: Backends = "auto", seed: Seed = 0,
-    folder: Annotated[Path | None, typer.Option("--out", help="folder for bench.json, .csv, .svg")] = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="results folder (default results/<model>)")] = None,
     dtype: Dtype = "auto", device: Device = "auto", revision: Revision = None, trust: Trust = False,
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
@@ -344,7 +353,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     if not debug:
         warnings.filterwarnings("ignore")
-        warnings.filterwarnings("always", category=BackendWarning)
+        warnings.filterwarnings("once", category=BackendWarning)
         warnings.showwarning = lambda message, *_, **__: err.print(f"note: {message}", markup=False, soft_wrap=True)
         logging.getLogger("transformers").setLevel(logging.ERROR)
         os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # our error says it; the library says it again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import warnings
 from typing import Any
@@ -124,7 +125,7 @@ def test_a_guess_that_is_wrong_changes_nothing(llama: Any, ids: Any) -> None:
 def test_other_builds_of_layers(tiny: Any, family: str) -> None:
     """Prevents sliding windows, layers of two builds, and learned positions beyond the context from going wrong."""
     model = tiny(family)
-    compiled = compile_and_prove(model, 3, None)
+    compiled = compile_and_prove(model, None)
     ids = torch.arange(30)[None] + 3
     for new in (20, 60):
         assert decoded(model, ids, new, MASK, POLICIES[0], compiled)[0] == greedy(model, ids, new)
@@ -197,7 +198,37 @@ def test_logits_that_differ_are_refused(tiny: Any, monkeypatch: Any) -> None:
 
     monkeypatch.setattr(CompiledModel, "forward", wrong)
     with pytest.raises(BackendError, match="compiled logits differ"):
-        compile_and_prove(model, 0, None)
+        compile_and_prove(model, None)
+
+
+def test_changed_weights_are_seen(ids: Any, tiny: Any) -> None:
+    """Prevents a model that was changed after compiling from being decoded with what it was before."""
+    model = copy.deepcopy(tiny("llama"))
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    method = self_speculative(MASK, backend="compiled")
+    before = model.generate(ids, custom_generate=method, **options)
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().flip(0).clone())
+    after = model.generate(ids, custom_generate=method, **options)
+    assert torch.equal(after, model.generate(ids, **options)) and not torch.equal(after, before)
+
+
+def test_past_behind_padding_is_decoded_eagerly(llama: Any, ids: Any) -> None:
+    """Prevents padding from being attended to when a cache is handed over with it."""
+    model, _ = llama
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1)
+    seen = torch.cat([torch.zeros(1, 3, dtype=torch.long), torch.ones_like(ids)], 1)
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "attention_mask": seen}
+    expected = model.generate(padded, **options)
+    cache = DynamicCache(config=model.config)
+    positions = (seen[:, :-2].cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        model(padded[:, :-2], attention_mask=seen[:, :-2], position_ids=positions, past_key_values=cache)
+    with pytest.warns(BackendWarning, match="behind padding"):
+        got = model.generate(
+            padded, past_key_values=cache, custom_generate=self_speculative(MASK, backend="compiled"), **options
+        )  # fmt: skip
+    assert torch.equal(got, expected)
 
 
 def test_batches_and_deterministic_mode_say_that_they_are_eager(llama: Any, ids: Any) -> None:
@@ -206,7 +237,7 @@ def test_batches_and_deterministic_mode_say_that_they_are_eager(llama: Any, ids:
     rows = torch.cat([ids, ids + 1])
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
     plain = model.generate(rows, attention_mask=torch.ones_like(rows), **options)
-    with pytest.warns(BackendWarning, match="a batch of 2 sequences"):
+    with pytest.warns(BackendWarning, match="sequences one at a time"):
         ours = model.generate(
             rows, attention_mask=torch.ones_like(rows), custom_generate=self_speculative(MASK, backend="compiled"),
             **options,
@@ -239,7 +270,7 @@ def test_graphs_replay_what_was_captured(tiny: Any) -> None:
     from skipsearch.model.families import tiny_model
 
     model = tiny_model("llama").to("cuda")
-    compiled = compiled_for(model, "compiled", max_length=4)
+    compiled = compiled_for(model, "compiled")
     assert compiled is not None
     for length in (5, 70, 9):
         ids = torch.arange(length, device="cuda")[None] % 90 + 3

@@ -121,9 +121,37 @@ def test_a_source_slower_than_the_best_is_not_tried_all_the_time() -> None:
         history[source] += 1
         if source == "mask":
             learn(pace, "mask", 5, 3, 2.5)
+        elif source == "plain":
+            learn(pace, "plain", 0, 0, 1.0)
         else:
             learn(pace, "ngram", 6, 6, 1.5, match=8)
     assert history["ngram"] > 270
+
+
+def test_one_slow_block_does_not_switch_drafting_off() -> None:
+    """Prevents a block in which something was compiled from being taken for the pace of the next ones."""
+    pace, history = Pace(COSTS), Counter[str]()
+    for step in range(200):
+        source = pace.choose({"mask": pace.mask_rate, "plain": pace.plain_rate})
+        history[source] += step > 20
+        if source == "mask":
+            learn(pace, "mask", 5, 5, 100.0 if step == 20 else 2.5)
+        else:
+            learn(pace, "plain", 0, 0, 1.0)
+    assert history["mask"] > 160
+
+
+def test_plain_steps_are_measured_again() -> None:
+    """Prevents a first plain step that was slow from making drafts look good for ever."""
+    pace, history = Pace(), Counter[str]()
+    pace.learn("plain", of_mask=0, match=0, drafted=0, accepted=0, seconds=50.0, verify_seconds=50.0)
+    for step in range(20_000):
+        source = pace.choose({"mask": pace.mask_rate, "plain": pace.plain_rate})
+        history[source] += step > 10_000
+        drafted, accepted, cost = (5, 1, 2.5) if source == "mask" else (0, 0, 1.0)
+        pace.learn(source, of_mask=drafted, match=0, drafted=drafted, accepted=accepted, seconds=cost,
+                   verify_seconds=cost - 0.2 * drafted)  # fmt: skip
+    assert history["plain"] > 9_000
 
 
 def test_proposals_are_as_long_as_they_pay() -> None:

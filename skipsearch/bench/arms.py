@@ -26,12 +26,14 @@ from skipsearch.search.validate import Arm, Run, our_arm
 
 HF_EAGER, HF_STATIC, HF_LOOKUP, HF_ASSISTED = (
     "HF eager",
-    "HF static, compiled",
+    "HF static compiled",
     "HF prompt lookup",
     "HF assisted by view",
 )
-EAGER, PLAIN, AGAIN, MASK = "plain, eager", "plain", "plain again (A/A)", "mask"
+EAGER, PLAIN, AGAIN, MASK = "plain eager", "plain", "plain again (A/A)", "mask"
 LOOKUP, HYBRID, PREFIX = "n-gram", "hybrid", "prefix exit"
+NEED_MASK = (HF_ASSISTED, MASK, HYBRID, PREFIX)
+NAMES = (HF_EAGER, HF_STATIC, HF_LOOKUP, HF_ASSISTED, EAGER, PLAIN, AGAIN, LOOKUP, MASK, HYBRID, PREFIX)
 
 
 class _Clock(StoppingCriteria):  # type: ignore[misc]

@@ -7,6 +7,7 @@ up to the end of sequence, and a check of every arm's tokens against `generate`.
 from __future__ import annotations
 
 import statistics
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +16,13 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from skipsearch.bench.arms import EAGER, HF_EAGER, HYBRID, MASK, PLAIN, PREFIX, arms, prefix_mask
+from skipsearch.bench.arms import EAGER, HF_EAGER, HYBRID, MASK, NAMES, NEED_MASK, PLAIN, PREFIX, arms, prefix_mask
 from skipsearch.bench.groups import prompt_groups
 from skipsearch.bench.machine import Energy, copy_bandwidth, peak_memory, read_bandwidth
 from skipsearch.decoding.backend import Backend, backend_name, compiled_for, warm_mask
 from skipsearch.decoding.compiled import CompiledModel
 from skipsearch.decoding.policy import DraftPolicy
-from skipsearch.errors import SkipsearchError
+from skipsearch.errors import BackendWarning, SkipsearchError
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import MaskFile
 from skipsearch.model.load import Loaded, check_mask_belongs
@@ -96,15 +97,18 @@ def bench(
     Raises:
         SkipsearchError: an unknown arm.
     """
+    for name in options.only:
+        if name not in NAMES:
+            raise SkipsearchError(f"arm is {name!r}, must be one of: {'; '.join(NAMES)}")
+        if name in NEED_MASK and mask is None:
+            raise SkipsearchError(f"arm {name!r} needs a mask, got none; pass one with --mask")
     device = input_device(model)
-    compiled = compiled_for(model, options.backend, max_length=MAX_LENGTH, progress=progress)
+    compiled = compiled_for(model, options.backend, progress=progress)
     if mask is not None:
         for drafted in (mask, prefix_mask(mask)):
             warm_mask(compiled, model, drafted, progress)
     longest = max(len(prompt) for group in groups.values() for prompt in group) + options.new_tokens + MAX_LENGTH + 1
     every = arms(model, mask, policy, compiled, longest, options.hf)
-    if unknown := set(options.only) - every.keys():
-        raise SkipsearchError(f"arm is {sorted(unknown)[0]!r}, must be one of {', '.join(every)}")
     chosen = {name: arm for name, arm in every.items() if not options.only or name in options.only or name == PLAIN}
     energy, memory, used = Energy(device), dict[str, float](), dict[str, list[float]]()
     first = next(iter(groups.values()))[0]
@@ -168,6 +172,11 @@ def bench_file(loaded: Loaded, file: MaskFile | None, options: BenchOptions, pro
     if file is not None:
         check_mask_belongs(file, loaded.model)
         mask, policy = file.mask, DraftPolicy(**file.draft.model_dump())
+        tuned = file.evidence.backend if file.evidence is not None else None
+        now = backend_name(compiled_for(loaded.model, options.backend, progress=progress))
+        if tuned is not None and tuned != now:
+            text = f"the mask was tuned for backend {tuned!r}, measuring with {now!r}: another mask may be faster"
+            warnings.warn(text, BackendWarning, stacklevel=2)
     return bench(loaded.model, groups, mask, policy, options, progress)
 
 

@@ -44,7 +44,7 @@ def prompt_groups(
             found = load_prompts(
                 source, tokenizer, calibration=2, held_out=max(2, per_group), max_tokens=cut, room=room, seed=seed
             )  # fmt: skip
-            groups[group] = found.held_out[:per_group]
+            groups[group] = found.held_out[: max(2, per_group)]
     return groups
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -21,51 +22,61 @@ Backend = Literal["auto", "eager", "compiled"]
 Progress = Callable[[str, int, int], None]
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.02}  # of the largest logit
 
-_known: weakref.WeakKeyDictionary[PreTrainedModel, CompiledModel | str] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, CompiledModel | str]] = weakref.WeakKeyDictionary()
+_lock = threading.RLock()  # the compiler sets what is global to the process
+
+
+def state_of(model: PreTrainedModel) -> int:
+    """A number that changes when the model is moved, converted, or given other modules or weights."""
+    return hash(tuple((p.data_ptr(), p.dtype, p.device) for p in model.parameters()))
 
 
 def compiled_for(
-    model: PreTrainedModel, backend: Backend, *, max_length: int = 0, progress: Progress | None = None,
+    model: PreTrainedModel, backend: Backend, *, progress: Progress | None = None,
 ) -> CompiledModel | None:  # fmt: skip
     """The compiled model, or None for eager decoding.
 
     The first call compiles, or reads what was compiled before from the disk, and compares with the model.
-    Later calls with the same model object are free.
+    Later calls with the same model object are cheap; a model that was moved or changed is compiled again.
 
     Args:
         backend: "auto" and "compiled" compile where possible and warn once, saying why, where not.
-        max_length: the longest draft whose verify is to be compiled now and not at its first use.
         progress: told (stage, done, total).
     """
     if backend not in ("auto", "eager", "compiled"):
         raise BackendError(f"backend is {backend!r}, must be auto, eager or compiled")
     if backend == "eager":
         return None
-    if model not in _known:
+    with _lock:
+        state = state_of(model)
+        known, found = _known.get(model, (None, ""))
+        if known == state and isinstance(found, str):
+            return None
         try:
-            _known[model] = compile_and_prove(model, max_length, progress)
+            if known != state or isinstance(found, str):
+                found = compile_and_prove(model, progress)
+            else:
+                found.warm(found.pieces.layers_of(model), widths_of(found), progress)
+            _known[model] = state, found
         except Exception as error:
             # Whatever a tracer or a compiler makes of a model it does not know: eager decoding is always there.
             said = str(error).strip().splitlines() or [type(error).__name__]
             why = (
                 said[0] if isinstance(error, BackendError) else f"compiling failed ({type(error).__name__}: {said[0]})"
             )
-            _known[model] = why[:300]
-            warnings.warn(f"decoding eagerly: {_known[model]}", BackendWarning, stacklevel=2)
-    found = _known[model]
-    if isinstance(found, str):
-        return None
-    found.warm(found.pieces.layers_of(model), widths_of(found, max_length), progress)
-    return found
+            _known[model] = state, why[:300]
+            warnings.warn(f"decoding eagerly: {why[:300]}", BackendWarning, stacklevel=2)
+            return None
+        return found
 
 
-def widths_of(compiled: CompiledModel, max_length: int) -> list[int]:
-    """Widths that decoding with drafts of so many tokens takes, the prefill's first."""
-    return [compiled.chunk, *(w for w in WIDTHS if w <= compiled.width_for(max_length + 1))]
+def widths_of(compiled: CompiledModel) -> list[int]:
+    """Every width, the prefill's first: what is left of a prompt may be of any length."""
+    return [compiled.chunk, *WIDTHS]
 
 
 @torch.no_grad()
-def compile_and_prove(model: PreTrainedModel, max_length: int, progress: Progress | None) -> CompiledModel:
+def compile_and_prove(model: PreTrainedModel, progress: Progress | None) -> CompiledModel:
     """Compile the model's pieces and compare logits with its own: a full forward, then single and several tokens.
 
     Raises:
@@ -73,7 +84,7 @@ def compile_and_prove(model: PreTrainedModel, max_length: int, progress: Progres
     """
     compiled = CompiledModel(model)
     layers = compiled.pieces.layers_of(model)
-    compiled.warm(layers, widths_of(compiled, max_length), progress)
+    compiled.warm(layers, widths_of(compiled), progress)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     context = int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 20)
     length = min(compiled.chunk + 9, context)
@@ -106,7 +117,8 @@ def warm_mask(
 
 def warm_draft(compiled: CompiledModel, draft: PreTrainedModel, progress: Progress | None = None) -> None:
     """The same for a draft view."""
-    compiled.warm(compiled.pieces.layers_of(draft), [1, compiled.width_for(1 + GUESS)], progress)
+    with _lock:
+        compiled.warm(compiled.pieces.layers_of(draft), [1, compiled.width_for(1 + GUESS)], progress)
 
 
 def backend_name(compiled: CompiledModel | None) -> str:

@@ -8,6 +8,7 @@ Shapes: Q tokens of a forward, T slots that attention reads, V vocabulary.
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ class Buffers:
     layers: list[tuple[Tensor, Tensor]]
     shown: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     graphs: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
+    pool: Any = None  # of the graphs, which overwrite each other's output
 
     def show(self, slots: int) -> list[tuple[Tensor, Tensor]]:
         """The first slots of each layer's buffers."""
@@ -80,17 +82,19 @@ class CompiledModel:
         self._tails: dict[int, Piece] = {}
         self._programs: dict[Any, list[tuple[Piece, int, list[int], list[Tensor]]]] = {}
         self._free: list[Buffers] = []
-        self._pool: Any = torch.cuda.graph_pool_handle() if kind == "cuda" else None
+        self._lock = threading.Lock()
 
     # -- buffers -----------------------------------------------------------------------------------------------
 
     def lease(self, capacity: int, owner: object) -> Buffers:
         """Buffers with room for so many tokens, for as long as `owner` lives; then others get them."""
         size = -(-(capacity + SLACK) // self.step) * self.step
-        fitting = [b for b in self._free if b.ids.shape[1] >= size]
-        if fitting:
-            buffers = min(fitting, key=lambda b: b.ids.shape[1])
-            self._free.remove(buffers)
+        with self._lock:
+            fitting = [b for b in self._free if b.ids.shape[1] >= size]
+            buffers = min(fitting, key=lambda b: b.ids.shape[1]) if fitting else None
+            if buffers is not None:
+                self._free.remove(buffers)
+        if buffers is not None:
             for layer in buffers.layers:
                 for buffer in layer:
                     buffer.zero_()  # masked-out NaN of an earlier sequence would be NaN still
@@ -175,9 +179,11 @@ class CompiledModel:
         last = tokens - 1 if keep_last and width == self.chunk else None
         slots = self.slots_for(start + width)
         self.seek(buffers, start, place)
+        if last is not None:  # a part of the prefill, bound by arithmetic: not worth a graph for every length
+            return self.run(layers, buffers, buffers.at, width, slots, last)
         scores: Scores = self.graph(
-            buffers, ("forward", width, slots, last, *map(id, layers)),
-            lambda: self.run(layers, buffers, buffers.at, width, slots, last),
+            buffers, ("forward", width, slots, *map(id, layers)),
+            lambda: self.run(layers, buffers, buffers.at, width, slots),
         )  # fmt: skip
         return scores
 
@@ -207,6 +213,8 @@ class CompiledModel:
         """Run it; on a GPU by replaying a graph, captured the first time. Its output is overwritten the next time."""
         if self.device.type != "cuda":
             return run()
+        if buffers.pool is None:
+            buffers.pool = torch.cuda.graph_pool_handle()
         if key not in buffers.graphs:
             stream = torch.cuda.Stream(self.device)
             stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -215,7 +223,7 @@ class CompiledModel:
                     run()
             torch.cuda.current_stream(self.device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=buffers.pool):
                 out = run()
             buffers.graphs[key] = graph, out
         graph, out = buffers.graphs[key]

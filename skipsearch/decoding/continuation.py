@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from skipsearch.decoding.backend import Backend
+from skipsearch.decoding.backend import Backend, Progress
 from skipsearch.decoding.generate import self_speculative
 from skipsearch.errors import DecodingError
 from skipsearch.model.load import Loaded
@@ -19,8 +19,9 @@ from skipsearch.model.sublayers import input_device
 def continue_text(
     loaded: Loaded, prompt: str, mask: Path | None, *, stream: bool, max_new_tokens: int, temperature: float = 0.0,
     top_k: int = 0, top_p: float = 1.0, seed: int = 0, backend: Backend = "auto",
+    progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Generate and time it, prefill included.
+    """Generate and time it, prefill included, compiling not.
 
     Returns:
         text, tokens (the new ones), seconds, tokens_per_second, and the raw counts of blocks.
@@ -41,6 +42,7 @@ def continue_text(
         )
     streamer = TextStreamer(tokenizer, skip_prompt=False) if stream else None
     method = self_speculative(mask, streamer=streamer, backend=backend)
+    method.warm_up(model, progress)
     if streamer is not None:
         streamer.put(inputs["input_ids"])
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p} if temperature else {

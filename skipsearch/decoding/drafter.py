@@ -147,11 +147,13 @@ class Drafter:
     def learn(self, draft: Draft, blocks: list[Block]) -> None:
         """Take in what became of a draft. Called right after its verify."""
         seconds = time.perf_counter() - self._begun
-        for block in blocks:
-            self.rules[block.row].learn(block.drafted, block.accepted)
         if not self.single:
+            for block in blocks:
+                self.rules[block.row].learn(block.drafted, block.accepted)
             return
         block = blocks[0]
+        # The exit is about what the mask drafted, not about an n-gram behind it or in its place.
+        self.rules[block.row].learn(min(draft.of_mask, block.drafted), min(draft.of_mask, block.accepted))
         if self.index is not None:
             self.index.extend(block.tokens)
         # Where nothing waits for the device, the clock cannot tell a draft from its verify.

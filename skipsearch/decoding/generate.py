@@ -22,7 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from skipsearch.decoding.accept import Sampling
-from skipsearch.decoding.backend import Backend, compiled_for, warm_draft
+from skipsearch.decoding.backend import Backend, Progress, compiled_for, state_of, warm_draft
 from skipsearch.decoding.compiled import CompiledModel
 from skipsearch.decoding.loop import decode
 from skipsearch.decoding.pace import Pace
@@ -65,26 +65,43 @@ class SelfSpeculative:
         self.mask, self.policy, self.deterministic, self.stats = mask, policy, deterministic, DecodeStats()
         self.backend, self._file, self._streamer, self._said = backend, file, streamer, set[str]()
         self._paces: weakref.WeakKeyDictionary[PreTrainedModel, Pace] = weakref.WeakKeyDictionary()
-        self._drafts: weakref.WeakKeyDictionary[PreTrainedModel, PreTrainedModel] = weakref.WeakKeyDictionary()
+        self._drafts: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, PreTrainedModel]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def _draft_for(self, model: PreTrainedModel) -> PreTrainedModel | None:
         if self.mask is None:
             return None
-        if model not in self._drafts:
+        state = state_of(model)
+        if model not in self._drafts or self._drafts[model][0] != state:
             if self._file is not None:
                 check_mask_belongs(self._file, model)
-            self._drafts[model] = draft_view(model, self.mask)
-        return self._drafts[model]
+            self._drafts[model] = state, draft_view(model, self.mask)
+        return self._drafts[model][1]
 
-    def _compiled_for(self, model: PreTrainedModel, rows: int) -> CompiledModel | None:
+    def warm_up(self, model: PreTrainedModel, progress: Progress | None = None) -> None:
+        """Compile what decoding of one sequence needs, or read it from the disk, so that no call has to wait for it.
+
+        Raises:
+            MaskError: the mask file is for another model.
+        """
+        draft, compiled = self._draft_for(model), self._compiled_for(model, 1, progress=progress)
+        if compiled is not None and draft is not None:
+            warm_draft(compiled, draft, progress)
+
+    def _compiled_for(
+        self, model: PreTrainedModel, rows: int, padded_past: bool = False, progress: Progress | None = None
+    ) -> CompiledModel | None:
         tuned = self._file.evidence.backend if self._file is not None and self._file.evidence is not None else None
         wanted = self.backend if self.backend != "auto" else "compiled" if tuned == "compiled" else "eager"
-        if wanted == "compiled" and (rows > 1 or self.deterministic):
-            what = f"a batch of {rows} sequences" if rows > 1 else "deterministic decoding"
-            self._warn(f"decoding eagerly: backend 'compiled' takes one sequence at a time, not {what}")
+        if wanted == "compiled" and self.deterministic and self.backend == "auto":
             return None
-        longest = max(self.policy.max_length if self.mask else 0, self.policy.ngram)
-        compiled = compiled_for(model, wanted, max_length=longest)
+        if wanted == "compiled" and (rows > 1 or self.deterministic or padded_past):
+            what = "sequences one at a time" if rows > 1 else "no deterministic decoding" if self.deterministic else ""
+            what = what or "no past_key_values behind padding"
+            self._warn(f"decoding eagerly: backend 'compiled' takes {what}")
+            return None
+        compiled = compiled_for(model, wanted, progress=progress)
         now = "eager" if compiled is None else "compiled"
         if tuned is not None and tuned != now:
             self._warn(f"the mask was tuned for backend {tuned!r}, decoding with {now!r}: another mask may be faster")
@@ -139,7 +156,8 @@ class SelfSpeculative:
         keep_logits = bool(config.return_dict_in_generate and config.output_logits)
 
         self.stats = stats = DecodeStats()
-        draft, compiled = self._draft_for(model), self._compiled_for(model, batch)
+        padded_past = any(pads) and past is not None and past.get_seq_length() > 0
+        draft, compiled = self._draft_for(model), self._compiled_for(model, batch, padded_past)
         if compiled is not None and draft is not None:
             warm_draft(compiled, draft)
         pace = self._pace_for(model, bool(config.do_sample))

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 
 MEMORY_OF_MASK, MEMORY_OF_NGRAM = 0.85, 0.92  # weight that what was learnt keeps at each new block of its source
 MARGIN = 0.9  # masks must be so much better: their estimate is of blocks chosen for them, and those flatter it
-PROBE_SHARE = 0.02  # of the time may go into trying what seemed slower
+PROBE_SHARE, PROBE_PLAIN = 0.02, 0.002  # of the time may go into trying what seemed slower; plain steps vary little
 # Acceptance that is expected of an n-gram whose last 1, 2, 3, 4 to 7, 8 and more tokens agree, before any is seen.
 FIRST_GUESS = (0.3, 0.5, 0.65, 0.75, 0.85)
 GUESS_WEIGHT = 3.0
+FAR_OFF = 3.0  # times what was expected: no block counts for more
 
 
 def match_class(length: int) -> int:
@@ -103,10 +104,12 @@ class Pace:
         """The source with the best rate, or one whose turn it is to be tried again."""
         best = max(rates, key=rates.__getitem__)
         self._best = 0.0 if math.isinf(rates[best]) else rates[best]
+        if not self._best:
+            return best  # never tried
         for source in rates:
-            if source not in (best, "plain") and self._since.get(source, math.inf) * PROBE_SHARE > self._loss.get(
-                source, 0.0
-            ):
+            share = PROBE_SHARE if source != "plain" else PROBE_PLAIN if self.clock else 0.0
+            waited, loss = self._since.get(source, math.inf), self._loss.get(source, 0.0)
+            if source != best and share and waited * share > loss:
                 return source
         return best
 
@@ -123,8 +126,12 @@ class Pace:
         """
         if not self.clock:
             seconds = of_mask * self.step + self.verify_seconds(drafted)
-        elif verify_seconds is not None:
+        elif self.verify and (self.step or not of_mask):
+            # A block in which something was compiled or captured says nothing of the next one.
+            seconds = min(seconds, FAR_OFF * (of_mask * self.step + self.verify_seconds(drafted)))
+        if self.clock and verify_seconds is not None:
             old = self.verify.get(drafted)
+            verify_seconds = verify_seconds if old is None else min(verify_seconds, FAR_OFF * old)
             # Disturbances only ever add: what is faster is believed sooner.
             trust = 0.3 if old is None or verify_seconds < old else 0.1
             self.verify[drafted] = verify_seconds if old is None else old + trust * (verify_seconds - old)
@@ -140,6 +147,5 @@ class Pace:
             self.tries[known] = MEMORY_OF_NGRAM * self.tries[known] + min(right + 1, drafted - of_mask)
         for other in self._since:
             self._since[other] += seconds
-        if source != "plain" and self._best:
-            self._since[source] = 0.0
-            self._loss[source] = max(0.0, seconds - (accepted + 1) / self._best)
+        self._since[source] = 0.0
+        self._loss[source] = max(0.0, seconds - (accepted + 1) / self._best) if self._best else 0.0

@@ -35,7 +35,10 @@ def _table(title: str, names: tuple[str, ...]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
     for name in names:
         table.add_column(
-            name, style="cyan" if name == names[0] else None, justify="left" if name == names[0] else "right"
+            name,
+            style="cyan" if name == names[0] else None,
+            justify="left" if name == names[0] else "right",
+            no_wrap=name == names[0],
         )
     return table
 
@@ -53,14 +56,20 @@ def speed_table(data: dict[str, Any], group: str = "all") -> Table:
 
 def counts_table(data: dict[str, Any], group: str = "all") -> Table:
     """One group's arms: acceptance, bound and its share, bytes moved, memory, energy."""
-    table = _table("", ("arm", "accept", "tau", "c", "1/c", "bound", "share", "GB/s", "% copy", "MB", "J/token"))
-    for row in (row for row in data["rows"] if row["group"] == group):
-        shown = (
-            ("acceptance_rate", 1, ".2f"), ("tau", 1, ".2f"), ("cost_ratio", 1, ".2f"), ("bound", 1, ".1f"),
-            ("own_bound", 1, ".2f"), ("share_of_own_bound", 1, ".0%"), ("bytes_per_second", 1e-9, ".1f"),
-            ("of_copy_bandwidth", 1, ".0%"), ("peak_memory_bytes", 1e-6, ".0f"), ("joules_per_token", 1, ".2f"),
-        )  # fmt: skip
-        values = [(row.get(name), scale, form) for name, scale, form in shown]
+    rows = [row for row in data["rows"] if row["group"] == group]
+    columns = [
+        (title, [row.get(name) for row in rows], scale, form)
+        for title, name, scale, form in (
+            ("accept", "acceptance_rate", 1, ".2f"), ("tau", "tau", 1, ".2f"), ("c", "cost_ratio", 1, ".2f"),
+            ("1/c", "bound", 1, ".1f"), ("bound", "own_bound", 1, ".2f"), ("share", "share_of_own_bound", 1, ".0%"),
+            ("GB/s", "bytes_per_second", 1e-9, ".1f"), ("% copy", "of_copy_bandwidth", 1, ".0%"),
+            ("MB", "peak_memory_bytes", 1e-6, ".0f"), ("J/token", "joules_per_token", 1, ".2f"),
+        )
+    ]  # fmt: skip
+    columns = [column for column in columns if any(value is not None for value in column[1])]
+    table = _table("", ("arm", *(title for title, *_ in columns)))
+    for i, row in enumerate(rows):
+        values = [(found[i], scale, form) for _, found, scale, form in columns]
         table.add_row(row["arm"], *("" if v is None else f"{v * scale:{form}}" for v, scale, form in values))
     return table
 

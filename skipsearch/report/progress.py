@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 _WHAT = {
-    "compile": "compile: once, about half a minute; kept for later runs",
+    "compile": "compile: about a minute once, then read from the disk",
     "warm-up": "warm-up: each way once",
     "record": "record: what the full model says",
     "profile": "profile: seconds of each part",

@@ -122,6 +122,8 @@ def generation_line(result: dict[str, Any]) -> str:
     line = f"[{len(result['tokens'])} tokens, {result['tokens_per_second']:.1f} tokens/s"
     if result["drafted"]:
         line += f", {result['accepted']} of {result['drafted']} drafted tokens accepted, tau {result['tau']:.2f}"
+        if set(result["accepted_from"]) - {"mask"}:
+            line += "; accepted from " + ", ".join(f"{k}: {n}" for k, n in sorted(result["accepted_from"].items()))
     return line.replace("[", r"\[", 1) + "]"
 
 

@@ -57,7 +57,7 @@ def prepare(loaded: Loaded, folder: Path, options: SearchOptions, progress: Prog
     """Prompts, record and profile."""
     model = loaded.model
     prompts = chosen_prompts(loaded, options)
-    compiled = compiled_for(model, options.backend, max_length=MAX_LENGTH, progress=progress)
+    compiled = compiled_for(model, options.backend, progress=progress)
     # Weights, not only the config: a fine-tuned model must not continue the study of its base.
     identity = {
         "model": str(model_card(model, loaded.name).config_sha256),

@@ -201,7 +201,7 @@ def validate_file(loaded: Loaded, file: MaskFile, options: SearchOptions, progre
     """Time a mask file again on held-out prompts; returns it with fresh evidence."""
     prompts = chosen_prompts(loaded, options).held_out
     policy = DraftPolicy(**file.draft.model_dump())
-    compiled = compiled_for(loaded.model, options.backend, max_length=MAX_LENGTH, progress=progress)
+    compiled = compiled_for(loaded.model, options.backend, progress=progress)
     warm_mask(compiled, loaded.model, file.mask, progress)
     measured = measure(
         loaded.model, prompts, file.mask, replace(policy, ngram=0, never_slower=False), new_tokens=options.new_tokens,

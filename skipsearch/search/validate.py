@@ -138,7 +138,10 @@ def race(
 ) -> dict[str, Timing]:  # fmt: skip
     """Time arms prompt by prompt, in random order within each prompt and round, after a warm-up of each."""
     rng = random.Random(seed)
-    for arm in arms.values():  # first calls choose kernels and fill caches
+    for arm in arms.values():  # first calls choose kernels and fill caches; on a GPU each length captures graphs
+        if torch.cuda.is_available():
+            for prompt in prompts:
+                arm(prompt, new_tokens)
         arm(prompts[0], min(16, new_tokens))
     seconds: dict[str, list[list[float]]] = {name: [[] for _ in prompts] for name in arms}
     prefill: dict[str, list[list[float]]] = {name: [[] for _ in prompts] for name in arms}

@@ -133,7 +133,7 @@ def widened_row(times: int, device: torch.device, folder: Path, per_group: int, 
     compiled = compiled_for(wide, "auto")
     costs = profile(wide, "wide", contexts=[112], max_length=MAX_LENGTH, progress=quiet, repeats=5, compiled=compiled)
     point = costs.points[0]
-    row |= {"verify": point.verify, "attention": point.attention, "mlp": point.mlp, "rest": point.rest}
+    row |= {"verify": point.verify, "attention": point.attention[-1], "mlp": point.mlp[-1], "rest": point.rest}
     mask, policy, how = _search(narrow, costs, folder, tokens)
     warm_mask(compiled, wide, mask)
     policy = dataclasses.replace(policy, ngram=10, never_slower=True)

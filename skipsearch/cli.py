@@ -54,6 +54,7 @@ Backends = Annotated[
         help="what runs forwards; auto: compiled if it can (generate: what the mask was tuned for, eager without one)",
     ),
 ]
+Temperature = Annotated[float, typer.Option(min=0, help="sample at it; 0 decodes greedily")]
 Seed = Annotated[int, typer.Option(help="seed of everything random")]
 
 
@@ -87,7 +88,17 @@ def run(
     model: Model,
     trials: Annotated[int, typer.Option(min=1, help="finished trials that the study shall hold")] = 150,
     time_budget: Annotated[float | None, typer.Option(min=0, help="seconds for trials")] = None,
-    sampler: Annotated[Literal["gp", "tpe", "random"], typer.Option(help="who proposes masks")] = "gp",
+    sampler: Annotated[
+        Literal["trust-region", "gp", "tpe", "nsga2", "random"] | None,
+        typer.Option(help="who proposes masks (default: trust-region, with --pareto nsga2)"),
+    ] = None,
+    pareto: Annotated[bool, typer.Option("--pareto", help="search the front of acceptance against draft cost")] = False,
+    space: Annotated[Path | None, typer.Option(help="TOML file with a [space] table: what may be skipped")] = None,
+    context: Annotated[
+        list[int] | None, typer.Option(min=1, help="context length to serve (default: the prompts'); may be repeated")
+    ] = None,
+    temperature: Temperature = 0.0,
+    memory: Annotated[float | None, typer.Option(min=0.001, help="GB that replay may take (default: fits)")] = None,
     prompts: PromptsFrom = "builtin", prompt_column: Column = None, prompt_config: Config = None,
     prompt_split: Split = "test", chat: Chat = True, num_prompts: Calibration = 24, num_held_out: HeldOut = 20,
     prompt_tokens: PromptTokens = None, new_tokens: NewTokens = 96, rounds: Rounds = 2, seed: Seed = 0,
@@ -101,8 +112,10 @@ def run(
     """Search a mask, validate it on held-out prompts, and write mask.json. Run it again to continue."""
     options = _options(
         prompts, prompt_column, prompt_config, prompt_split, chat, trials=trials, time_budget=time_budget,
-        sampler=sampler, prompts=num_prompts, held_out=num_held_out, prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens, rounds=rounds, seed=seed, storage=storage, study=study, backend=backend,
+        sampler=sampler or ("nsga2" if pareto else "trust-region"), prompts=num_prompts, held_out=num_held_out,
+        prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds, seed=seed, storage=storage, study=study,
+        backend=backend, pareto=pareto, space=space, contexts=tuple(context or ()), temperature=temperature,
+        memory=None if memory is None else memory * 1e9,
     )  # fmt: skip
     from skipsearch.report.progress import stages
 
@@ -129,7 +142,7 @@ def generate(
     mask: Annotated[Path | None, typer.Option(help="mask.json; without it, plain decoding")] = None,
     prompt: Annotated[str, typer.Option(help="text to continue")] = "def main(",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0 decodes greedily")] = 0.0,
+    temperature: Temperature = 0.0,
     top_k: Annotated[int, typer.Option(min=0)] = 0,
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
     compare: Annotated[bool, typer.Option(help="decode plainly too, and compare speed and tokens")] = False,
@@ -188,7 +201,7 @@ def validate(
     prompts: PromptsFrom = "builtin", prompt_column: Column = None, prompt_config: Config = None,
     prompt_split: Split = "test", chat: Chat = True, num_prompts: Calibration = 24, num_held_out: HeldOut = 20,
     prompt_tokens: PromptTokens = None, new_tokens: NewTokens = 96, rounds: Rounds = 2, seed: Seed = 0,
-    backend: Backends = "auto",
+    backend: Backends = "auto", temperature: Temperature = 0.0,
     write: Annotated[bool, typer.Option(help="put the new evidence into the mask file")] = False,
     audited: Annotated[
         bool, typer.Option("--audit", help="instead of timing, explain every difference from plain decoding in fp32")
@@ -203,6 +216,7 @@ def validate(
     options = _options(
         prompts, prompt_column, prompt_config, prompt_split, chat, prompts=num_prompts, held_out=num_held_out,
         prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds, seed=seed, backend=backend,
+        temperature=temperature,
     )  # fmt: skip
     loaded = _load(model, dtype, device, revision, trust)
     from skipsearch.model.load import check_mask_belongs

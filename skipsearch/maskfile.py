@@ -62,6 +62,7 @@ class Evidence(_Part):
 
     Attributes:
         speedup, tokens_per_second: of the mask and its exit rule alone; the verdict is about them.
+        greedy_equal: None for a mask that was measured while sampling, at `temperature`.
         served_speedup: with n-grams and fallback to plain steps as well, as the file's policy says.
     """
 
@@ -73,7 +74,7 @@ class Evidence(_Part):
     baseline: str
     tokens_per_second: float
     baseline_tokens_per_second: float
-    greedy_equal: bool
+    greedy_equal: bool | None
     backend: str
     dtype: str
     device: str
@@ -81,6 +82,7 @@ class Evidence(_Part):
     tokens: int
     prompts_sha256: str
     verdict: Literal["use", "do not use"]
+    temperature: float = 0.0
     served_speedup: float | None = None
     served_speedup_ci: tuple[float, float] | None = None
 

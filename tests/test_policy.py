@@ -179,7 +179,7 @@ def test_calibrated_exit_is_chosen_by_replay(demo: Any) -> None:
     trace = record(demo.model, prompts, 24, lambda *_: None)
     replay = Replay(demo.model, trace, 6)
     mask = SkipMask(attention=range(2, 20, 2), mlp=range(1, 20, 2), num_layers=20)
-    point = Point(context=40, attention=0.02, mlp=0.02, rest=0.05, exit_check=0.001,
+    point = Point(context=40, attention=(0.02,) * 20, mlp=(0.02,) * 20, rest=0.05, exit_check=0.001,
                   verify=tuple(1 + 0.05 * k for k in range(7)))  # fmt: skip
     drafts = replay.of(mask)
     drafts.walk(DraftPolicy(max_length=6))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +20,32 @@ from hypothesis import strategies as st
 from skipsearch import SkipMask
 from skipsearch.decoding.loop import decode
 from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.decoding.processors import at_temperature
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.model.preset import presets
-from skipsearch.search.cost import Costs, Point, draft_step, profile, profile_or_load
-from skipsearch.search.objective import join, plain_score, score
+from skipsearch.search.cost import Costs, Point, alike, draft_step, profile, profile_or_load
+from skipsearch.search.objective import Scorer, join, plain_score, score
 from skipsearch.search.replay import Replay
-from skipsearch.search.seeds import by_sensitivity, published, single_skip_loss, uniform
+from skipsearch.search.seeds import (
+    all_seeds,
+    block_influence,
+    by_sensitivity,
+    knapsack,
+    layer_states,
+    nearest_states,
+    published,
+    saves,
+    single_skip_loss,
+    uniform,
+)
 from skipsearch.search.space import Space
 from skipsearch.search.trace import Trace, record, record_or_load
 
-POINT = Point(context=64, attention=2.0, mlp=1.0, rest=3.0, exit_check=0.5, verify=tuple(15.0 + k for k in range(13)))
+POINT = Point(
+    context=64, attention=(2.0,) * 4, mlp=(1.0,) * 4, rest=3.0, exit_check=0.5,
+    verify=tuple(15.0 + k for k in range(13)),
+)  # fmt: skip
 
 
 def quiet(*_: Any) -> None:
@@ -97,8 +115,10 @@ def test_score_picks_a_policy_no_worse_than_any_fixed_one(tiny: Any) -> None:
 
 def test_join_adds_up_by_hand() -> None:
     """Prevents tokens or seconds from being counted twice: two blocks worked out on paper."""
-    mask = SkipMask(attention=[0], num_layers=2)
+    mask = SkipMask(attention=[0, 2, 3], mlp=[1, 2], num_layers=4)
     assert draft_step(POINT, mask, exit_check=False) == 3 + 2 + 2 * 1
+    uneven = replace(POINT, mlp=(1.0, 7.0, 7.0, 5.0))
+    assert draft_step(uneven, mask, exit_check=True) == 3 + 2 + 1 + 5 + 0.5
     result = join(Counter({(4, 4): 1, (4, 1): 1}), mask, DraftPolicy(max_length=4), POINT)
     assert result.tokens_per_second == pytest.approx((5 + 2) / (8 * 7 + 2 * 19))
     assert result.acceptance_rate == 5 / 8 and result.tau == 3.5
@@ -111,10 +131,13 @@ def test_join_adds_up_by_hand() -> None:
 def test_costs_between_points_lie_between_them(context: float) -> None:
     """Prevents extrapolation into negative seconds."""
     far = Point(
-        context=200, attention=4.0, mlp=1.0, rest=3.0, exit_check=0.5, verify=tuple(20.0 + k for k in range(13))
-    )
-    point = Costs(identity="", points=(POINT, far)).at(context)
-    assert 2 <= point.attention <= 4 and 15 <= point.verify[0] <= 20
+        context=200, attention=(4.0,) * 4, mlp=(1.0,) * 4, rest=3.0, exit_check=0.5,
+        verify=tuple(20.0 + k for k in range(13)),
+    )  # fmt: skip
+    costs = Costs(identity="", points=(POINT, far))
+    point = costs.at(context)
+    assert 2 <= point.attention[0] <= 4 and 15 <= point.verify[0] <= 20
+    assert costs.mix([64, 200]).attention[3] == 3 and costs.mix([64]) == POINT
 
 
 def test_profile_is_kept_and_made_anew_for_another_set_up(tiny: Any, tmp_path: Path) -> None:
@@ -138,7 +161,38 @@ def test_profile_prices_every_part(tiny: Any) -> None:
     """Prevents a part from being priced at nothing."""
     costs = profile(tiny("llama"), "x", contexts=[16], max_length=2, progress=quiet, repeats=5)
     point = costs.points[0]
-    assert point.attention > 0 and point.mlp > 0 and min(point.verify) > 0
+    assert min(point.attention) > 0 and min(point.mlp) > 0 and min(point.verify) > 0
+    assert len(set(point.attention)) == len(set(point.mlp)) == 1
+
+
+def test_unequal_sublayers_are_priced_apart(tiny: Any) -> None:
+    """Prevents a dense layer from being priced as a mixture of experts, or a sliding window as full attention."""
+    groups = alike(tiny("deepseek_v3"))
+    mlp = [group for group in groups if group[0][0] == "mlp"]
+    assert len(mlp) == 2 and sorted(i for group in mlp for _, i in group) == [0, 1, 2, 3]
+    attention = [group for group in alike(tiny("gemma2")) if group[0][0] == "attention"]
+    assert len(attention) == 2
+    point = profile(tiny("deepseek_v3"), "x", contexts=[16], max_length=1, progress=quiet, repeats=3).points[0]
+    assert point.mlp[0] != point.mlp[-1]
+
+
+def test_long_contexts_change_what_is_worth_skipping() -> None:
+    """Prevents one price for all contexts: with cheap MLPs, attention is what costs at length, and goes first."""
+    from conftest import make_tiny
+
+    model = make_tiny(
+        "llama", max_position_embeddings=4096, hidden_size=256, num_attention_heads=16, num_key_value_heads=16,
+        intermediate_size=256,
+    )  # fmt: skip
+    costs = profile(model, "x", contexts=[8, 3000], max_length=1, progress=quiet, repeats=3)
+    short, long = costs.points
+    assert long.attention[0] / long.mlp[0] > 2 * short.attention[0] / short.mlp[0]
+    space = Space(num_layers=4, fixed=SkipMask(num_layers=4))
+    # Attention does so much more harm that it is worth it at length alone.
+    dear = (short.attention[0] / short.mlp[0] * long.attention[0] / long.mlp[0]) ** 0.5
+    loss = {sub: 1 - math.exp(-0.05 * (dear if sub[0] == "attention" else 1)) for sub in space.free}
+    near, far = (dict(by_sensitivity(space, loss, point))["sensitivity:4"] for point in (short, long))
+    assert len(near.mlp) == 4 and len(far.attention) == 4
 
 
 def test_trace_is_greedy_generate_and_kept(tiny: Any, tmp_path: Path) -> None:
@@ -180,3 +234,110 @@ def test_seeds_respect_fixed_sublayers() -> None:
         assert not mask & preset.fixed
         assert space.mask(space.params(mask)) == mask
     assert {name for name, _ in published(preset, space)} >= {"published:self-sd"}
+
+
+@given(data=st.data())
+def test_the_knapsack_is_the_best_there_is(data: Any) -> None:
+    """Prevents a dynamic programme that is off by one: on few sublayers every subset can be tried."""
+    fixed = SkipMask(attention=[0], mlp=[0], num_layers=4)
+    space = Space(num_layers=4, fixed=fixed)
+    loss = {sub: data.draw(st.integers(0, 9)) / 10 for sub in space.free}
+    point = replace(POINT, attention=(1.0, 2.0, 3.0, 4.0), mlp=(2.0, 2.5, 1.0, 3.0))
+    harm = {sub: -math.log(max(1e-3, 1 - loss[sub])) + 1e-4 for sub in space.free}
+    unit = sum(harm.values()) / 256
+    weight = {sub: max(1, round(harm[sub] / unit)) for sub in space.free}
+    for label, mask in knapsack(space, loss, point):
+        room = round(float(label.split(":")[1]) * 256)
+        gain = sum(saves(point, sub) for sub in mask.sublayers())
+        subsets = (c for n in range(7) for c in itertools.combinations(space.free, n))
+        best = max(sum(saves(point, s) for s in c) for c in subsets if sum(weight[s] for s in c) <= room)
+        assert sum(weight[sub] for sub in mask.sublayers()) <= room and gain == pytest.approx(best)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_neox"])
+def test_seeds_from_hidden_states_find_the_idle_layer(family: str) -> None:
+    """Prevents layers called on their own from computing something else than in the model."""
+    from conftest import make_tiny
+
+    model = make_tiny(family, seed=1)
+    layers = next(m for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList))
+    for name, weight in layers[2].named_parameters():
+        if "norm" not in name and "ln_" not in name:
+            weight.data.zero_()  # both branches add nothing
+    space = Space(num_layers=4, fixed=SkipMask(num_layers=4))
+    states = layer_states(model, make_trace(model))
+    for i in range(4):
+        assert torch.equal(states.run(i, states.hidden[i]), states.hidden[i + 1])
+    idle = SkipMask(attention=[2], mlp=[2], num_layers=4)
+    assert idle in [mask for _, mask in block_influence(space, states)]
+    assert idle in [mask for _, mask in nearest_states(space, states)]
+
+
+def test_every_seed_is_a_mask_of_the_space(tiny: Any) -> None:
+    """Prevents a seed from skipping what is fixed, and an earlier mask from being forgotten."""
+    model, fixed = tiny("llama"), SkipMask(attention=[0], mlp=[1], num_layers=4)
+    space, earlier = Space(num_layers=4, fixed=fixed), SkipMask(attention=[2, 3], num_layers=4)
+    seeds = all_seeds(model, make_trace(model), space, POINT, quiet, None, earlier)
+    assert dict(seeds)["earlier"] == earlier
+    assert all(not mask & fixed for _, mask in seeds)
+    assert {name.split(":")[0] for name, _ in seeds} == {
+        "empty", "earlier", "sensitivity", "knapsack", "states", "influence", "uniform"
+    }  # fmt: skip
+
+
+def test_sampled_replay_accepts_what_speculative_sampling_accepts(tiny: Any) -> None:
+    """Prevents masks for sampling from being judged by greedy matches: accepted shares agree with real decoding."""
+    model, mask, policy = tiny("llama"), SkipMask(attention=[1, 3], mlp=[2], num_layers=4), DraftPolicy(max_length=3)
+    prompts = tuple((3 + i, 5, 7, 11 + i) for i in range(24))
+    trace = record(model, prompts, 40, quiet, temperature=0.7)
+    assert trace != record(model, prompts, 40, quiet, temperature=0.7, seed=100)
+    replayed = Replay(model, trace, 3).of(mask).walk(policy)
+    stats = DecodeStats()
+    for i, prompt in enumerate(prompts):
+        device = torch.device("cpu")
+        sequences = Sequences(
+            model, torch.tensor([prompt]), capacity=44, mask=mask, **at_temperature(0.7, 1000 + 2 * i, device)
+        )  # fmt: skip
+        for _ in decode(sequences, max_length=44, policy=policy, stats=stats, eos_ids=frozenset([2])):
+            pass
+    ours = sum(n * c for (_, n), c in replayed.items()) / sum(k * c for (k, _), c in replayed.items())
+    assert 0.05 < stats.acceptance_rate < 0.95
+    spread = (stats.acceptance_rate * (1 - stats.acceptance_rate) / stats.drafted) ** 0.5
+    assert abs(ours - stats.acceptance_rate) < 5 * spread
+    full = Replay(model, trace, 3).of(SkipMask(num_layers=4)).walk(policy)
+    cut = sum(c for (k, n), c in full.items() if n < k)  # the model itself is accepted until its text ends
+    assert cut <= len(prompts)
+
+
+@given(seed=st.integers(0, 1000))
+def test_the_chance_of_a_token_averages_to_the_overlap(seed: int) -> None:
+    """Prevents a biased estimate: over x drawn from the target, min(1, q/p) is sum(min(p, q))."""
+    generator = torch.Generator().manual_seed(seed)
+    target, draft = (torch.rand(7, generator=generator).softmax(0) for _ in range(2))
+    chance = (draft / target).clamp(max=1)
+    assert float((target * chance).sum()) == pytest.approx(float(torch.minimum(target, draft).sum()), abs=1e-6)
+
+
+def test_little_memory_means_few_rows_and_the_same_counts(tiny: Any) -> None:
+    """Prevents a pass from being larger than the memory it was given."""
+    model = tiny("llama")
+    trace, mask, policy = make_trace(model), SkipMask(mlp=[1], num_layers=4), DraftPolicy(max_length=4)
+    small, large = Replay(model, trace, 4, memory=1), Replay(model, trace, 4, memory=1e9)
+    assert small.rows == 1 < large.rows
+    assert small.of(mask).walk(policy) == large.of(mask).walk(policy)
+
+
+def test_giving_up_early_needs_evidence_and_keeps_the_best(tiny: Any, monkeypatch: Any) -> None:
+    """Prevents screening by a partial score that does not rank as the whole one does, and a screened-out winner."""
+    from skipsearch.search import objective
+
+    model, rng = tiny("gpt2"), random.Random(0)
+    replay = Replay(model, make_trace(model, prompts=8, new_tokens=24), 6)
+    masks = [SkipMask.from_bits([rng.random() < p for _ in range(8)]) for p in [k / 100 for k in range(5, 80)]]
+    scorer, plain = Scorer(replay, POINT, first=5), [score(replay, mask, POINT) for mask in masks]
+    found = [scorer(mask) for mask in masks]
+    assert all(a.tokens_per_second == b.tokens_per_second for a, b in zip(found, plain, strict=True) if a.whole)
+    assert all(f.whole for f in found[:20]) and scorer.screened == sum(not f.whole for f in found)
+    monkeypatch.setattr(objective, "AGREEMENT", 1.1)
+    never = Scorer(replay, POINT, first=5)
+    assert all(never(mask).whole for mask in masks)

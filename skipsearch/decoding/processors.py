@@ -7,11 +7,13 @@ end or stand at another length would then read a neighbour's. These are handed w
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper
 
+from skipsearch.decoding.accept import Sampling
 from skipsearch.errors import DecodingError
 
 _TENSORS = {
@@ -24,6 +26,14 @@ _STATEFUL = {
     "UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor",
     "EncoderNoRepeatNGramLogitsProcessor",
 }  # fmt: skip
+
+
+def at_temperature(temperature: float, seed: int, device: torch.device) -> dict[str, Any]:
+    """Arguments of `Sequences` for sampling at this temperature; none for 0, which is greedy."""
+    if not temperature:
+        return {}
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    return {"sampling": Sampling.from_seed(seed, device), "processors": warpers}
 
 
 def check(processors: LogitsProcessorList) -> None:

@@ -40,7 +40,7 @@ def _evidence_rows(proof: dict[str, Any]) -> list[tuple[str, Any]]:
         ("acceptance rate, tau", f"{proof['acceptance_rate']:.3f}, {proof['tau']:.2f} tokens a verify"),
         ("cost ratio c, bound 1/c", f"{proof['cost_ratio']:.3f}, {bound:.2f}x"),
         *_served_rows(proof),
-        ("same tokens as plain", "yes, on every prompt" if proof["greedy_equal"] else "no"),
+        ("same tokens as plain", _equal(proof)),
         ("held-out", f"{proof['prompts']} prompts, {proof['tokens']} tokens"),
         ("on", f"{proof['device']}, {proof['dtype']}, {proof['backend']}"),
         ("verdict", _verdict(proof)),
@@ -87,6 +87,12 @@ def policy_line(draft: dict[str, Any]) -> str:
     if draft.get("never_slower"):
         parts.append("plain steps where drafting does not pay")
     return ", ".join(parts)
+
+
+def _equal(proof: dict[str, Any]) -> str:
+    if proof["greedy_equal"] is None:
+        return f"same distribution; measured at temperature {proof['temperature']:g}"
+    return "yes, on every prompt" if proof["greedy_equal"] else "no"
 
 
 def mask_table(file: MaskFile) -> Panel:

@@ -9,19 +9,21 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from skipsearch.decoding.compiled import CompiledModel
 from skipsearch.decoding.policy import DraftPolicy, ExitRule
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.files import write_json
-from skipsearch.mask import SkipMask
+from skipsearch.mask import KINDS, Kind, SkipMask
+from skipsearch.model.cache import layer_windows
 from skipsearch.model.sublayers import find_sublayers, input_device
 from skipsearch.search.trace import Progress
 
@@ -35,15 +37,15 @@ class Point:
 
     Attributes:
         context: tokens attended to.
-        attention, mlp: of one sublayer in a draft step.
+        attention, mlp: of each layer's sublayer in a draft step.
         rest: of a draft step without any sublayer.
         exit_check: what a confidence exit adds to a draft step.
         verify: of verifying k drafted tokens, rollback and commit included; index k = 0 is plain decoding.
     """
 
     context: int
-    attention: float
-    mlp: float
+    attention: tuple[float, ...]
+    mlp: tuple[float, ...]
     rest: float
     exit_check: float
     verify: tuple[float, ...]
@@ -60,23 +62,37 @@ class Costs:
         """The point at a context length, interpolated."""
         where = [p.context for p in self.points]
 
-        def between(values: list[float]) -> float:
+        def between(values: Sequence[float]) -> float:
             return float(np.interp(context, where, values))
 
+        def each(rows: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+            return tuple(map(between, zip(*rows, strict=True)))
+
         return Point(
-            context=round(context),
-            attention=between([p.attention for p in self.points]),
-            mlp=between([p.mlp for p in self.points]),
-            rest=between([p.rest for p in self.points]),
-            exit_check=between([p.exit_check for p in self.points]),
-            verify=tuple(between([p.verify[k] for p in self.points]) for k in range(len(self.points[0].verify))),
-        )
+            context=round(context), attention=each([p.attention for p in self.points]),
+            mlp=each([p.mlp for p in self.points]), rest=between([p.rest for p in self.points]),
+            exit_check=between([p.exit_check for p in self.points]), verify=each([p.verify for p in self.points]),
+        )  # fmt: skip
+
+    def mix(self, contexts: Sequence[float]) -> Point:
+        """The mean of the points at several context lengths: what serving an even mix of them costs."""
+        points = [self.at(context) for context in contexts]
+
+        def each(rows: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+            return tuple(statistics.fmean(values) for values in zip(*rows, strict=True))
+
+        return Point(
+            context=round(statistics.fmean(contexts)), attention=each([p.attention for p in points]),
+            mlp=each([p.mlp for p in points]), rest=statistics.fmean(p.rest for p in points),
+            exit_check=statistics.fmean(p.exit_check for p in points), verify=each([p.verify for p in points]),
+        )  # fmt: skip
 
 
 def draft_step(point: Point, mask: SkipMask, exit_check: bool) -> float:
     """Seconds of one draft step under a mask."""
-    run_attention, run_mlp = mask.num_layers - len(mask.attention), mask.num_layers - len(mask.mlp)
-    return point.rest + run_attention * point.attention + run_mlp * point.mlp + exit_check * point.exit_check
+    attention = sum(s for i, s in enumerate(point.attention) if i not in mask.attention)
+    mlp = sum(s for i, s in enumerate(point.mlp) if i not in mask.mlp)
+    return point.rest + attention + mlp + exit_check * point.exit_check
 
 
 def device_name(device: torch.device) -> str:
@@ -114,20 +130,16 @@ def profile(
 ) -> Costs:
     """Measure at each context length: drafts with sublayers left out, verifies of 0..max_length tokens.
 
-    Arms take turns and medians are kept, so that a passing disturbance hits all of them alike.
+    Arms take turns and medians are kept, so that a passing disturbance hits all of them alike. Sublayers of one
+    kind that are built alike count as equally dear; others (dense and mixture layers, full and sliding attention)
+    are told apart.
     """
     layers = find_sublayers(model).num_layers
-    every = range(layers)
-    half = range(0, layers, 2)
-    masks = [
-        SkipMask(num_layers=layers),
-        SkipMask(attention=every, num_layers=layers),
-        SkipMask(mlp=every, num_layers=layers),
-        SkipMask(attention=half, mlp=half, num_layers=layers),
-        SkipMask(attention=half, num_layers=layers),
-        SkipMask(mlp=half, num_layers=layers),
-        SkipMask(attention=every, mlp=every, num_layers=layers),
-    ]
+    groups = alike(model)
+    empty, everything = SkipMask(num_layers=layers), [sub for group in groups for sub in group]
+    masks = [empty, SkipMask.from_sublayers(everything, layers), SkipMask.from_sublayers(everything[::2], layers)]
+    for group in groups:
+        masks += [SkipMask.from_sublayers(part, layers) for part in (group, group[::2])]
     points = []
     for number, context in enumerate(contexts):
         sequences = [_sequence(model, mask, context, max_length, compiled) for mask in masks]
@@ -140,24 +152,39 @@ def profile(
                 if arm[0] == "verify":
                     seconds = _time_verify(plain, arm[1])
                 else:
-                    sequence = sequences[arm[1]] if arm[0] == "draft" else sequences[-1]
+                    sequence = sequences[arm[1]] if arm[0] == "draft" else sequences[1]
                     seconds = _time_draft(sequence, asks=arm[0] == "exit")
                 if turn >= 3:  # the first turns warm up
                     times[arm].append(seconds)
             progress("profile", number * (repeats + 3) + turn + 1, len(contexts) * (repeats + 3))
         median = {arm: statistics.median(values) for arm, values in times.items()}
-        run = np.array([[1, layers - len(m.attention), layers - len(m.mlp)] for m in masks], dtype=float)
+        run = np.array([[1, *(sum(not m.skips(*sub) for sub in group) for group in groups)] for m in masks], float)
         seconds_of = np.array([median["draft", i] for i in range(len(masks))]) / DRAFTS
-        rest, attention, mlp = np.linalg.lstsq(run, seconds_of, rcond=None)[0]
+        rest, *each = np.maximum(0.0, np.linalg.lstsq(run, seconds_of, rcond=None)[0]).tolist()
+        price = {sub: seconds for group, seconds in zip(groups, each, strict=True) for sub in group}
         points.append(
             Point(
-                context=context, attention=max(0.0, float(attention)), mlp=max(0.0, float(mlp)),
-                rest=max(0.0, float(rest)),
-                exit_check=max(0.0, (median["exit",] - median["draft", len(masks) - 1]) / DRAFTS),
+                context=context, rest=rest, attention=tuple(price["attention", i] for i in range(layers)),
+                mlp=tuple(price["mlp", i] for i in range(layers)),
+                exit_check=max(0.0, (median["exit",] - median["draft", 1]) / DRAFTS),
                 verify=tuple(median["verify", k] for k in range(max_length + 1)),
             )
         )  # fmt: skip
     return Costs(identity=identity, points=tuple(points))
+
+
+def alike(model: PreTrainedModel) -> list[list[tuple[Kind, int]]]:
+    """Sublayers in groups of the same kind and build."""
+    found = find_sublayers(model)
+    windows = layer_windows(DynamicCache(config=model.config))
+    groups: dict[Any, list[tuple[Kind, int]]] = {}
+    for kind in KINDS:
+        for i, layer in enumerate(model.get_submodule(found.path).children()):
+            modules = [getattr(layer, name) for name in found.child[kind]]
+            shapes = tuple(tuple(p.shape) for module in modules for p in module.parameters())
+            window = windows[i] if kind == "attention" else None
+            groups.setdefault((kind, type(modules[0]), shapes, window), []).append((kind, i))
+    return list(groups.values())
 
 
 def _sequence(
@@ -201,7 +228,8 @@ def profile_or_load(
     try:
         data = json.loads(path.read_text())
         if data["identity"] == key:
-            points = tuple(Point(**{**p, "verify": tuple(p["verify"])}) for p in data["points"])
+            lists = ("attention", "mlp", "verify")
+            points = tuple(Point(**{**p, **{name: tuple(p[name]) for name in lists}}) for p in data["points"])
             return Costs(identity=key, points=points)
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none yet, or not ours: measured anew

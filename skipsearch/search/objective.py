@@ -6,13 +6,15 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from scipy.optimize import isotonic_regression
+from scipy.stats import spearmanr
 
-from skipsearch.decoding.policy import DraftPolicy, ExitRule
+from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.mask import SkipMask
 from skipsearch.search.cost import Point, draft_step
 from skipsearch.search.replay import MaskReplay, Replay
 
 BINS = 16  # of the confidence, in a calibrated exit
+AGREEMENT, SCREEN_AFTER, FAR_BEHIND = 0.9, 20, 0.94  # of screening: rank correlation, masks before, share of the best
 THRESHOLDS = (None, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85)
 
 
@@ -25,6 +27,7 @@ class Score:
         acceptance_rate: accepted / drafted.
         tau: tokens committed a verify.
         cost_ratio: c, seconds of a draft step over those of a plain step; no speed-up exceeds 1/c.
+        whole: whether all tokens were looked at.
     """
 
     mask: SkipMask
@@ -34,6 +37,7 @@ class Score:
     acceptance_rate: float
     tau: float
     cost_ratio: float
+    whole: bool = True
 
 
 def join(blocks: Counter[tuple[int, int]], mask: SkipMask, policy: DraftPolicy, point: Point) -> Score:
@@ -60,30 +64,78 @@ def plain_score(num_layers: int, point: Point) -> Score:
 
 
 def score(replay: Replay, mask: SkipMask, point: Point, *, thorough: bool = False) -> Score:
-    """The best policy for a mask and what it reaches, by exact replay.
+    """The best policy for a mask and what it reaches.
 
-    A walk with the longest drafts shows where the mask is right and how sure it is; arithmetic on that
-    ranks fixed drafts and thresholds; the best one is walked exactly. Thorough scoring walks the calibrated exit too,
-    and the adaptive threshold from where the best one stands.
+    A walk with the longest drafts shows where the mask is right and how sure it is; arithmetic on that ranks fixed
+    drafts and thresholds. A trial takes the estimate of the best. Thorough scoring walks it exactly, and the calibrated
+    exit, and the adaptive threshold from where the best one stands.
     """
     drafts = replay.of(mask)
     longest = DraftPolicy(max_length=replay.max_length)
     known = {longest: join(drafts.walk(longest), mask, longest, point)}
-    outlook = drafts.outlook()
-    step = 1 if thorough else 2  # neighbouring policies differ by less than trials on part of the trace can tell
-    policies = [
-        DraftPolicy(max_length=k, exit_threshold=threshold)
-        for threshold in THRESHOLDS[::step]
-        for k in (*range(1, 5), *range(5, replay.max_length + 1, step))
-    ]
-    estimates = {p: join(_foresee(outlook, p), mask, p, point).tokens_per_second for p in policies}
-    best = max(estimates, key=estimates.__getitem__)
-    tried = {best}
-    if thorough:
-        tried |= {calibrated(drafts, estimates[best], point), *_adaptive(best)}
-    for policy in tried - known.keys():
+    best = _estimate(drafts, point, neighbours=thorough)
+    if not thorough:
+        return max(best, known[longest], key=lambda s: s.tokens_per_second)
+    policies = {best.policy, calibrated(drafts, best.tokens_per_second, point), *_adaptive(best.policy)}
+    for policy in policies - known.keys():
         known[policy] = join(drafts.walk(policy), mask, policy, point)
     return max(known.values(), key=lambda s: s.tokens_per_second)
+
+
+def _estimate(drafts: MaskReplay, point: Point, neighbours: bool = False) -> Score:
+    """The best policy and what it would reach, by arithmetic on the drafts run so far."""
+    outlook, longest = drafts.outlook(), drafts.replay.max_length
+    # Trials cannot tell neighbouring policies apart.
+    lengths = range(1, longest + 1) if neighbours else sorted({k for k in (1, 2, 3, 5, longest) if k <= longest})
+    policies = [
+        DraftPolicy(max_length=k, exit_threshold=threshold)
+        for threshold in (THRESHOLDS if neighbours else THRESHOLDS[::2])
+        for k in lengths
+    ]
+    scores = [join(_foresee(outlook, p), drafts.mask, p, point) for p in policies]
+    return max(scores, key=lambda s: s.tokens_per_second)
+
+
+class Scorer:
+    """Scores trials, and gives up early on masks that are far behind.
+
+    After the first tokens of every prompt a mask that lies well below the best is not followed to the end: its score
+    is then the partial one. That happens only while partial and whole scores of the masks seen so far rank alike.
+
+    Args:
+        replay: of the calibration prompts.
+        point: costs.
+        first: tokens of each lane after which to look.
+    """
+
+    def __init__(self, replay: Replay, point: Point, first: int = 6) -> None:
+        self.replay, self.point, self.first = replay, point, first
+        self.partial: list[float] = []
+        self.whole: list[float] = []
+        self.screened = 0
+
+    @property
+    def agreement(self) -> float:
+        """Spearman's rank correlation of partial and whole scores so far; 0 before there are enough."""
+        if len(self.whole) < SCREEN_AFTER or len(set(self.whole)) < 3:
+            return 0.0
+        return float(spearmanr(self.partial, self.whole).statistic)
+
+    def __call__(self, mask: SkipMask) -> Score:
+        drafts = self.replay.of(mask)
+        longest = DraftPolicy(max_length=self.replay.max_length)
+        early = join(drafts.walk(longest, self.first), mask, longest, self.point)
+        if self.agreement >= AGREEMENT:
+            best = max(range(len(self.whole)), key=self.whole.__getitem__)
+            share = early.tokens_per_second / self.partial[best]
+            if share < FAR_BEHIND:
+                self.screened += 1
+                return replace(early, tokens_per_second=share * self.whole[best], whole=False)
+        exact_longest = join(drafts.walk(longest), mask, longest, self.point)
+        found = max(_estimate(drafts, self.point), exact_longest, key=lambda s: s.tokens_per_second)
+        self.partial.append(early.tokens_per_second)
+        self.whole.append(found.tokens_per_second)
+        return found
 
 
 def calibrated(drafts: MaskReplay, rate: float, point: Point) -> DraftPolicy:
@@ -127,14 +179,19 @@ def exact(drafts: MaskReplay, policy: DraftPolicy, point: Point) -> Score:
 
 
 def _foresee(outlook: list[tuple[list[bool], list[float]]], policy: DraftPolicy) -> Counter[tuple[int, int]]:
-    """Blocks that a policy would make if rightness and confidence depended on the position alone."""
+    """Blocks that a policy (fixed, or with a threshold) would make if all depended on the position alone."""
     blocks: Counter[tuple[int, int]] = Counter()
+    longest, threshold = policy.max_length, policy.exit_threshold or 0.0
     for right, sure in outlook:
-        at, size, rule = 0, len(right), ExitRule(policy)
+        size, at = len(right), 0
+        # Behind each position: where the first wrong and the first unsure token stand.
+        wrong, unsure = [size] * (size + 1), [size] * (size + 1)
+        for i in range(size - 1, -1, -1):
+            wrong[i] = wrong[i + 1] if right[i] else i
+            unsure[i] = unsure[i + 1] if sure[i] >= threshold else i
         while at < size:
-            k = rule.length(sure[at : at + policy.max_length], size - at - 1)
-            n = next((j for j in range(k) if not right[at + j]), k)
-            rule.learn(k, n)
+            k = min(longest, size - at - 1, unsure[at] - at + 1)
+            n = min(k, wrong[at] - at)
             blocks[k, n] += 1
             at += n + 1
     return blocks

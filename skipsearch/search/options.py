@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from skipsearch.decoding.backend import Backend
 from skipsearch.errors import SkipsearchError
 from skipsearch.search.prompts import PromptSource
 
 MAX_LENGTH = 12  # the longest draft that a policy may have
-SAMPLERS = ("gp", "tpe", "random")
+TRIAL_LENGTH, TRIAL_LANES = 8, 2  # what a trial looks at: so long drafts, so many parts of a continuation at once
+SAMPLERS = ("trust-region", "gp", "tpe", "nsga2", "random")
 NGRAM = 10  # the longest continuation that is looked up
 
 
@@ -20,7 +22,7 @@ class SearchOptions:
     Attributes:
         trials: finished trials that the study shall hold.
         time_budget: seconds for trials, None without limit.
-        sampler: gp, tpe or random.
+        sampler: one of SAMPLERS.
         source: where prompts come from.
         prompts, held_out: how many to search with and to validate on.
         prompt_tokens: cut prompts to so many tokens.
@@ -29,21 +31,31 @@ class SearchOptions:
             scored again on all of it.
         rounds: repetitions of validation.
         backend: what the mask shall be served with: compiled, eager, or auto: compiled where possible.
+        contexts: context lengths that the mask is to serve, evenly mixed; empty: those of the calibration prompts.
+        temperature: search a mask for sampling at it; 0: for greedy decoding.
+        memory: bytes that a pass of replay may take; None fits the device.
+        space: a TOML file whose [space] table takes the place of the preset's.
+        pareto: search the front of acceptance rate against cost ratio; the mask is still the fastest.
         storage: Optuna URL; by default study.db in the results folder.
     """
 
     trials: int = 150
     time_budget: float | None = None
-    sampler: str = "gp"
+    sampler: str = "trust-region"
     source: PromptSource = field(default_factory=PromptSource)
     prompts: int = 24
     held_out: int = 20
     prompt_tokens: int | None = None
     new_tokens: int = 96
     trial_prompts: int = 24
-    trial_tokens: int = 40
+    trial_tokens: int = 36
     rounds: int = 2
     backend: Backend = "auto"
+    contexts: tuple[int, ...] = ()
+    temperature: float = 0.0
+    memory: float | None = None
+    space: Path | None = None
+    pareto: bool = False
     seed: int = 0
     storage: str | None = None
     study: str = "search"
@@ -54,5 +66,11 @@ class SearchOptions:
                 raise SkipsearchError(
                     f"{name} is {getattr(self, name)}, must be at least 1; leave it out for the default"
                 )
+        if not self.temperature >= 0:
+            raise SkipsearchError(f"temperature is {self.temperature}, must be at least 0; 0 is greedy")
+        if self.pareto and self.sampler == "trust-region":
+            raise SkipsearchError(
+                "sampler is 'trust-region', which climbs one objective; pass --sampler nsga2 with --pareto"
+            )
         if self.sampler not in SAMPLERS:
             raise SkipsearchError(f"sampler is {self.sampler!r}, must be one of {', '.join(SAMPLERS)}")

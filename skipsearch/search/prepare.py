@@ -12,8 +12,9 @@ from skipsearch.decoding.backend import compiled_for
 from skipsearch.decoding.compiled import CompiledModel
 from skipsearch.errors import PromptError
 from skipsearch.model.load import Loaded, model_card
+from skipsearch.model.preset import with_space
 from skipsearch.model.sublayers import find_sublayers
-from skipsearch.search.cost import Costs, profile_or_load, set_up
+from skipsearch.search.cost import Costs, Point, profile_or_load, set_up
 from skipsearch.search.options import MAX_LENGTH, SearchOptions
 from skipsearch.search.prompts import Prompts, fingerprint, load_prompts
 from skipsearch.search.space import Space
@@ -29,6 +30,13 @@ class Prepared:
     costs: Costs
     identity: dict[str, str]
     compiled: CompiledModel | None
+    space: Space
+    contexts: tuple[int, ...] = ()
+
+    @property
+    def point(self) -> Point:
+        """Costs at the context lengths that the mask is to serve, by default the calibration prompts'."""
+        return self.costs.mix(self.contexts or (self.trace.mean_context,))
 
 
 def chosen_prompts(loaded: Loaded, options: SearchOptions) -> Prompts:
@@ -58,31 +66,49 @@ def prepare(loaded: Loaded, folder: Path, options: SearchOptions, progress: Prog
     model = loaded.model
     prompts = chosen_prompts(loaded, options)
     compiled = compiled_for(model, options.backend, progress=progress)
+    layers, preset = find_sublayers(model).num_layers, loaded.preset
+    if options.space is not None:
+        preset = with_space(preset, options.space, layers, loaded.name)
+    space = Space.of(layers, preset)
     # Weights, not only the config: a fine-tuned model must not continue the study of its base.
     identity = {
         "model": str(model_card(model, loaded.name).config_sha256),
         "weights": _weights_fingerprint(model),
         "set_up": set_up(model, "eager" if compiled is None else "compiled"),
         "prompts": fingerprint(prompts.calibration),
-        "space": repr(Space.of(find_sublayers(model).num_layers, loaded.preset)),
+        "space": repr(space),
         "tokens": f"{options.new_tokens} recorded, {options.trial_prompts} x {options.trial_tokens} a trial",
-    }
+        "context": ", ".join(map(str, options.contexts)) or "as the prompts", "temperature": str(options.temperature),
+    }  # fmt: skip
     made_with = f"{identity['model']} {identity['weights']} {identity['set_up']}"
     trace = record_or_load(
-        folder / "trace.json", model, prompts.calibration, options.new_tokens, made_with, progress, compiled
+        folder / "trace.json", model, prompts.calibration, options.new_tokens, made_with, progress, compiled,
+        options.temperature, options.seed,
     )  # fmt: skip
     if not trace.tokens:
         raise PromptError("the model ends every calibration prompt at once; choose other prompts with --prompts")
     mean = trace.mean_context
     longest = max(map(len, prompts.calibration)) + options.new_tokens
+    most = _context(model) - MAX_LENGTH - 4
+    for context in options.contexts:
+        if not 1 <= context <= most:
+            raise PromptError(f"context is {context}, must be in 1..{most} for this model; pass another --context")
     contexts = sorted(
-        {max(8, round(mean / 2)), round(mean), max(round(mean) + 1, min(longest, _context(model) - MAX_LENGTH - 4))}
+        {max(8, round(mean / 2)), round(mean), max(round(mean) + 1, min(longest, most)), *options.contexts}
     )
     costs = profile_or_load(
         folder / "costs.json", model, made_with, contexts=contexts, max_length=MAX_LENGTH, progress=progress,
         compiled=compiled,
     )  # fmt: skip
-    return Prepared(prompts=prompts, trace=trace, costs=costs, identity=identity, compiled=compiled)
+    return Prepared(
+        prompts=prompts,
+        trace=trace,
+        costs=costs,
+        identity=identity,
+        compiled=compiled,
+        space=space,
+        contexts=options.contexts,
+    )
 
 
 def _weights_fingerprint(model: PreTrainedModel) -> str:

@@ -1,5 +1,9 @@
 """Replay: what speculative decoding with a mask would accept, without decoding.
 
+Sampled output too: given that a token x stands in the target's own output, the chance that it came there as an accepted
+draft is min(1, draft_probs(x) / target_probs(x)), whose mean over x is sum(min(target_probs, draft_probs)), the
+acceptance of speculative sampling. A fixed random number for each token of the trace decides, the same for every mask.
+
 Greedy output is known in advance (the trace), so a draft that starts behind t committed tokens can be
 run over the reference tokens t..t+K in one pass against the reference keys and values: up to its first
 mismatch it is the real draft. Promises the accepted counts of real decoding, exactly (in fp32). Knows no
@@ -11,6 +15,8 @@ Shapes: R rows, each a block start; K drafted tokens; T reference positions; V v
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -39,12 +45,25 @@ class Draft:
     """What a draft from one block start looks like.
 
     Attributes:
-        matches: how many of its first K tokens equal the reference, up to the first that does not.
+        matches: how many of its first K tokens are accepted (greedily: equal the reference) before one is not.
         confidence: the largest draft probability at each of K positions.
     """
 
     matches: int
     confidence: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """A part of a prompt's continuation that is walked on its own: positions start..stop of prompt and continuation."""
+
+    prompt: int
+    start: int
+    stop: int
+
+    def end(self, tokens: int | None) -> int:
+        """Where it ends if so many tokens are looked at."""
+        return self.stop if tokens is None else min(self.stop, self.start + tokens)
 
 
 class _ReferenceLayer(DynamicLayer):  # type: ignore[misc]
@@ -71,6 +90,16 @@ class _ReferenceLayer(DynamicLayer):  # type: ignore[misc]
         return self.length
 
 
+def free_memory(device: torch.device) -> float:
+    """Bytes that the device has free."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (ValueError, OSError):  # not told here
+        return 4e9
+
+
 class Replay:
     """Scores masks on one trace.
 
@@ -78,15 +107,25 @@ class Replay:
         model: the target.
         trace: its own greedy continuations.
         max_length: the largest K that a policy may have.
-        rows: block starts to run in one pass; bounds memory.
+        rows: block starts to run in one pass, at most.
+        lanes: parts of each continuation that are walked at once. One is exact; more make fewer and larger passes,
+            and a few blocks begin where decoding would not have begun them.
+        memory: bytes that a pass may take beside the reference; None: a quarter of what the device has free.
     """
 
-    def __init__(self, model: PreTrainedModel, trace: Trace, max_length: int = 8, rows: int = 64) -> None:
+    def __init__(
+        self, model: PreTrainedModel, trace: Trace, max_length: int = 8, rows: int = 96, memory: float | None = None,
+        lanes: int = 1,
+    ) -> None:  # fmt: skip
         self.together = rows_may_differ(model)  # else each start is a pass of its own: slower, and the same
-        rows = rows if self.together else 1
-        self.model, self.trace, self.max_length, self.rows = model, trace, max_length, rows
+        self.model, self.trace, self.max_length = model, trace, max_length
         sequences = [p + c for p, c in zip(trace.prompts, trace.continuations, strict=True)]
         self.lengths = [len(s) for s in sequences]
+        self.lanes: list[Lane] = []
+        for p, (prompt, length) in enumerate(zip(trace.prompts, self.lengths, strict=True)):
+            first = len(prompt) + 1  # the prefill gives the token before
+            cuts = [first + (length - first) * lane // lanes for lane in range(lanes + 1)]
+            self.lanes += [Lane(p, a, b) for a, b in itertools.pairwise(cuts) if a < b]
         # Room behind each row, so that a draft near the end has (meaningless) tokens to read.
         self.ids = torch.zeros(
             (len(sequences), max(self.lengths) + max_length), dtype=torch.long, device=input_device(model)
@@ -94,22 +133,44 @@ class Replay:
         for i, sequence in enumerate(sequences):
             self.ids[i, : len(sequence)] = torch.tensor(sequence)
         self.windows = layer_windows(DynamicCache(config=model.config))
+        self.temperature = trace.temperature
+        # chances [P, T] of acceptance, and the target's own log-probability of each token; with sampling alone
+        shape = (len(sequences), max(self.lengths) + max_length + 1)
+        self.chance_PT = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.ids.device)
+        self.target_PT = torch.zeros(shape, device=self.ids.device)
         self.reference = self._reference()
+        self.rows = self._rows(rows, memory) if self.together else 1
 
     @torch.no_grad()
     def _reference(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values [P, H, T, D] of every layer over the whole trace; padding is behind, so unseen."""
         config = self.model.config.get_text_config(decoder=True)
         kept: list[list[tuple[Tensor, Tensor]]] = []
-        for chunk in self.ids.split(8):
+        for first in range(0, len(self.ids), 8):
             cache = Cache(layers=[DynamicLayer() for _ in range(config.num_hidden_layers)])
-            ids = chunk[:, : max(self.lengths)]
-            self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+            ids = self.ids[first : first + 8, : max(self.lengths)]
+            logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+            if self.temperature:
+                self.target_PT[first : first + 8, 1 : ids.shape[1]] = self.log_probs(logits[:, :-1], ids[:, 1:])
             kept.append([(layer.keys, layer.values) for layer in cache.layers])
         return [
             (torch.cat([c[i][0] for c in kept]), torch.cat([c[i][1] for c in kept]))
             for i in range(config.num_hidden_layers)
         ]
+
+    def _rows(self, most: int, memory: float | None) -> int:
+        """Rows of a pass that fit: each has a copy of its prompt's keys and values in one layer, and its logits."""
+        keys, values = max(self.reference, key=lambda pair: pair[0][0].numel() + pair[1][0].numel())
+        of_layer = 2 * (keys[0].numel() * keys.element_size() + values[0].numel() * values.element_size())
+        vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
+        row = of_layer + 4 * 4 * self.max_length * vocabulary
+        budget = memory if memory is not None else 0.25 * free_memory(self.ids.device)
+        return int(max(1, min(most, budget // row)))
+
+    def log_probs(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """Log-probabilities [...] of ids [...] under logits [..., V] at the trace's temperature."""
+        scores = logits.float() / self.temperature
+        return scores.gather(-1, ids[..., None])[..., 0] - scores.logsumexp(-1)
 
     def of(self, mask: SkipMask) -> MaskReplay:
         """The replay of one mask."""
@@ -151,50 +212,64 @@ class MaskReplay:
             input_ids=replay.ids[prompts[:, None], at_RK], past_key_values=Cache(layers=list(self.layers)),
             use_cache=True, **given,
         ).logits  # fmt: skip
+        wanted_RK, row = replay.ids[prompts[:, None], at_RK + 1], prompts[:, None]
         highest_RK, token_RK = logits_RKV.max(-1)
-        confidence_RK = (highest_RK.float() - logits_RKV.float().logsumexp(-1)).exp()
+        if replay.temperature:
+            draft_RK = replay.log_probs(logits_RKV, wanted_RK)
+            accepted_RK = replay.chance_PT[row, at_RK + 1] < (draft_RK - replay.target_PT[row, at_RK + 1]).exp()
+            confidence_RK = replay.log_probs(logits_RKV, token_RK).exp()
+        else:
+            accepted_RK = token_RK == wanted_RK
+            confidence_RK = (highest_RK.float() - logits_RKV.float().logsumexp(-1)).exp()
         ends = torch.tensor([replay.lengths[p] for p, _ in starts], device=device)
-        right_RK = (token_RK == replay.ids[prompts[:, None], at_RK + 1]) & (at_RK + 1 < ends[:, None])
+        right_RK = accepted_RK & (at_RK + 1 < ends[:, None])
         matches = right_RK.long().cumprod(-1).sum(-1).tolist()
         for start, n, confidence in zip(starts, matches, confidence_RK.tolist(), strict=True):
             self.drafts[start] = Draft(n, tuple(confidence))
 
-    def walk(self, policy: DraftPolicy) -> Counter[tuple[int, int]]:
+    def walk(self, policy: DraftPolicy, tokens: int | None = None) -> Counter[tuple[int, int]]:
         """Blocks by (drafted, accepted), as `DecodeStats.blocks` of real decoding with this policy.
 
-        All prompts advance together, a block a round, so that each round is one pass.
+        All lanes advance together, a block a round, so that each round is one pass.
+
+        Args:
+            tokens: stop each lane once so many are committed; what ran is remembered, so that going on costs no more.
         """
         assert policy.max_length <= self.replay.max_length
-        trace, ends = self.replay.trace, self.replay.lengths
+        trace, lanes = self.replay.trace, self.replay.lanes
         blocks: Counter[tuple[int, int]] = Counter()
-        rules = [ExitRule(policy) for _ in trace.prompts]
-        at = {p: len(prompt) + 1 for p, prompt in enumerate(trace.prompts) if len(prompt) + 1 < ends[p]}
+        rules = [ExitRule(policy) for _ in lanes]
+        at = {number: lane.start for number, lane in enumerate(lanes)}
         while at:
-            self.run(at.items())
-            for p, t in list(at.items()):
-                draft = self.drafts[p, t]
-                k = rules[p].length(draft.confidence, len(trace.prompts[p]) + trace.new_tokens - t - 1)
+            self.run((lanes[number].prompt, t) for number, t in at.items())
+            for number, t in list(at.items()):
+                lane = lanes[number]
+                draft = self.drafts[lane.prompt, t]
+                k = rules[number].length(draft.confidence, len(trace.prompts[lane.prompt]) + trace.new_tokens - t - 1)
                 n = min(draft.matches, k)
-                rules[p].learn(k, n)
+                rules[number].learn(k, n)
                 blocks[k, n] += 1
-                at[p] = t + n + 1
-                if at[p] >= ends[p]:
-                    del at[p]
+                at[number] = t + n + 1
+                if at[number] >= lane.end(tokens):
+                    del at[number]
         return blocks
 
     def outlook(self) -> list[tuple[list[bool], list[float]]]:
-        """For each prompt, position by position: would a draft be right there, and how sure was it?
+        """For each lane, position by position: would a draft be right there, and how sure was it?
 
         Read off the drafts run so far. Positions that no draft reached count as right and sure. Good for
         comparing policies, since where a block starts matters little; `walk` gives the exact counts.
         """
+        of_prompt: dict[int, list[tuple[int, Draft]]] = {}
+        for (p, t), draft in self.drafts.items():
+            of_prompt.setdefault(p, []).append((t, draft))
         rows = []
-        for p, prompt in enumerate(self.replay.trace.prompts):
-            size = self.replay.lengths[p] - len(prompt) - 1
-            right, sure = [True] * max(0, size), [1.0] * max(0, size)
-            for (q, t), draft in self.drafts.items():
-                if q == p:
-                    first = t - len(prompt) - 1
+        for lane in self.replay.lanes:
+            size = lane.stop - lane.start
+            right, sure = [True] * size, [1.0] * size
+            for t, draft in of_prompt.get(lane.prompt, []):
+                first = t - lane.start
+                if 0 <= first < size:
                     for j in range(min(draft.matches + 1, self.replay.max_length, size - first)):
                         right[first + j], sure[first + j] = j < draft.matches, draft.confidence[j]
             rows.append((right, sure))

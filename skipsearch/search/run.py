@@ -16,21 +16,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from skipsearch.decoding.backend import backend_name, compiled_for, warm_mask
 from skipsearch.decoding.policy import DraftPolicy
-from skipsearch.errors import ModelLoadError, ResultsError, SkipsearchError
+from skipsearch.errors import MaskError, ModelLoadError, ResultsError, SkipsearchError
 from skipsearch.files import write_json
 from skipsearch.mask import SkipMask
-from skipsearch.maskfile import Draft, MaskFile, Provenance
-from skipsearch.model.load import Loaded, model_card
-from skipsearch.model.sublayers import find_sublayers
+from skipsearch.maskfile import Draft, MaskFile, Provenance, load_mask
+from skipsearch.model.load import Loaded, check_mask_belongs, model_card
 from skipsearch.search.audit import Audit, audit
 from skipsearch.search.cost import draft_step
-from skipsearch.search.objective import Score, score
-from skipsearch.search.options import MAX_LENGTH, NGRAM, SearchOptions
+from skipsearch.search.objective import Score, Scorer, score
+from skipsearch.search.options import MAX_LENGTH, NGRAM, TRIAL_LANES, TRIAL_LENGTH, SearchOptions
 from skipsearch.search.prepare import Prepared, chosen_prompts, prepare
 from skipsearch.search.prompts import PromptSource
 from skipsearch.search.replay import Replay
-from skipsearch.search.seeds import by_sensitivity, published, single_skip_loss, uniform
-from skipsearch.search.space import Space
+from skipsearch.search.seeds import all_seeds
 from skipsearch.search.study import Study, storage_url
 from skipsearch.search.trace import Progress
 from skipsearch.search.validate import Measured, evidence, measure
@@ -65,20 +63,23 @@ def search_trials(
 ) -> Study:  # fmt: skip
     """Open or resume the study, put the seeds in, and run trials."""
     model = loaded.model
-    space = Space.of(find_sublayers(model).num_layers, loaded.preset)
-    url = options.storage or storage_url(folder)
-    study = Study(url, options.study, space, prepared.identity, options.sampler, options.seed)
+    space, url = prepared.space, options.storage or storage_url(folder)
+    study = Study(url, options.study, space, prepared.identity, options.sampler, options.seed, options.pareto)
     part = prepared.trace.head(options.trial_prompts, options.trial_tokens)
-    point = prepared.costs.at(part.mean_context)
     if len(study.finished()) < options.trials:
-        loss = single_skip_loss(model, part.head(8, options.trial_tokens), space, progress)
-        empty = ("empty", SkipMask(num_layers=space.num_layers))
-        study.enqueue([empty, *published(loaded.preset, space), *by_sensitivity(space, loss, point), *uniform(space)])
-        replay = Replay(model, part, MAX_LENGTH)
-        study.optimize(
-            lambda mask: score(replay, mask, point), trials=options.trials, time_budget=options.time_budget,
-            report=report,
-        )  # fmt: skip
+        study.enqueue(
+            all_seeds(
+                model,
+                part.head(8, options.trial_tokens),
+                space,
+                prepared.point,
+                progress,
+                loaded.preset,
+                earlier_mask(loaded, folder),
+            )
+        )
+        scorer = Scorer(Replay(model, part, TRIAL_LENGTH, memory=options.memory, lanes=TRIAL_LANES), prepared.point)
+        study.optimize(scorer, trials=options.trials, time_budget=options.time_budget, report=report)
     if not study.best(1):
         raise SkipsearchError("no trial has finished within the time budget; raise --time-budget")
     return study
@@ -126,7 +127,8 @@ def search(
     begin = time.monotonic()
     study = search_trials(loaded, prepared, folder, options, progress, report)
     study.export_csv(folder / "trials.csv")
-    predicted, trial = rescore(loaded.model, prepared, study, progress)
+    write_json(folder / "front.json", {"front": study.front()})
+    predicted, trial = rescore(loaded.model, prepared, study, progress, options.memory)
     seconds["search"] = time.monotonic() - begin
     begin = time.monotonic()
     measured, policy = _measure(loaded.model, prepared, predicted, options, progress)
@@ -135,7 +137,8 @@ def search(
         model=model_card(loaded.model, loaded.preset.model_id if loaded.preset else loaded.name),
         draft=Draft(**asdict(policy)),
         evidence=evidence(
-            loaded.model, prepared.prompts.held_out, measured, predicted.cost_ratio, backend_name(prepared.compiled)
+            loaded.model, prepared.prompts.held_out, measured, predicted.cost_ratio, backend_name(prepared.compiled),
+            options.temperature,
         ),
         provenance=Provenance(
             torch=torch.__version__, transformers=transformers.__version__, study=options.study, trial=trial,
@@ -152,27 +155,39 @@ def search(
     return result
 
 
+def earlier_mask(loaded: Loaded, folder: Path) -> SkipMask | None:
+    """What an earlier run found for this model, if it is still there."""
+    try:
+        file = load_mask(folder / "mask.json")
+        check_mask_belongs(file, loaded.model)
+    except MaskError:
+        return None
+    return file.mask
+
+
 def _measure(
     model: PreTrainedModel, prepared: Prepared, found: Score, options: SearchOptions, progress: Progress
 ) -> tuple[Measured, DraftPolicy]:
     """Validate the mask alone and as it is to be served; n-grams are kept only where they help."""
     warm_mask(prepared.compiled, model, found.mask, progress)
-    point = prepared.costs.at(prepared.trace.mean_context)
+    point = prepared.point
     step = draft_step(point, found.mask, found.policy.asks)
     costs = tuple(round(seconds, 7) for seconds in (step, *point.verify))
     served = replace(found.policy, ngram=NGRAM, never_slower=True, costs=costs)
     measured = measure(
         model, prepared.prompts.held_out, found.mask, found.policy, new_tokens=options.new_tokens,
         rounds=options.rounds, seed=options.seed, progress=progress, compiled=prepared.compiled, served=served,
+        temperature=options.temperature,
     )  # fmt: skip
     assert measured.served is not None
     return measured, served if measured.served > measured.speedup else replace(served, ngram=0)
 
 
-def rescore(model: PreTrainedModel, prepared: Prepared, study: Study, progress: Progress) -> tuple[Score, int]:
+def rescore(
+    model: PreTrainedModel, prepared: Prepared, study: Study, progress: Progress, memory: float | None = None
+) -> tuple[Score, int]:  # fmt: skip
     """The best of the finalists on the whole trace, and its trial number."""
-    replay = Replay(model, prepared.trace, MAX_LENGTH)
-    point = prepared.costs.at(prepared.trace.mean_context)
+    replay, point = Replay(model, prepared.trace, MAX_LENGTH, memory=memory), prepared.point
     finalists = study.best(6)
     scored = []
     for number, (mask, _, trial) in enumerate(finalists):
@@ -206,10 +221,10 @@ def validate_file(loaded: Loaded, file: MaskFile, options: SearchOptions, progre
     measured = measure(
         loaded.model, prompts, file.mask, replace(policy, ngram=0, never_slower=False), new_tokens=options.new_tokens,
         rounds=options.rounds, seed=options.seed, progress=progress, compiled=compiled,
-        served=policy if policy.ngram or policy.never_slower else None,
+        served=policy if policy.ngram or policy.never_slower else None, temperature=options.temperature,
     )  # fmt: skip
     known = file.evidence.cost_ratio if file.evidence else 0.0
-    fresh = evidence(loaded.model, prompts, measured, known, backend_name(compiled))
+    fresh = evidence(loaded.model, prompts, measured, known, backend_name(compiled), options.temperature)
     return file.model_copy(update={"evidence": fresh})
 
 

@@ -1,19 +1,45 @@
-"""Seeds: masks worth trying before any sampler has seen a score. A heuristic is one function here."""
+"""Seeds: masks worth trying before any sampler has seen a score. A heuristic is one function here.
+
+Shapes: N tokens of the trace, H hidden size.
+"""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from skipsearch.mask import Kind, SkipMask
 from skipsearch.model.preset import Preset
-from skipsearch.model.sublayers import input_device
+from skipsearch.model.sublayers import find_sublayers, input_device
 from skipsearch.model.view import draft_view
 from skipsearch.search.cost import Point
 from skipsearch.search.space import Space
 from skipsearch.search.trace import Progress, Trace
 
 Seed = tuple[str, SkipMask]
+SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8)  # of layers, or of all harm, that a family of seeds goes up to
+LEVELS = 256  # of harm, in the knapsack
+
+
+def all_seeds(
+    model: PreTrainedModel, trace: Trace, space: Space, point: Point, progress: Progress, preset: Preset | None = None,
+    earlier: SkipMask | None = None,
+) -> list[Seed]:  # fmt: skip
+    """What a study tries first, the most promising in front, so that giving up early has something to compare with."""
+    loss = single_skip_loss(model, trace, space, progress)
+    before = [] if earlier is None else [("earlier", earlier)]
+    states = layer_states(model, trace)
+    return [
+        ("empty", SkipMask(num_layers=space.num_layers)), *before, *published(preset, space),
+        *by_sensitivity(space, loss, point), *knapsack(space, loss, point), *nearest_states(space, states),
+        *block_influence(space, states), *uniform(space),
+    ]  # fmt: skip
 
 
 def published(preset: Preset | None, space: Space) -> list[Seed]:
@@ -33,6 +59,17 @@ def uniform(space: Space) -> list[Seed]:
     return [(name, mask - space.fixed) for name, mask in seeds]
 
 
+def _padded(trace: Trace, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Prompts with their continuations [P, T], and where continuations stand."""
+    sequences = [p + c for p, c in zip(trace.prompts, trace.continuations, strict=True)]
+    ids = torch.zeros((len(sequences), max(map(len, sequences))), dtype=torch.long, device=device)
+    generated = torch.zeros_like(ids, dtype=torch.bool)
+    for i, (prompt, sequence) in enumerate(zip(trace.prompts, sequences, strict=True)):
+        ids[i, : len(sequence)] = torch.tensor(sequence)
+        generated[i, len(prompt) : len(sequence)] = True
+    return ids, generated
+
+
 @torch.no_grad()
 def single_skip_loss(
     model: PreTrainedModel, trace: Trace, space: Space, progress: Progress
@@ -41,12 +78,7 @@ def single_skip_loss(
 
     One teacher-forced pass a sublayer over prompts and continuations.
     """
-    sequences = [p + c for p, c in zip(trace.prompts, trace.continuations, strict=True)]
-    ids = torch.zeros((len(sequences), max(map(len, sequences))), dtype=torch.long, device=input_device(model))
-    generated = torch.zeros_like(ids, dtype=torch.bool)
-    for i, (prompt, sequence) in enumerate(zip(trace.prompts, sequences, strict=True)):
-        ids[i, : len(sequence)] = torch.tensor(sequence)
-        generated[i, len(prompt) : len(sequence)] = True
+    ids, generated = _padded(trace, input_device(model))
     wanted, predicted_here = ids[:, 1:], generated[:, 1:]
     loss = {}
     for number, (kind, layer) in enumerate(space.free):
@@ -57,12 +89,137 @@ def single_skip_loss(
     return loss
 
 
+def saves(point: Point, sub: tuple[Kind, int]) -> float:
+    """Seconds that a draft step without this sublayer saves."""
+    return max(float(getattr(point, sub[0])[sub[1]]), 1e-12)
+
+
 def by_sensitivity(space: Space, loss: dict[tuple[Kind, int], float], point: Point) -> list[Seed]:
     """The least harmful sublayers first, weighed by the seconds that skipping them saves: 1/8, 2/8, ... 7/8 of all."""
-    saves = {"attention": max(point.attention, 1e-12), "mlp": max(point.mlp, 1e-12)}
-    order = sorted(space.free, key=lambda sub: (loss[sub] + 1e-3) / saves[sub[0]])
+    order = sorted(space.free, key=lambda sub: (loss[sub] + 1e-3) / saves(point, sub))
     seeds = []
     for eighths in range(1, 8):
         count = round(len(order) * eighths / 8)
         seeds.append((f"sensitivity:{count}", SkipMask.from_sublayers(order[:count], space.num_layers)))
     return seeds
+
+
+def knapsack(space: Space, loss: dict[tuple[Kind, int], float], point: Point) -> list[Seed]:
+    """The most seconds saved for a given harm, exactly, if harms added up.
+
+    KnapSpec's formulation (arXiv 2602.20217) under the measured costs; the harm of a sublayer is the logarithm of how
+    many tokens survive skipping it alone, so that a sum of harms is a product of survivals.
+    """
+    harm = {sub: -math.log(max(1e-3, 1 - loss[sub])) + 1e-4 for sub in space.free}
+    unit = sum(harm.values()) / LEVELS
+    best, taken = np.zeros(LEVELS + 1), []
+    for sub in space.free:
+        weight = max(1, round(harm[sub] / unit))
+        with_it = np.full(LEVELS + 1, -np.inf)
+        if weight <= LEVELS:
+            with_it[weight:] = best[: LEVELS + 1 - weight] + saves(point, sub)
+        taken.append((weight, with_it > best))
+        best = np.maximum(best, with_it)
+    seeds = []
+    for share in SHARES:
+        level, chosen = round(share * LEVELS), []
+        for sub, (weight, better) in zip(reversed(space.free), reversed(taken), strict=True):
+            if better[level]:
+                chosen.append(sub)
+                level -= weight
+        seeds.append((f"knapsack:{share:.3g}", SkipMask.from_sublayers(chosen, space.num_layers)))
+    return seeds
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStates:
+    """One forward over the trace, seen from its layers.
+
+    Attributes:
+        layers: the decoder's.
+        calls: arguments of each behind the hidden states.
+        hidden: what goes into each layer [P, T, H], and what comes out of the last.
+        seen: places [P, T] of generated tokens: what counts.
+    """
+
+    layers: list[nn.Module]
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    hidden: list[Tensor]
+    seen: Tensor
+
+    def run(self, layer: int, hidden: Tensor) -> Tensor:
+        args, named = self.calls[layer]
+        out: Tensor | tuple[Tensor, ...] = self.layers[layer](hidden, *args, **named)
+        return out[0] if isinstance(out, tuple) else out
+
+    def cosine(self, a: Tensor, b: Tensor) -> float:
+        """Mean over the tokens that count."""
+        return float(nn.functional.cosine_similarity(a[self.seen].float(), b[self.seen].float(), dim=-1).mean())
+
+
+@torch.no_grad()
+def layer_states(model: PreTrainedModel, trace: Trace) -> LayerStates:
+    """Run the model once and keep what its layers were called with."""
+    ids, generated = _padded(trace, input_device(model))
+    layers = list(model.get_submodule(find_sublayers(model).path).children())
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    hidden: list[Tensor] = []
+
+    def keep(_layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        named = dict(named)
+        hidden.append(args[0] if args else named.pop("hidden_states"))
+        calls.append((args[1:], named))
+
+    def keep_last(_layer: nn.Module, _args: Any, out: Any) -> None:
+        hidden.append(out[0] if isinstance(out, tuple) else out)
+
+    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
+    hooks.append(layers[-1].register_forward_hook(keep_last))
+    try:
+        model(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return LayerStates(layers, calls, hidden, generated)
+
+
+@torch.no_grad()
+def nearest_states(space: Space, states: LayerStates) -> list[Seed]:
+    """Whole layers by dynamic programming: at each depth and number of skips, keep the states nearest the full ones.
+
+    CLaSp (arXiv 2505.24196), on many tokens at once instead of the last one.
+    """
+    most = max(1, round(SHARES[-1] * space.num_layers))
+    found: list[tuple[Tensor, frozenset[int]] | None] = [(states.hidden[0], frozenset()), *([None] * most)]
+    free = set(space.free)
+    for i in range(space.num_layers):
+        target, after = states.hidden[i + 1], list(found)
+        may_skip = ("attention", i) in free or ("mlp", i) in free
+        for skips in range(most + 1):
+            options: list[tuple[Tensor, frozenset[int]]] = []
+            if (same := found[skips]) is not None:
+                options.append((states.run(i, same[0]), same[1]))
+            if may_skip and skips and (fewer := found[skips - 1]) is not None:
+                options.append((fewer[0], fewer[1] | {i}))
+            after[skips] = max(options, key=lambda o: states.cosine(o[0], target)) if options else None
+        found = after
+    seeds = []
+    for share in SHARES:
+        state = found[max(1, round(share * space.num_layers))]
+        if state is not None:
+            seeds.append((f"states:{len(state[1])}", _whole(state[1], space)))
+    return seeds
+
+
+def block_influence(space: Space, states: LayerStates) -> list[Seed]:
+    """Whole layers whose output is most like their input (ShortGPT, arXiv 2403.03853)."""
+    free = {i for _, i in space.free}
+    likeness = {i: states.cosine(states.hidden[i], states.hidden[i + 1]) for i in free}
+    order = sorted(free, key=lambda i: -likeness[i])
+    counts = [max(1, round(share * space.num_layers)) for share in SHARES]
+    return [(f"influence:{count}", _whole(order[:count], space)) for count in counts]
+
+
+def _whole(layers: Any, space: Space) -> SkipMask:
+    layers = list(layers)
+    return SkipMask(attention=layers, mlp=layers, num_layers=space.num_layers) - space.fixed

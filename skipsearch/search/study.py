@@ -1,12 +1,11 @@
 """The study: trials in an Optuna storage, so that the dashboard, other storages and many workers just work.
 
 Promises that a finished trial is never lost, that a killed run continues where it stopped, and that
-trials of different set-ups never mix. The only module that imports Optuna.
+trials of different set-ups never mix. This module and the sampler alone import Optuna.
 """
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import Any
 import optuna
 import pandas as pd
 import sqlalchemy
-from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
@@ -25,6 +24,7 @@ from skipsearch.errors import ResultsError, StudyMismatch
 from skipsearch.files import write_text
 from skipsearch.mask import SkipMask
 from skipsearch.search.objective import Score
+from skipsearch.search.sampler import TrustRegionSampler
 from skipsearch.search.seeds import Seed
 from skipsearch.search.space import Space
 
@@ -33,20 +33,15 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 HEARTBEAT, GRACE = 5, 15  # seconds: a killed worker's trial is taken up again after the grace period
 
 
-def _gp(seed: int) -> BaseSampler:
-    # The seeds give the model its first points; random masks at 50 % teach it nothing.
-    return GPSampler(seed=seed, deterministic_objective=True, n_startup_trials=4)
-
-
-def _tpe(seed: int) -> BaseSampler:
-    return TPESampler(seed=seed, multivariate=False, constant_liar=True, n_startup_trials=4)
-
-
-def _random(seed: int) -> BaseSampler:
-    return RandomSampler(seed=seed)
-
-
-MAKERS: dict[str, Callable[[int], BaseSampler]] = {"gp": _gp, "tpe": _tpe, "random": _random}
+def make_sampler(name: str, space: Space, seed: int) -> BaseSampler:
+    """One of `options.SAMPLERS`."""
+    if name == "trust-region":
+        return TrustRegionSampler(space.bounds, seed)
+    if name == "gp":  # the seeds give the model its first points; random masks at 50 % teach it nothing
+        return GPSampler(seed=seed, deterministic_objective=True, n_startup_trials=4)
+    if name == "tpe":
+        return TPESampler(seed=seed, multivariate=False, constant_liar=True, n_startup_trials=4)
+    return NSGAIISampler(seed=seed, population_size=24) if name == "nsga2" else RandomSampler(seed=seed)
 
 
 def storage_url(folder: Path) -> str:
@@ -105,23 +100,29 @@ class Study:
         space: what a trial may skip.
         identity: everything that scores depend on, by name; stored with the study.
         sampler: one of `options.SAMPLERS`.
+        pareto: maximise the acceptance rate and minimise the cost ratio, instead of maximising tokens per second.
 
     Raises:
         StudyMismatch: the storage holds a study of this name with another identity.
     """
 
-    def __init__(self, url: str, name: str, space: Space, identity: dict[str, str], sampler: str, seed: int) -> None:
-        self.space, self.url = space, url
-        self.climbs, self.rng = sampler == "gp", random.Random(seed)
-        self.repeated = False  # whether the last trial's mask was known already
-        self.distributions = {n: optuna.distributions.IntDistribution(0, 1) for n in space.names}
+    def __init__(
+        self, url: str, name: str, space: Space, identity: dict[str, str], sampler: str, seed: int,
+        pareto: bool = False,
+    ) -> None:  # fmt: skip
+        self.space, self.url, self.pareto = space, url, pareto
+        self.distributions = {n: optuna.distributions.IntDistribution(*b) for n, b in space.bounds.items()}
+        identity = {**identity, "objective": "acceptance rate, cost ratio" if pareto else "tokens per second"}
         with _experiments_welcome():
             self.study = optuna.create_study(
-                storage=open_storage(url), study_name=name, direction="maximize", load_if_exists=True,
-                sampler=MAKERS[sampler](seed),
+                storage=open_storage(url), study_name=name, load_if_exists=True,
+                directions=["maximize", "minimize"] if pareto else ["maximize"],
+                sampler=make_sampler(sampler, space, seed),
             )  # fmt: skip
-            self.study.set_metric_names(["tokens per second (predicted)"])
-        known = self.study.user_attrs.get("identity")
+            known = self.study.user_attrs.get("identity")
+            if known is None:
+                names = ["acceptance rate", "cost ratio"] if pareto else ["tokens per second (predicted)"]
+                self.study.set_metric_names(names)
         if known is None:
             self.study.set_user_attr("identity", identity)
         elif different := sorted(k for k in known.keys() | identity.keys() if known.get(k) != identity.get(k)):
@@ -130,7 +131,7 @@ class Study:
                 f"study {name} was made with another {', '.join(different)} ({field}: {known.get(field)!r} then, "
                 f"{identity.get(field)!r} now); run with the old settings, or start anew with --out or --study"
             )
-        self.memo: dict[SkipMask, float] = {self.mask_of(t): t.value for t in self.finished() if t.value is not None}
+        self.memo: dict[SkipMask, tuple[float, ...]] = {self.mask_of(t): tuple(t.values) for t in self.finished()}
 
     def finished(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -141,20 +142,35 @@ class Study:
     def enqueue(self, seeds: list[Seed]) -> None:
         """Put seeds in front of the sampler's own proposals; those already in the study are left out."""
         trials = self.study.get_trials(deepcopy=False)
-        known = {tuple(t.system_attrs.get("fixed_params", t.params).items()) for t in trials}
+        known = {tuple(t.params.items()) for t in trials if t.state != TrialState.FAIL}
         for label, mask in seeds:
             params = self.space.params(mask)
             if tuple(params.items()) not in known:
                 known.add(tuple(params.items()))
-                self.study.enqueue_trial(params, user_attrs={"seed": label})
+                self._add(params, label)
         # What an interrupted run was working on when it was stopped is worth finishing.
-        waiting = {tuple(t.system_attrs["fixed_params"].items()) for t in trials if t.state == TrialState.WAITING}
         for trial in trials:
             if trial.state == TrialState.FAIL and len(trial.params) == len(self.distributions):
                 params = trial.params
-                if self.mask_of(trial) not in self.memo and tuple(params.items()) not in waiting:
-                    waiting.add(tuple(params.items()))
-                    self.study.enqueue_trial(params, user_attrs={"seed": f"again:{trial.number}"})
+                if self.mask_of(trial) not in self.memo and tuple(params.items()) not in known:
+                    known.add(tuple(params.items()))
+                    self._add(params, f"again:{trial.number}")
+
+    def _add(self, params: dict[str, Any], label: str | None = None) -> None:
+        """A trial to be run, with all its parameters in one transaction: one each takes longer than to score it."""
+        attrs = {} if label is None else {"seed": label}
+        self.study.add_trial(
+            optuna.trial.create_trial(
+                state=TrialState.WAITING, params=params, distributions=self.distributions, user_attrs=attrs
+            )
+        )
+
+    def _propose(self) -> None:
+        """Let our own sampler add its next trial, unless some are waiting."""
+        if isinstance(self.study.sampler, TrustRegionSampler):
+            trials = self.study.get_trials(deepcopy=False)
+            if not any(t.state == TrialState.WAITING for t in trials):
+                self._add(self.study.sampler.propose(trials))
 
     def optimize(
         self, scorer: Callable[[SkipMask], Score], *, trials: int, time_budget: float | None,
@@ -166,56 +182,44 @@ class Study:
             report: told the number of finished trials and the best value after each.
         """
 
-        def objective(trial: optuna.Trial) -> float:
-            mask = self.space.mask({name: trial.suggest_int(name, 0, 1) for name in self.space.names})
-            self.repeated = mask in self.memo
-            if not self.repeated:  # samplers repeat themselves; replay would only do so too
+        def objective(trial: optuna.Trial) -> tuple[float, ...]:
+            params = {name: trial.suggest_int(name, *bounds) for name, bounds in self.space.bounds.items()}
+            mask = self.space.mask(params)
+            if mask not in self.memo:  # samplers repeat themselves; replay would only do so too
                 result = scorer(mask)
                 for key, value in (
                     ("mask", "".join(map(str, mask.bits()))), ("skipped", len(mask)),
+                    ("tokens_per_second", round(result.tokens_per_second, 4)),
                     ("acceptance_rate", round(result.acceptance_rate, 4)), ("tau", round(result.tau, 4)),
                     ("cost_ratio", round(result.cost_ratio, 4)), ("speedup_predicted", round(result.speedup, 4)),
                     ("max_length", result.policy.max_length), ("exit_threshold", result.policy.exit_threshold),
+                    ("whole", result.whole),
                 ):  # fmt: skip
                     trial.set_user_attr(key, value)
-                self.memo[mask] = result.tokens_per_second
+                both = (result.acceptance_rate, result.cost_ratio)
+                self.memo[mask] = both if self.pareto else (result.tokens_per_second,)
             return self.memo[mask]
 
         def after(study: optuna.Study, trial: FrozenTrial) -> None:
             done = self.finished()
-            report(len(done), max((t.value for t in done if t.value is not None), default=0.0))
-            if self.climbs:
-                for _ in range(3 if self.repeated else len(done) % 2):
-                    self._enqueue_neighbour()
+            report(len(done), max((t.user_attrs.get("tokens_per_second", 0.0) for t in done), default=0.0))
             if len(done) >= trials:
                 study.stop()
+            else:
+                self._propose()
 
         if len(self.finished()) < trials:
             deadline = None if time_budget is None else max(0.0, time_budget)
+            self._propose()
             self.study.optimize(objective, timeout=deadline, callbacks=[after])
-
-    def _enqueue_neighbour(self) -> None:
-        """Queue the best mask so far with one or two sublayers flipped: every other trial, and whenever
-        the sampler has repeated itself. The model finds the hill, the climb its top, at no cost.
-        """
-        if not self.memo:
-            return
-        best = max(self.memo, key=self.memo.__getitem__)
-        for _ in range(50):
-            flips = SkipMask.from_sublayers(
-                self.rng.sample(self.space.free, self.rng.choice((1, 1, 2))), best.num_layers
-            )
-            if (mask := best ^ flips) not in self.memo:
-                self.study.enqueue_trial(self.space.params(mask), user_attrs={"seed": "neighbour"})
-                return
 
     def best(self, count: int) -> list[tuple[SkipMask, DraftPolicy, int]]:
         """The best different masks with their policies and trial numbers, best first."""
-        order = sorted(self.finished(), key=lambda t: -(t.value or 0.0))
+        scored = [t for t in self.finished() if t.user_attrs.get("whole")]  # others repeat these, or were given up
         found: dict[SkipMask, tuple[SkipMask, DraftPolicy, int]] = {}
-        for trial in order:
+        for trial in sorted(scored, key=lambda t: -t.user_attrs["tokens_per_second"]):
             mask = self.mask_of(trial)
-            if mask not in found and "max_length" in trial.user_attrs:
+            if mask not in found:
                 attrs = trial.user_attrs
                 policy = DraftPolicy(max_length=attrs["max_length"], exit_threshold=attrs["exit_threshold"])
                 found[mask] = (mask, policy, trial.number)
@@ -223,10 +227,20 @@ class Study:
                 break
         return list(found.values())
 
+    def front(self) -> list[dict[str, Any]]:
+        """Trials that none other beats in both acceptance rate and cost ratio, cheapest drafts first."""
+        rows = [{"trial": t.number, **t.user_attrs} for t in self.finished() if "cost_ratio" in t.user_attrs]
+        rows.sort(key=lambda row: (row["cost_ratio"], -row["acceptance_rate"]))
+        kept: list[dict[str, Any]] = []
+        for row in rows:
+            if not kept or row["acceptance_rate"] > kept[-1]["acceptance_rate"]:
+                kept.append(row)
+        return kept
+
     def export_csv(self, path: Path) -> None:
         """All finished trials as a table, written whole or not at all."""
-        rows = []
+        rows, front = [], {row["trial"] for row in self.front()}
         for t in self.finished():
             seconds = t.duration.total_seconds() if t.duration else None
-            rows.append({"trial": t.number, "tokens_per_second": t.value, "seconds": seconds, **t.user_attrs})
+            rows.append({"trial": t.number, "seconds": seconds, "on_front": t.number in front, **t.user_attrs})
         write_text(path, pd.DataFrame(rows).to_csv(index=False))

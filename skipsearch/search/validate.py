@@ -21,6 +21,7 @@ from skipsearch.decoding.compiled import CompiledModel
 from skipsearch.decoding.loop import decode
 from skipsearch.decoding.pace import Pace
 from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.decoding.processors import at_temperature
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.mask import SkipMask
@@ -56,9 +57,9 @@ Arm = Callable[[Ids, int], Run]
 def timed_decode(
     model: PreTrainedModel, prompt: Ids, new_tokens: int, mask: SkipMask | None, policy: DraftPolicy | None,
     draft: PreTrainedModel | None = None, aligned: int = 0, compiled: CompiledModel | None = None,
-    pace: Pace | None = None,
+    pace: Pace | None = None, temperature: float = 0.0,
 ) -> Run:  # fmt: skip
-    """Decode greedily; the clock starts when the prefill has given its token."""
+    """Decode, greedily or sampling; the clock starts when the prefill has given its token."""
     device = input_device(model)
     limit = len(prompt) + new_tokens
     stats = DecodeStats()
@@ -66,7 +67,7 @@ def timed_decode(
     begin = time.perf_counter()
     sequences = Sequences(
         model, torch.tensor([prompt], device=device), capacity=limit, mask=mask, draft=draft, aligned=aligned,
-        compiled=compiled,
+        compiled=compiled, **at_temperature(temperature, len(prompt), device),
     )  # fmt: skip
     start = 0.0
     ids: list[int] = []
@@ -82,13 +83,13 @@ def timed_decode(
 
 def our_arm(
     model: PreTrainedModel, mask: SkipMask | None = None, policy: DraftPolicy | None = None,
-    compiled: CompiledModel | None = None,
+    compiled: CompiledModel | None = None, temperature: float = 0.0,
 ) -> Arm:  # fmt: skip
     """Our own decoding as an arm. Its estimates go on from prompt to prompt, as those of a served model do."""
     draft = None if mask is None else draft_view(model, mask)
     pace = Pace() if policy is None else Pace(policy.costs)
     return lambda prompt, new_tokens: timed_decode(
-        model, prompt, new_tokens, mask, policy, draft, compiled=compiled, pace=pace
+        model, prompt, new_tokens, mask, policy, draft, compiled=compiled, pace=pace, temperature=temperature
     )
 
 
@@ -176,7 +177,7 @@ class Measured:
     speedup_ci: tuple[float, float]
     tokens_per_second: float
     plain_tokens_per_second: float
-    greedy_equal: bool
+    greedy_equal: bool | None
     stats: DecodeStats
     tokens: int
     served: float | None = None
@@ -186,12 +187,15 @@ class Measured:
 def measure(
     model: PreTrainedModel, prompts: tuple[Ids, ...], mask: SkipMask | None, policy: DraftPolicy | None, *,
     new_tokens: int, rounds: int, seed: int, progress: Progress, compiled: CompiledModel | None = None,
-    served: DraftPolicy | None = None,
+    served: DraftPolicy | None = None, temperature: float = 0.0,
 ) -> Measured:  # fmt: skip
     """Time plain decoding, the mask with `policy`, and with the policy `served` if there is one."""
-    arms = {"plain": our_arm(model, compiled=compiled), "mask": our_arm(model, mask, policy, compiled)}
+    arms = {
+        "plain": our_arm(model, compiled=compiled, temperature=temperature),
+        "mask": our_arm(model, mask, policy, compiled, temperature),
+    }
     if served is not None:
-        arms["served"] = our_arm(model, mask, served, compiled)
+        arms["served"] = our_arm(model, mask, served, compiled, temperature)
     timed = race(arms, prompts, new_tokens=new_tokens, rounds=rounds, seed=seed, progress=progress)
     plain, masked = timed["plain"], timed["mask"]
     speedup, low_high = masked.speedup(plain, seed)
@@ -199,8 +203,8 @@ def measure(
     return Measured(
         speedup=speedup, speedup_ci=low_high, tokens_per_second=masked.tokens_per_second,
         plain_tokens_per_second=plain.tokens_per_second,
-        greedy_equal=all(timing.ids() == plain.ids() for timing in timed.values()), stats=masked.stats,
-        tokens=masked.tokens, served=as_served[0], served_ci=as_served[1],
+        greedy_equal=None if temperature else all(timing.ids() == plain.ids() for timing in timed.values()),
+        stats=masked.stats, tokens=masked.tokens, served=as_served[0], served_ci=as_served[1],
     )  # fmt: skip
 
 
@@ -214,8 +218,9 @@ def interval(plain: np.ndarray, masked: np.ndarray, seed: int) -> tuple[float, f
 
 
 def evidence(
-    model: PreTrainedModel, prompts: tuple[Ids, ...], measured: Measured, cost_ratio: float, backend: str
-) -> Evidence:
+    model: PreTrainedModel, prompts: tuple[Ids, ...], measured: Measured, cost_ratio: float, backend: str,
+    temperature: float = 0.0,
+) -> Evidence:  # fmt: skip
     """What goes into mask.json. The verdict is "use" only if the whole interval lies above 1."""
     low, high = measured.speedup_ci
     return Evidence(
@@ -226,6 +231,7 @@ def evidence(
         baseline_tokens_per_second=round(measured.plain_tokens_per_second, 2), greedy_equal=measured.greedy_equal,
         backend=backend, dtype=str(model.dtype).removeprefix("torch."), device=device_name(input_device(model)),
         prompts=len(prompts), tokens=measured.tokens, prompts_sha256=fingerprint(prompts),
+        temperature=temperature,
         verdict="use" if low > 1.0 else "do not use", served_speedup=measured.served and round(measured.served, 4),
         served_speedup_ci=measured.served_ci and (round(measured.served_ci[0], 4), round(measured.served_ci[1], 4)),
     )  # fmt: skip

@@ -1,0 +1,193 @@
+"""TrustRegionSampler: proposals from a ball around the best mask, ranked by a Gaussian process.
+
+On many 0/1 parameters global samplers spend their trials far away from anything good, and plain bit flips learn
+nothing from what they saw. This one flips few bits of the incumbent, chosen by what all trials so far say. The
+region grows while it succeeds and shrinks while it fails (TuRBO, arXiv 1910.01739; on discrete spaces CASMOPOLITAN,
+arXiv 2102.07188); once it is empty, it starts anew elsewhere. Everything is derived from the study's trials, so that
+a resumed study goes on as if it had never stopped, and workers share what they know.
+
+Shapes: N trials, M candidates, D parameters.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from optuna import Study as OptunaStudy
+from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
+from scipy.linalg import cho_factor, cho_solve
+from scipy.spatial.distance import cdist
+from scipy.stats import norm
+
+Array = NDArray[Any]
+
+CANDIDATES = 400
+FIRST_RADIUS = 4.0  # parameters changed at once
+SUCCESSES = 3  # in a row: the region doubles
+ENOUGH = 1e-3  # of the best: what counts as one
+NOISE = 1e-4  # of the variance: scores are deterministic
+LENGTHS, LINEAR = (0.15, 0.5, 1.5), (0.2, 0.8)  # kernels to choose from: length scale in D; share that is linear
+LATEST, FITTED = 400, 100  # trials that the process looks at, and that choose its kernel
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Where to search next.
+
+    Attributes:
+        centre: of the ball [D]; None before any trial.
+        radius: how many parameters may change; below 1 the region is spent.
+        since: the number of the trial that began it.
+    """
+
+    centre: Array | None
+    radius: float
+    since: int
+
+
+class TrustRegionSampler(BaseSampler):
+    """For single-objective studies over whole numbers that are to be maximised.
+
+    Args:
+        bounds: lowest and highest value of each parameter.
+        seed: of the candidates.
+    """
+
+    def __init__(self, bounds: Mapping[str, tuple[int, int]], seed: int) -> None:
+        self.names = list(bounds)
+        self.low, self.high = np.array(list(bounds.values()), dtype=float).reshape(-1, 2).T
+        self.seed = seed
+
+    def infer_relative_search_space(self, study: OptunaStudy, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        if trial.params:  # given from outside
+            return {}
+        pairs = zip(self.names, self.low, self.high, strict=True)
+        return {name: IntDistribution(int(low), int(high)) for name, low, high in pairs}
+
+    def sample_relative(
+        self, study: OptunaStudy, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self.propose(study.get_trials(deepcopy=False)) if search_space else {}
+
+    def propose(self, trials: Sequence[FrozenTrial]) -> dict[str, int]:
+        """The next point, from all trials so far."""
+        rng = np.random.default_rng((self.seed, len(trials)))
+        done = [t for t in trials if t.state == TrialState.COMPLETE and t.params.keys() >= set(self.names)]
+        started = [t for t in trials if not t.state.is_finished() and t.params.keys() >= set(self.names)]
+        seen = {self._point(t).tobytes() for t in [*done, *started]}
+        x_ND = np.array([self._point(t) for t in done]).reshape(-1, len(self.names))
+        y_N = np.array([t.value for t in done], dtype=float)
+        proposed = np.array(["seed" not in t.user_attrs for t in done], dtype=bool)
+        region = follow(x_ND, y_N, proposed, self.low, self.high, self.seed)
+        centre = self.low if region.centre is None else region.centre
+        candidates = self._candidates(centre, region.radius, rng)
+        fresh = np.array([c for c in candidates if c.tobytes() not in seen])
+        if not len(fresh):
+            chosen = self._candidates(centre, len(self.names), rng)[0]
+        elif len(done) < 2 or not np.ptp(y_N):
+            chosen = fresh[rng.integers(len(fresh))]
+        else:
+            best = float(y_N[region.since :].max()) if len(y_N) > region.since else float(y_N.max())
+            chosen = fresh[int(np.argmax(self._improvement(x_ND[-LATEST:], y_N[-LATEST:], fresh, best)))]
+        return {name: int(value) for name, value in zip(self.names, chosen, strict=True)}
+
+    def sample_independent(
+        self, study: OptunaStudy, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        raise ValueError(f"parameter {param_name!r} is not one of this study's; make the sampler with its bounds")
+
+    def _point(self, trial: FrozenTrial) -> Array:
+        return np.array([trial.params[name] for name in self.names], dtype=float)
+
+    def _candidates(self, centre: Array, radius: float, rng: np.random.Generator) -> Array:
+        """Every single change, and random ones of up to `radius` parameters, half of them exchanges."""
+        dims = len(self.names)
+        out = []
+        for d in range(dims):
+            for step in (-1, 1, *(() if self.high[d] - self.low[d] <= 1 else (-2, 2))):
+                if self.low[d] <= centre[d] + step <= self.high[d]:
+                    out.append(centre.copy())
+                    out[-1][d] += step
+        most = max(2, min(dims, round(radius)))
+        while len(out) < CANDIDATES:
+            point = centre.copy()
+            if rng.random() < 0.5 and most >= 2:  # as many up as down: what is skipped moves, not how much
+                up, down = np.flatnonzero(centre < self.high), np.flatnonzero(centre > self.low)
+                pairs = min(int(rng.integers(1, most // 2 + 1)), len(up), len(down))
+                point[rng.choice(up, pairs, replace=False)] += 1
+                point[rng.choice(down, pairs, replace=False)] -= 1
+            else:
+                where = rng.choice(dims, int(rng.integers(1, most + 1)), replace=False)
+                room_up, room_down = self.high[where] > point[where], self.low[where] < point[where]
+                point[where] += np.where(room_up & (~room_down | (rng.random(len(where)) < 0.5)), 1, -1)
+            out.append(np.clip(point, self.low, self.high))
+        return np.array(out)
+
+    def _improvement(self, x_ND: Array, y_N: Array, candidates_MD: Array, best: float) -> Array:
+        """Expected improvement [M] over `best` by the likeliest of a few processes."""
+        if (floor := 0.05 * y_N.max()) > 0:  # speeds: ratios count
+            y_N, best = np.log(np.maximum(y_N, floor)), float(np.log(max(best, floor)))
+        mean, scale = y_N.mean(), y_N.std() + 1e-12
+        z_N = (y_N - mean) / scale
+        spread = np.maximum(1, self.high - self.low)
+        x_ND, candidates_MD = (x_ND - self.low) / spread, (candidates_MD - self.low) / spread
+        middle = x_ND.mean(0)
+        middle = x_ND.mean(0)
+        x_ND, candidates_MD = x_ND - middle, candidates_MD - middle
+        flat_scale = max(1e-9, float((x_ND**2).sum(1).mean()))
+
+        def kernel(a_AD: Array, b_BD: Array, length: float, linear: float) -> Array:
+            bumps = np.exp(-cdist(a_AD, b_BD, "cityblock") / (length * len(self.names)))
+            return np.asarray((1 - linear) * bumps + linear * (a_AD @ b_BD.T) / flat_scale)
+
+        def fit(x_ND: Array, z_N: Array, length: float, linear: float) -> tuple[float, Any, Array, float]:
+            """Log-evidence, factor, weights, and the kernel's scale, which has a closed form."""
+            factor = cho_factor(kernel(x_ND, x_ND, length, linear) + NOISE * np.eye(len(z_N)), lower=True)
+            alpha = cho_solve(factor, z_N)
+            variance = float(z_N @ alpha) / len(z_N)
+            return (
+                -0.5 * len(z_N) * np.log(variance) - np.log(np.diag(factor[0])).sum(), factor, alpha, variance
+            )  # fmt: skip
+
+        few = x_ND[-FITTED:], z_N[-FITTED:]
+        length, linear = max(itertools.product(LENGTHS, LINEAR), key=lambda shape: fit(*few, *shape)[0])
+        _, factor, alpha, variance = fit(x_ND, z_N, length, linear)
+        k_MN = kernel(candidates_MD, x_ND, length, linear)
+        own_M = (1 - linear) + linear * (candidates_MD**2).sum(1) / flat_scale
+        mean_M = k_MN @ alpha
+        sigma_M = np.sqrt(np.maximum(1e-12, variance * (own_M - (k_MN * cho_solve(factor, k_MN.T).T).sum(1))))
+        gain = mean_M - (best - mean) / scale
+        t = gain / sigma_M
+        return np.asarray(gain * norm.cdf(t) + sigma_M * norm.pdf(t))
+
+
+def follow(x_ND: Array, y_N: Array, proposed_N: Array, low: Array, high: Array, seed: int) -> Region:
+    """The region that trials in this order lead to; seeds move its centre, and say nothing about its size."""
+    rng = np.random.default_rng(seed)
+    centre, best, radius, since = None, -np.inf, FIRST_RADIUS, 0
+    patience, widest = max(6, len(low) // 4), max(2.0, len(low) / 2)
+    good = bad = 0
+    for n, (x, y, proposed) in enumerate(zip(x_ND, y_N, proposed_N, strict=True)):
+        if proposed:
+            better = y > best + ENOUGH * abs(best) if np.isfinite(best) else True
+            good, bad = (good + 1, 0) if better else (0, bad + 1)
+        if y > best:
+            centre, best = x, y
+        if good == SUCCESSES:
+            radius, good = min(2 * radius, widest), 0
+        elif bad == patience:
+            radius, bad = radius / 2, 0
+        if radius < 1:  # spent: begin again beside the best of all, with a share of its parameters changed
+            centre = x_ND[int(np.argmax(y_N[: n + 1]))].copy()
+            where = rng.choice(len(low), max(1, len(low) // 6), replace=False)
+            down = centre[where] > low[where]
+            centre[where] = np.where(down, centre[where] - 1, np.minimum(high[where], centre[where] + 1))
+            best, radius, since, good, bad = -np.inf, FIRST_RADIUS, n + 1, 0, 0
+    return Region(centre, radius, since)

@@ -1,0 +1,219 @@
+"""Search spaces of every structure, and the sampler of our own."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skipsearch import SkipMask
+from skipsearch.errors import ModelLoadError, SkipsearchError
+from skipsearch.model.preset import presets, with_space
+from skipsearch.search.options import SearchOptions
+from skipsearch.search.sampler import TrustRegionSampler, follow
+from skipsearch.search.space import Space
+from skipsearch.search.study import Study, storage_url
+
+L = 9
+spaces = st.builds(
+    Space, num_layers=st.just(L),
+    fixed=st.builds(
+        SkipMask, attention=st.sets(st.integers(0, L - 1), max_size=3), mlp=st.sets(st.integers(0, L - 1), max_size=3),
+        num_layers=st.just(L),
+    ),
+    structure=st.sampled_from(["sublayers", "layers", "spans"]), spans=st.integers(1, 2),
+    max_skipped=st.none() | st.integers(2, 8),
+)  # fmt: skip
+
+
+def runs(layers: frozenset[int], gaps: frozenset[int]) -> int:
+    """Runs of consecutive layers, where layers that may not be skipped part none."""
+    inside, count = False, 0
+    for i in range(L):
+        if i in layers:
+            count, inside = count + (not inside), True
+        elif i not in gaps:
+            inside = False
+    return count
+
+
+@given(space=spaces, data=st.data())
+def test_parameters_make_masks_of_the_space_alone(space: Space, data: Any) -> None:
+    """Prevents an engine that takes whole layers, or so many at most, from getting a mask that it cannot serve."""
+    mask = space.mask({name: data.draw(st.integers(*bounds)) for name, bounds in space.bounds.items()})
+    assert not mask & space.fixed
+    assert space.max_skipped is None or len(mask) <= space.max_skipped
+    if space.structure != "sublayers":
+        assert mask.attention == mask.mlp
+    if space.structure == "spans":
+        assert runs(mask.attention, space.fixed.attention | space.fixed.mlp) <= space.spans
+    if space.structure != "spans":  # spans that overlap, or hold fixed layers, have several spellings
+        assert space.mask(space.params(mask)) == mask
+
+
+@given(space=spaces, data=st.data())
+def test_seeds_are_cut_to_the_space(space: Space, data: Any) -> None:
+    """Prevents a seed from breaking a rule of the space, or from skipping what it did not ask for."""
+    seed = SkipMask.from_bits(data.draw(st.lists(st.booleans(), min_size=2 * L, max_size=2 * L)))
+    params = space.params(seed)
+    assert params.keys() == space.bounds.keys()
+    assert all(low <= params[name] <= high for name, (low, high) in space.bounds.items())
+    assert space.mask(params) <= seed - space.fixed
+
+
+def test_space_tables_of_a_file(tmp_path: Path) -> None:
+    """Prevents a file's rules from being ignored."""
+    path = tmp_path / "space.toml"
+    path.write_text('[space]\nstructure = "layers"\nfixed_attention = [0]\nmax_skipped = 6\n')
+    space = Space.of(20, with_space(presets()["demo"], path, 20, "demo"))
+    assert space.structure == "layers" and len(space.bounds) == 19 and space.max_skipped == 6
+    path.write_text('[space]\nonly = "attention"\n')
+    space = Space.of(12, with_space(None, path, 12, "x"))
+    assert [kind for kind, _ in space.free] == ["attention"] * 12
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[space]\nstructure = "rows"', "structure is 'rows', must be one of sublayers, layers, spans"),
+        ('[space]\nonly = "norms"', "only is 'norms', must be attention or mlp"),
+        ('[space]\nonly = "mlp"\nstructure = "layers"', "leaves no whole layers"),
+        ("[space]\nmax_skipped = 0", "max_skipped is 0, must be a whole number of at least 1"),
+        ("[space]\nspans = true", "spans is True"),
+        ("[space]\nfixed = [1]", "space.fixed is not known"),
+        ("[space]\nfixed_mlp = [99]", "layer 99"),
+        ("[model]\nid = 'x'", r"it has no \[space\] table"),
+        ("[space", "cannot be read"),
+    ],
+)
+def test_bad_space_tables_are_one_sentence(text: str, message: str, tmp_path: Path) -> None:
+    """Prevents a typo from searching another space than was meant."""
+    path = tmp_path / "space.toml"
+    path.write_text(text)
+    with pytest.raises(ModelLoadError, match=message):
+        with_space(None, path, 12, "x")
+    with pytest.raises(ModelLoadError, match="cannot be read"):
+        with_space(None, tmp_path / "none.toml", 12, "x")
+
+
+def rugged(bits: dict[str, int], seed: int) -> float:
+    """A synthetic objective of skipping: additive gains, pairs that harm each other, a product of survivals."""
+    rng = np.random.default_rng(seed)
+    n = len(bits)
+    x = np.array(list(bits.values()))
+    harm, pairs = rng.gamma(0.5, 0.02, n), rng.gamma(0.2, 0.01, (n, n))
+    survival = np.exp(-(harm @ x + x @ pairs @ x / 2))
+    cost = 1 - 0.9 * x.mean()
+    return float(max((1 - survival ** (k + 1)) / (1 - min(survival, 0.9999)) / (1 + k * cost) for k in range(1, 9)))
+
+
+def climb(seed: int, sampler: str, trials: int = 120, n: int = 40) -> float:
+    bounds = {f"b{i}": (0, 1) for i in range(n)}
+    made = (
+        TrustRegionSampler(bounds, seed) if sampler == "trust-region" else optuna.samplers.RandomSampler(seed=seed)
+    )  # fmt: skip
+    study = optuna.create_study(direction="maximize", sampler=made)
+    study.enqueue_trial(dict.fromkeys(bounds, 0), user_attrs={"seed": "empty"})
+    ask = {name: optuna.distributions.IntDistribution(*b) for name, b in bounds.items()}
+    if sampler == "flips":
+        rng, best = random.Random(seed), dict.fromkeys(bounds, 0)
+        value = rugged(best, seed)
+        for _ in range(trials):
+            new = dict(best)
+            for name in rng.sample(list(bounds), rng.choice((1, 1, 2))):
+                new[name] ^= 1
+            if (found := rugged(new, seed)) > value:
+                best, value = new, found
+        return value
+    for _ in range(trials):
+        trial = study.ask(ask)
+        study.tell(trial, rugged(trial.params, seed))
+    return float(study.best_value)
+
+
+def test_the_trust_region_beats_flips_and_chance_at_equal_trials() -> None:
+    """Prevents a sampler that learns nothing from what it saw: plain bit flips are the rival to beat."""
+    ours, flips, chance = (
+        np.mean([climb(seed, name) for seed in range(3)]) for name in ("trust-region", "flips", "random")
+    )
+    assert ours > flips > chance
+
+
+def test_a_resumed_study_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
+    """Prevents what a sampler has learnt from living in one process alone."""
+    from test_study import SPACE, nothing, scorer
+
+    def masks(folder: Path, stops: tuple[int, ...]) -> list[SkipMask]:
+        folder.mkdir()
+        for stop in stops:
+            study = Study(storage_url(folder), "search", SPACE, {"a": "b"}, "trust-region", 0)
+            study.enqueue([("empty", SkipMask(num_layers=4))])
+            study.optimize(scorer, trials=stop, time_budget=None, report=nothing)
+        return [study.mask_of(t) for t in study.finished()]
+
+    assert masks(tmp_path / "once", (24,)) == masks(tmp_path / "twice", (9, 24))
+
+
+def test_nothing_is_proposed_twice_while_something_is_new() -> None:
+    """Prevents trials from being spent on masks that are known, on running ones too."""
+    bounds = {f"b{i}": (0, 1) for i in range(7)} | {"first": (0, 5)}
+    study = optuna.create_study(direction="maximize", sampler=TrustRegionSampler(bounds, 0))
+    ask = {name: optuna.distributions.IntDistribution(*b) for name, b in bounds.items()}
+    asked: list[tuple[int, ...]] = []
+    for _ in range(30):
+        trials = [study.ask(ask), study.ask(ask)]
+        asked += [tuple(trial.params.values()) for trial in trials]
+        for trial in trials:
+            study.tell(trial, -sum(abs(v - 1) for v in trial.params.values()))
+    assert len(set(asked)) >= 58
+    assert study.best_value == 0
+
+
+def test_the_region_grows_shrinks_and_begins_anew() -> None:
+    """Prevents a region that stays where nothing is left to find."""
+    low, high = np.zeros(8), np.ones(8)
+    x = np.eye(8)[np.arange(60) % 8]
+    up = follow(x[:9], np.arange(1.0, 10.0), np.ones(9, bool), low, high, 0)
+    assert up.radius == 4.0 and (up.centre == x[8]).all()
+    flat = follow(x[:14], np.array([5.0] + [1.0] * 13), np.ones(14, bool), low, high, 0)
+    assert flat.radius == 1.0 and (flat.centre == x[0]).all()
+    spent = follow(x[:19], np.array([5.0] + [1.0] * 18), np.ones(19, bool), low, high, 0)
+    assert spent.since == 19 and spent.radius == 4.0 and (spent.centre != x[0]).sum() == 1
+    seeds = follow(x[:20], np.array([5.0] + [1.0] * 19), np.zeros(20, bool), low, high, 0)
+    assert seeds.radius == 4.0 and seeds.since == 0
+
+
+def test_pareto_keeps_what_nothing_beats(tmp_path: Path) -> None:
+    """Prevents a front with masks that another beats in both respects, and a climber of one objective on two."""
+    from test_study import SPACE, nothing
+
+    from skipsearch.decoding.policy import DraftPolicy
+    from skipsearch.search.objective import Score
+
+    def both(mask: SkipMask) -> Score:
+        cost = 1 - len(mask) / 10
+        return Score(
+            mask=mask, policy=DraftPolicy(), tokens_per_second=10 * cost, speedup=1.0,
+            acceptance_rate=max(0.0, 1 - 0.02 * sum(i * i for _, i in mask.sublayers())), tau=2.0, cost_ratio=cost,
+        )  # fmt: skip
+
+    study = Study(storage_url(tmp_path), "search", SPACE, {"a": "b"}, "nsga2", 0, pareto=True)
+    study.enqueue([("empty", SkipMask(num_layers=4))])
+    study.optimize(both, trials=60, time_budget=None, report=nothing)
+    front = study.front()
+    assert len(front) >= 4 and front[-1]["acceptance_rate"] == 1.0
+    rows = [t.user_attrs for t in study.finished() if "cost_ratio" in t.user_attrs]
+    for kept in front:
+        assert not any(
+            r["cost_ratio"] <= kept["cost_ratio"] and r["acceptance_rate"] > kept["acceptance_rate"] for r in rows
+        )
+    assert len(study.best(3)) == 3
+    study.export_csv(tmp_path / "trials.csv")
+    with pytest.raises(SkipsearchError, match="one objective; pass --sampler nsga2"):
+        SearchOptions(pareto=True)

@@ -86,7 +86,7 @@ def _print(data: dict[str, Any], as_json: bool, *shown: Any) -> None:
 @app.command()
 def run(
     model: Model,
-    trials: Annotated[int, typer.Option(min=1, help="finished trials that the study shall hold")] = 150,
+    trials: Annotated[int, typer.Option(min=1, help="finished trials that the study shall hold")] = 200,
     time_budget: Annotated[float | None, typer.Option(min=0, help="seconds for trials")] = None,
     sampler: Annotated[
         Literal["trust-region", "gp", "tpe", "nsga2", "random"] | None,

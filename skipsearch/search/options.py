@@ -39,7 +39,7 @@ class SearchOptions:
         storage: Optuna URL; by default study.db in the results folder.
     """
 
-    trials: int = 150
+    trials: int = 200
     time_budget: float | None = None
     sampler: str = "trust-region"
     source: PromptSource = field(default_factory=PromptSource)

@@ -76,7 +76,7 @@ class TrustRegionSampler(BaseSampler):
     ) -> dict[str, Any]:
         return self.propose(study.get_trials(deepcopy=False)) if search_space else {}
 
-    def propose(self, trials: Sequence[FrozenTrial]) -> dict[str, int]:
+    def propose(self, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
         """The next point, from all trials so far."""
         rng = np.random.default_rng((self.seed, len(trials)))
         done = [t for t in trials if t.state == TrialState.COMPLETE and t.params.keys() >= set(self.names)]
@@ -138,7 +138,6 @@ class TrustRegionSampler(BaseSampler):
         z_N = (y_N - mean) / scale
         spread = np.maximum(1, self.high - self.low)
         x_ND, candidates_MD = (x_ND - self.low) / spread, (candidates_MD - self.low) / spread
-        middle = x_ND.mean(0)
         middle = x_ND.mean(0)
         x_ND, candidates_MD = x_ND - middle, candidates_MD - middle
         flat_scale = max(1e-9, float((x_ND**2).sum(1).mean()))

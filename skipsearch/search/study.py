@@ -111,7 +111,9 @@ class Study:
         pareto: bool = False,
     ) -> None:  # fmt: skip
         self.space, self.url, self.pareto = space, url, pareto
-        self.distributions = {n: optuna.distributions.IntDistribution(*b) for n, b in space.bounds.items()}
+        self.distributions: dict[str, optuna.distributions.BaseDistribution] = {
+            n: optuna.distributions.IntDistribution(*b) for n, b in space.bounds.items()
+        }
         identity = {**identity, "objective": "acceptance rate, cost ratio" if pareto else "tokens per second"}
         with _experiments_welcome():
             self.study = optuna.create_study(

@@ -1,0 +1,63 @@
+"""CLaSp (arXiv 2505.24196) and KnapSpec (arXiv 2602.20217): dynamic programming over hidden states, no evaluations.
+
+CLaSp skips half of the layers, whole, such that the hidden states stay nearest the full model's. KnapSpec solves a
+knapsack of sublayers, measured seconds against the loss of cosine similarity, and takes the budget whose cosine,
+read as the acceptance rate, promises most tokens a second.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from skipsearch.mask import SkipMask
+from skipsearch.model.view import draft_view
+from skipsearch.search.cost import draft_step
+from skipsearch.search.seeds import LayerStates, knapsack, layer_states, nearest_states
+
+PROMPTS, TOKENS = 8, 36
+
+
+def clasp(bench: Any, seed: int, evaluations: int) -> Iterator[tuple[int, SkipMask, float]]:
+    states = layer_states(bench.model, bench.prepared.trace.head(PROMPTS, TOKENS))
+    half = f"states:{round(bench.space.num_layers / 2)}"
+    yield 1, dict(nearest_states(bench.space, states))[half], 0.0
+
+
+@torch.no_grad()
+def _last_cosine(bench: Any, states: LayerStates, ids: torch.Tensor, mask: SkipMask) -> float:
+    found: list[torch.Tensor] = []
+    view = draft_view(bench.model, mask)
+    layers = view.get_submodule(bench.path)
+    hook = layers[-1].register_forward_hook(lambda _m, _a, out: found.append(out[0] if isinstance(out, tuple) else out))
+    try:
+        view(input_ids=ids, use_cache=False)
+    finally:
+        hook.remove()
+    return states.cosine(found[0], states.hidden[-1])
+
+
+def knapspec(bench: Any, seed: int, evaluations: int) -> Iterator[tuple[int, SkipMask, float]]:
+    part, point = bench.prepared.trace.head(PROMPTS, TOKENS), bench.prepared.point
+    states = layer_states(bench.model, part)
+    sequences = [p + c for p, c in zip(part.prompts, part.continuations, strict=True)]
+    ids = torch.zeros((len(sequences), max(map(len, sequences))), dtype=torch.long)
+    for i, sequence in enumerate(sequences):
+        ids[i, : len(sequence)] = torch.tensor(sequence)
+    single = {
+        sub: 1 - _last_cosine(bench, states, ids, SkipMask.from_sublayers([sub], bench.space.num_layers))
+        for sub in bench.space.free
+    }  # fmt: skip
+    best, best_rate = SkipMask(num_layers=bench.space.num_layers), 0.0
+    for number, (_, mask) in enumerate(knapsack(bench.space, single, point), 1):
+        accept = min(0.999, max(0.0, _last_cosine(bench, states, ids, mask)))
+        step = draft_step(point, mask, exit_check=False)
+        rate = max(
+            (1 - accept ** (k + 1)) / (1 - accept) / (k * step + point.verify[k]) for k in range(1, len(point.verify))
+        )  # fmt: skip
+        if rate > best_rate and math.isfinite(rate):
+            best, best_rate = mask, rate
+        yield number, best, best_rate

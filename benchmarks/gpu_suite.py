@@ -155,7 +155,7 @@ def _search(narrow: Loaded, costs: Any, folder: Path, tokens: int) -> tuple[Skip
         from skipsearch.search.prepare import prepare
         from skipsearch.search.run import rescore, search_trials
 
-        options = SearchOptions(trials=40, new_tokens=tokens, prompts=12, trial_prompts=12, held_out=4, backend="eager")
+        options = SearchOptions(trials=40, new_tokens=tokens, prompts=12, held_out=4, backend="eager")
         prepared = dataclasses.replace(prepare(narrow, folder, options, quiet), costs=costs)
         found, _ = rescore(narrow.model, prepared, search_trials(narrow, prepared, folder, options, quiet), quiet)
         return found.mask, found.policy, f"{options.trials} trials"

@@ -1,6 +1,6 @@
 """Seconds for the trials of a default search on the demo model, storage included.
 
-    python benchmarks/search_speed.py [--trials 150] [--sampler gp]
+    python benchmarks/search_speed.py [--trials 300] [--sampler trust-region]
 
 Counts everything from opening the study to the exported table: seeds, sampler, replay, SQLite. The trace
 and the costs are made before the clock starts; their seconds are reported beside it. The last line is JSON.
@@ -24,8 +24,8 @@ from skipsearch.search.run import rescore, search_trials
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--trials", type=int, default=150)
-    parser.add_argument("--sampler", default="gp")
+    parser.add_argument("--trials", type=int, default=300)
+    parser.add_argument("--sampler", default="trust-region")
     args = parser.parse_args()
     options = SearchOptions(trials=args.trials, sampler=args.sampler)
     loaded = load_model("demo")
@@ -38,7 +38,7 @@ def main() -> None:
         study = search_trials(loaded, prepared, folder, options, lambda *_: None)
         study.export_csv(folder / "trials.csv")
         seconds = time.perf_counter() - begin
-        best, _ = rescore(loaded.model, prepared, study, lambda *_: None)
+        best, _, _ = rescore(loaded.model, prepared, study, lambda *_: None)
         masks = len(study.memo)
     print(
         f"{args.trials} trials ({masks} different masks) in {seconds:.1f} s; record and profile {before:.1f} s before"

@@ -120,13 +120,21 @@ def run(
     from skipsearch.report.progress import stages
 
     loaded = _load(model, dtype, device, revision, trust)
-    from skipsearch.report.tables import summary_table
+    from skipsearch.report.tables import front_table, summary_table
     from skipsearch.search.run import search, summary
 
     with stages(err, quiet=as_json) as progress:
         result = search(loaded, out=folder, options=options, progress=progress.stage, report=progress.trials(trials))
     data = summary(result)
-    _print(data, as_json, summary_table(data), str(result.mask), f"\nNext: {_next_step(model, result.folder, data)}")
+    fronts = [front_table(result.front)] if pareto else []
+    _print(
+        data,
+        as_json,
+        *fronts,
+        summary_table(data),
+        str(result.mask),
+        f"\nNext: {_next_step(model, result.folder, data)}",
+    )
     raise typer.Exit(0 if result.file.evidence and result.file.evidence.verdict == "use" else 1)
 
 
@@ -348,14 +356,37 @@ def dashboard(
 
 
 @app.command()
-def doctor(as_json: Json = False, debug: Debug = False) -> None:
-    """Print versions, device and backend, and what is missing."""
+def doctor(
+    calibrated: Annotated[
+        bool, typer.Option("--calibrate", help="instead, check the cost model against real decoding (minutes)")
+    ] = False,
+    model: Model = "demo", backend: Backends = "auto", seed: Seed = 0, dtype: Dtype = "auto", device: Device = "auto",
+    revision: Revision = None, trust: Trust = False, as_json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Print versions, device and backend, and what is missing; or calibrate."""
+    if calibrated:
+        loaded = _load(model, dtype, device, revision, trust)
+        from skipsearch.report.progress import stages
+        from skipsearch.report.tables import calibration_table
+        from skipsearch.search.calibrate import calibrate
+
+        options = _options("builtin", None, None, "test", True, seed=seed, backend=backend)
+        with stages(err, quiet=as_json) as progress:
+            data = calibrate(loaded, options, progress.stage)
+        _print(data, as_json, *(calibration_table(found) for found in data["contexts"]), _calibration_verdict(data))
+        raise typer.Exit(0 if data["passed"] else 1)
     from skipsearch.report.doctor import examine
     from skipsearch.report.tables import doctor_table
 
     data = examine()
     _print(data, as_json, doctor_table(data))
     raise typer.Exit(1 if data["missing"] else 0)
+
+
+def _calibration_verdict(data: dict[str, Any]) -> str:
+    if data["passed"]:
+        return "the cost model foretells tokens per second here"
+    return "the cost model does not foretell tokens per second well here; is the machine busy with something else?"
 
 
 def main() -> None:

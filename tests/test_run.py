@@ -18,7 +18,7 @@ from skipsearch.search.run import validate_file
 from skipsearch.search.validate import interval
 
 SMALL = SearchOptions(
-    trials=14, prompts=3, held_out=2, prompt_tokens=16, new_tokens=16, trial_prompts=3, trial_tokens=12, rounds=1,
+    trials=14, prompts=3, held_out=2, prompt_tokens=16, new_tokens=16, trial_tokens=12, rounds=1,
     backend="eager",
 )  # fmt: skip
 

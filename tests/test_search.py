@@ -25,7 +25,7 @@ from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.model.preset import presets
 from skipsearch.search.cost import Costs, Point, alike, draft_step, profile, profile_or_load
-from skipsearch.search.objective import Scorer, join, plain_score, score
+from skipsearch.search.objective import Scorer, join, plain_score, score, standard_error
 from skipsearch.search.replay import Replay
 from skipsearch.search.seeds import (
     all_seeds,
@@ -332,12 +332,55 @@ def test_giving_up_early_needs_evidence_and_keeps_the_best(tiny: Any, monkeypatc
     from skipsearch.search import objective
 
     model, rng = tiny("gpt2"), random.Random(0)
-    replay = Replay(model, make_trace(model, prompts=8, new_tokens=24), 6)
+    replay = Replay(model, make_trace(model, prompts=8, new_tokens=60), 6, lanes=5)
     masks = [SkipMask.from_bits([rng.random() < p for _ in range(8)]) for p in [k / 100 for k in range(5, 80)]]
+    assert 12 <= len(replay.sample()) <= 16 and len({lane.prompt for lane in replay.sample()}) >= 7
     scorer, plain = Scorer(replay, POINT, first=5), [score(replay, mask, POINT) for mask in masks]
     found = [scorer(mask) for mask in masks]
-    assert all(a.tokens_per_second == b.tokens_per_second for a, b in zip(found, plain, strict=True) if a.whole)
-    assert all(f.whole for f in found[:20]) and scorer.screened == sum(not f.whole for f in found)
+    for a, b in zip(found, plain, strict=True):
+        assert a.fidelity != "whole" or a.tokens_per_second == b.tokens_per_second
+    assert found[0].fidelity == "whole" and all(f.fidelity != "first" for f in found[:20])
+    best = max(found, key=lambda f: f.tokens_per_second)
+    assert best.tokens_per_second > 0.9 * max(p.tokens_per_second for p in plain)
+    assert sum(scorer.counts.values()) == len(masks) and scorer.counts["part"] > 10
     monkeypatch.setattr(objective, "AGREEMENT", 1.1)
     never = Scorer(replay, POINT, first=5)
-    assert all(never(mask).whole for mask in masks)
+    assert all(never(mask).fidelity != "first" for mask in masks)
+
+
+def test_lanes_cover_the_trace_once(tiny: Any) -> None:
+    """Prevents tokens between lanes from being scored twice or never; one lane is real decoding."""
+    model = tiny("llama")
+    trace = make_trace(model, prompts=3, new_tokens=23)
+    replay = Replay(model, trace, 4, lanes=5)
+    for p, (prompt, continuation) in enumerate(zip(trace.prompts, trace.continuations, strict=True)):
+        mine = [(lane.start, lane.stop) for lane in replay.lanes if lane.prompt == p]
+        assert mine[0][0] == len(prompt) + 1 and mine[-1][1] == len(prompt) + len(continuation)
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(mine))
+    blocks = replay.of(SkipMask(num_layers=4)).walk(DraftPolicy(max_length=4))
+    assert all(n == k for k, n in blocks)
+
+
+def test_the_standard_error_is_that_of_prompts(tiny: Any) -> None:
+    """Prevents a figure that ignores how much prompts differ: alike prompts have none."""
+    model, policy, mask = tiny("gpt2"), DraftPolicy(max_length=3), SkipMask(mlp=[2], num_layers=4)
+    same = record(model, ((5, 6, 7),) * 4, 20, quiet)
+    assert standard_error(Replay(model, same, 3).of(mask), policy, POINT) == pytest.approx(0, abs=1e-12)
+    assert standard_error(Replay(model, make_trace(model), 3).of(mask), policy, POINT) > 0
+
+
+def test_calibration_holds_predictions_against_decoding(monkeypatch: Any) -> None:
+    """Prevents a verdict on the cost model that rests on too few masks, one context, or no plain decoding."""
+    from skipsearch import load_model
+    from skipsearch.search import calibrate as module
+    from skipsearch.search.options import SearchOptions
+
+    monkeypatch.setattr(module, "PROMPTS", 2)
+    monkeypatch.setattr(module, "TOKENS", 10)
+    data = module.calibrate(load_model("demo"), SearchOptions(backend="eager"), quiet, masks=6, rounds=1)
+    short, long = data["contexts"]
+    assert short["context"] == 64 < long["context"] and data["backend"] == "eager"
+    skipped = [row["attention"] + row["mlp"] for row in long["rows"]]
+    assert len(skipped) == 6 and skipped[0] < 6 and skipped[-1] > 20
+    assert all(row["predicted"] > 0 and row["measured"] > 0 for row in short["rows"])
+    assert 0.3 < short["plain"][0] / short["plain"][1] < 3

@@ -17,6 +17,7 @@ _WHAT = {
     "sensitivity": "search: one sublayer left out at a time",
     "trials": "search: trials",
     "finalists": "search: finalists on the whole trace",
+    "calibrate": "calibrate: real decoding, sparse to dense masks",
     "validate": "validate: real decoding, held-out prompts",
     "audit": "audit: both ways of decoding, compared",
 }

@@ -116,11 +116,26 @@ def summary_table(data: dict[str, Any]) -> Table:
         ("skipped", f"{len(mask['attention'])} attention, {len(mask['mlp'])} MLP of {mask['num_layers']} layers"),
         ("draft", policy_line(draft)),
         *_evidence_rows(data["evidence"]),
-        ("predicted", f"{data['predicted']['speedup']:.2f}x, {data['predicted']['tokens_per_second']:.1f} tokens/s"),
+        (
+            "predicted", f"{data['predicted']['speedup']:.2f}x (standard error "
+            f"{data['predicted']['standard_error']:.2f}), {data['predicted']['tokens_per_second']:.1f} tokens/s",
+        ),
         ("trials", f"{data['trials']} ({', '.join(f'{k} {v:.0f} s' for k, v in data['seconds'].items())})"),
         ("mask file", data["files"]["mask.json"]),
     ]  # fmt: skip
     return _pairs("summary", rows)
+
+
+def front_table(front: list[dict[str, Any]]) -> Table:
+    """Trials that none other beats in both acceptance rate and cost ratio."""
+    table = Table("trial", "skipped", "cost ratio c", "acceptance", "tau", "predicted", title_justify="left",
+                  title="front of acceptance against draft cost")  # fmt: skip
+    for row in front:
+        table.add_row(
+            str(row["trial"]), str(row["skipped"]), f"{row['cost_ratio']:.3f}", f"{row['acceptance_rate']:.3f}",
+            f"{row['tau']:.2f}", f"{row['speedup_predicted']:.2f}x",
+        )  # fmt: skip
+    return table
 
 
 def generation_line(result: dict[str, Any]) -> str:
@@ -167,3 +182,18 @@ def doctor_table(data: dict[str, Any]) -> Table:
     rows[0:0] = list(data["versions"].items())
     rows.append(("missing", Text("; ".join(data["missing"]), style="red") if data["missing"] else "nothing"))
     return _pairs("doctor", rows)
+
+
+def calibration_table(found: dict[str, Any]) -> Table:
+    """Predicted against measured tokens per second at one context length."""
+    low, high = found["spearman_ci"]
+    title = (
+        f"context {found['context']}: Spearman {found['spearman']:.3f} ({low:.3f} to {high:.3f}), median error "
+        f"{found['median_error']:.1%}, of the speed-up {found['median_error_of_speedup']:.1%}"
+    )
+    table = Table("attention", "mlp", "draft", "predicted", "measured", title=title, title_justify="left")
+    for row in sorted(found["rows"], key=lambda row: float(row["measured"])):
+        table.add_row(
+            str(row["attention"]), str(row["mlp"]), row["policy"], f"{row['predicted']:.1f}", f"{row['measured']:.1f}"
+        )
+    return table

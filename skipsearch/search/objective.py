@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from scipy.optimize import isotonic_regression
 from scipy.stats import spearmanr
@@ -11,11 +15,14 @@ from scipy.stats import spearmanr
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.mask import SkipMask
 from skipsearch.search.cost import Point, draft_step
-from skipsearch.search.replay import MaskReplay, Replay
+from skipsearch.search.replay import Lane, MaskReplay, Replay
 
 BINS = 16  # of the confidence, in a calibrated exit
-AGREEMENT, SCREEN_AFTER, FAR_BEHIND = 0.9, 20, 0.94  # of screening: rank correlation, masks before, share of the best
+AGREEMENT, SCREEN_AFTER = 0.9, 20  # of giving up early: rank correlation, and masks before it is trusted
+FAR_BEHIND, NEAR = 0.92, 0.97  # shares of the best
 THRESHOLDS = (None, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85)
+
+Fidelity = Literal["first", "part", "whole"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +34,7 @@ class Score:
         acceptance_rate: accepted / drafted.
         tau: tokens committed a verify.
         cost_ratio: c, seconds of a draft step over those of a plain step; no speed-up exceeds 1/c.
-        whole: whether all tokens were looked at.
+        fidelity: how much of the trace was looked at; scores of parts are scaled.
     """
 
     mask: SkipMask
@@ -37,7 +44,7 @@ class Score:
     acceptance_rate: float
     tau: float
     cost_ratio: float
-    whole: bool = True
+    fidelity: Fidelity = "whole"
 
 
 def join(blocks: Counter[tuple[int, int]], mask: SkipMask, policy: DraftPolicy, point: Point) -> Score:
@@ -75,16 +82,18 @@ def score(replay: Replay, mask: SkipMask, point: Point, *, thorough: bool = Fals
     known = {longest: join(drafts.walk(longest), mask, longest, point)}
     best = _estimate(drafts, point, neighbours=thorough)
     if not thorough:
-        return max(best, known[longest], key=lambda s: s.tokens_per_second)
+        return best
     policies = {best.policy, calibrated(drafts, best.tokens_per_second, point), *_adaptive(best.policy)}
     for policy in policies - known.keys():
         known[policy] = join(drafts.walk(policy), mask, policy, point)
     return max(known.values(), key=lambda s: s.tokens_per_second)
 
 
-def _estimate(drafts: MaskReplay, point: Point, neighbours: bool = False) -> Score:
+def _estimate(
+    drafts: MaskReplay, point: Point, lanes: Sequence[Lane] | None = None, neighbours: bool = False
+) -> Score:  # fmt: skip
     """The best policy and what it would reach, by arithmetic on the drafts run so far."""
-    outlook, longest = drafts.outlook(), drafts.replay.max_length
+    outlook, longest = drafts.outlook(lanes), drafts.replay.max_length
     # Trials cannot tell neighbouring policies apart.
     lengths = range(1, longest + 1) if neighbours else sorted({k for k in (1, 2, 3, 5, longest) if k <= longest})
     policies = [
@@ -97,45 +106,62 @@ def _estimate(drafts: MaskReplay, point: Point, neighbours: bool = False) -> Sco
 
 
 class Scorer:
-    """Scores trials, and gives up early on masks that are far behind.
+    """Scores trials, on as much of the trace as each deserves.
 
-    After the first tokens of every prompt a mask that lies well below the best is not followed to the end: its score
-    is then the partial one. That happens only while partial and whole scores of the masks seen so far rank alike.
+    All masks are looked at on the first tokens of a sample of the trace; those that are not far behind on the sample;
+    those that come near the best on all of it, so that nothing is best by luck. Scores of parts are scaled to the
+    whole. Giving up on the first tokens happens only while their scores rank as the sample's do.
 
     Args:
-        replay: of the calibration prompts.
+        replay: of the calibration prompts, in several lanes.
         point: costs.
         first: tokens of each lane after which to look.
     """
 
     def __init__(self, replay: Replay, point: Point, first: int = 6) -> None:
         self.replay, self.point, self.first = replay, point, first
-        self.partial: list[float] = []
-        self.whole: list[float] = []
-        self.screened = 0
+        self.sample = replay.sample()
+        self.firsts: list[float] = []
+        self.parts: list[float] = []
+        self.scale: list[float] = []  # whole over part, of masks that have both
+        self.best: tuple[float, float, float] | None = None  # whole, part, first tokens
+        self.counts = Counter[str]()
 
     @property
     def agreement(self) -> float:
-        """Spearman's rank correlation of partial and whole scores so far; 0 before there are enough."""
-        if len(self.whole) < SCREEN_AFTER or len(set(self.whole)) < 3:
+        """Spearman's rank correlation of scores on the first tokens and on the sample; 0 before there are enough."""
+        if len(self.parts) < SCREEN_AFTER or len(set(self.parts)) < 3:
             return 0.0
-        return float(spearmanr(self.partial, self.whole).statistic)
+        return float(spearmanr(self.firsts, self.parts).statistic)
 
     def __call__(self, mask: SkipMask) -> Score:
-        drafts = self.replay.of(mask)
-        longest = DraftPolicy(max_length=self.replay.max_length)
-        early = join(drafts.walk(longest, self.first), mask, longest, self.point)
-        if self.agreement >= AGREEMENT:
-            best = max(range(len(self.whole)), key=self.whole.__getitem__)
-            share = early.tokens_per_second / self.partial[best]
-            if share < FAR_BEHIND:
-                self.screened += 1
-                return replace(early, tokens_per_second=share * self.whole[best], whole=False)
-        exact_longest = join(drafts.walk(longest), mask, longest, self.point)
-        found = max(_estimate(drafts, self.point), exact_longest, key=lambda s: s.tokens_per_second)
-        self.partial.append(early.tokens_per_second)
-        self.whole.append(found.tokens_per_second)
+        found = self._score(mask)
+        self.counts[found.fidelity] += 1
         return found
+
+    def _score(self, mask: SkipMask) -> Score:
+        drafts, best = self.replay.of(mask), self.best
+        longest = DraftPolicy(max_length=self.replay.max_length)
+        first = join(drafts.walk(longest, self.first, self.sample), mask, longest, self.point)
+        if best is not None and first.tokens_per_second < FAR_BEHIND * best[2] and self.agreement >= AGREEMENT:
+            return self._scaled(first, best[0] / best[2], "first")
+        drafts.walk(longest, None, self.sample)
+        part = _estimate(drafts, self.point, self.sample)
+        self.firsts.append(first.tokens_per_second)
+        self.parts.append(part.tokens_per_second)
+        if best is not None and part.tokens_per_second < NEAR * best[1]:
+            return self._scaled(part, statistics.median(self.scale), "part")
+        drafts.walk(longest)
+        whole = _estimate(drafts, self.point)
+        self.scale.append(whole.tokens_per_second / part.tokens_per_second)
+        if best is None or whole.tokens_per_second > best[0]:
+            self.best = whole.tokens_per_second, part.tokens_per_second, first.tokens_per_second
+        return whole
+
+    def _scaled(self, found: Score, scale: float, fidelity: Fidelity) -> Score:
+        return replace(
+            found, tokens_per_second=scale * found.tokens_per_second, speedup=scale * found.speedup, fidelity=fidelity
+        )  # fmt: skip
 
 
 def calibrated(drafts: MaskReplay, rate: float, point: Point) -> DraftPolicy:
@@ -171,6 +197,19 @@ def calibrated(drafts: MaskReplay, rate: float, point: Point) -> DraftPolicy:
 
 def _adaptive(best: DraftPolicy) -> list[DraftPolicy]:
     return [] if best.exit_threshold is None else [replace(best, adaptive=True)]
+
+
+def standard_error(drafts: MaskReplay, policy: DraftPolicy, point: Point) -> float:
+    """Of the predicted speed-up, over prompts: the jackknife, since it is a ratio of sums."""
+    drafts.walk(policy)
+    lanes = drafts.by_lane
+    if len(lanes) < 2:
+        return math.nan
+    without = [
+        join(sum((b for j, b in enumerate(lanes) if j != i), Counter()), drafts.mask, policy, point).speedup
+        for i in range(len(lanes))
+    ]
+    return statistics.pstdev(without) * math.sqrt(len(lanes) - 1)
 
 
 def exact(drafts: MaskReplay, policy: DraftPolicy, point: Point) -> Score:

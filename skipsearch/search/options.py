@@ -10,7 +10,7 @@ from skipsearch.errors import SkipsearchError
 from skipsearch.search.prompts import PromptSource
 
 MAX_LENGTH = 12  # the longest draft that a policy may have
-TRIAL_LENGTH, TRIAL_LANES = 8, 2  # what a trial looks at: so long drafts, so many parts of a continuation at once
+TRIAL_LENGTH, TRIAL_LANES = 8, 5  # what a trial looks at: so long drafts, so many parts of a continuation at once
 SAMPLERS = ("trust-region", "gp", "tpe", "nsga2", "random")
 NGRAM = 10  # the longest continuation that is looked up
 
@@ -27,8 +27,7 @@ class SearchOptions:
         prompts, held_out: how many to search with and to validate on.
         prompt_tokens: cut prompts to so many tokens.
         new_tokens: decoded from each prompt.
-        trial_prompts, trial_tokens: the part of the trace that a trial is scored on; the best are
-            scored again on all of it.
+        trial_tokens: of 8 prompts, what sublayers are looked at one by one with.
         rounds: repetitions of validation.
         backend: what the mask shall be served with: compiled, eager, or auto: compiled where possible.
         contexts: context lengths that the mask is to serve, evenly mixed; empty: those of the calibration prompts.
@@ -47,7 +46,6 @@ class SearchOptions:
     held_out: int = 20
     prompt_tokens: int | None = None
     new_tokens: int = 96
-    trial_prompts: int = 24
     trial_tokens: int = 36
     rounds: int = 2
     backend: Backend = "auto"
@@ -61,7 +59,7 @@ class SearchOptions:
     study: str = "search"
 
     def __post_init__(self) -> None:
-        for name in ("trials", "prompts", "held_out", "new_tokens", "trial_prompts", "trial_tokens", "rounds"):
+        for name in ("trials", "prompts", "held_out", "new_tokens", "trial_tokens", "rounds"):
             if getattr(self, name) < 1:
                 raise SkipsearchError(
                     f"{name} is {getattr(self, name)}, must be at least 1; leave it out for the default"

@@ -45,11 +45,12 @@ def chosen_prompts(loaded: Loaded, options: SearchOptions) -> Prompts:
     Raises:
         PromptError: see `load_prompts`; or no room for any prompt.
     """
-    room = _context(loaded.model) - options.new_tokens - MAX_LENGTH
+    context = context_limit(loaded.model)
+    room = context - options.new_tokens - MAX_LENGTH
     if room < 1:
         raise PromptError(
-            f"new_tokens is {options.new_tokens}, at most {_context(loaded.model) - MAX_LENGTH - 1} fit the model's "
-            f"context of {_context(loaded.model)}; pass a smaller --new-tokens"
+            f"new_tokens is {options.new_tokens}, at most {context - MAX_LENGTH - 1} fit the model's context of "
+            f"{context}; pass a smaller --new-tokens"
         )
     return load_prompts(
         options.source, loaded.tokenizer, calibration=options.prompts, held_out=options.held_out,
@@ -57,7 +58,8 @@ def chosen_prompts(loaded: Loaded, options: SearchOptions) -> Prompts:
     )  # fmt: skip
 
 
-def _context(model: PreTrainedModel) -> int:
+def context_limit(model: PreTrainedModel) -> int:
+    """Tokens that the model's positions reach."""
     return int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 1 << 20))
 
 
@@ -77,7 +79,7 @@ def prepare(loaded: Loaded, folder: Path, options: SearchOptions, progress: Prog
         "set_up": set_up(model, "eager" if compiled is None else "compiled"),
         "prompts": fingerprint(prompts.calibration),
         "space": repr(space),
-        "tokens": f"{options.new_tokens} recorded, {options.trial_prompts} x {options.trial_tokens} a trial",
+        "tokens": f"{options.new_tokens} recorded",
         "context": ", ".join(map(str, options.contexts)) or "as the prompts", "temperature": str(options.temperature),
     }  # fmt: skip
     made_with = f"{identity['model']} {identity['weights']} {identity['set_up']}"
@@ -89,7 +91,7 @@ def prepare(loaded: Loaded, folder: Path, options: SearchOptions, progress: Prog
         raise PromptError("the model ends every calibration prompt at once; choose other prompts with --prompts")
     mean = trace.mean_context
     longest = max(map(len, prompts.calibration)) + options.new_tokens
-    most = _context(model) - MAX_LENGTH - 4
+    most = context_limit(model) - MAX_LENGTH - 4
     for context in options.contexts:
         if not 1 <= context <= most:
             raise PromptError(f"context is {context}, must be in 1..{most} for this model; pass another --context")

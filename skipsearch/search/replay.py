@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,21 +67,26 @@ class Lane:
 
 
 class _ReferenceLayer(DynamicLayer):  # type: ignore[misc]
-    """Shows the draft the reference keys and values of its rows with its own in their places, and stores nothing."""
+    """Shows the draft the reference keys and values of its rows with its own in their places, and stores nothing.
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
+    The copy that it shows lies in memory that all layers share by turns: it is warm, and read before the next layer.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, scratch: dict[Any, Tensor]) -> None:
         super().__init__()
-        self.reference = (keys, values)
-        self.rows: Tensor | None = None
-        self.slots_RK = torch.empty(0)
+        self.reference, self.scratch = (keys, values), scratch
+        self.rows = self.slots_RK = torch.empty(0)
         self.length = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         out = []
-        row = torch.arange(len(key_states), device=key_states.device)[:, None]
-        for reference, own in zip(self.reference, (key_states, value_states), strict=True):
-            kept = reference[:, :, : self.length]
-            kept = F.pad(kept if self.rows is None else kept[self.rows], (0, 0, 0, own.shape[2]))
+        row, tokens = torch.arange(len(key_states), device=key_states.device)[:, None], key_states.shape[2]
+        for which, (reference, own) in enumerate(zip(self.reference, (key_states, value_states), strict=True)):
+            shape = (len(own), *reference.shape[1:])
+            name = (which, shape, reference.dtype)
+            if name not in self.scratch:
+                self.scratch[name] = torch.empty(shape, dtype=reference.dtype, device=reference.device)
+            kept = torch.index_select(reference, 0, self.rows, out=self.scratch[name])[:, :, : self.length + tokens]
             kept[row, :, self.slots_RK] = own.transpose(1, 2)
             out.append(kept)
         return out[0], out[1]
@@ -122,6 +127,7 @@ class Replay:
         sequences = [p + c for p, c in zip(trace.prompts, trace.continuations, strict=True)]
         self.lengths = [len(s) for s in sequences]
         self.lanes: list[Lane] = []
+        self.parts = lanes
         for p, (prompt, length) in enumerate(zip(trace.prompts, self.lengths, strict=True)):
             first = len(prompt) + 1  # the prefill gives the token before
             cuts = [first + (length - first) * lane // lanes for lane in range(lanes + 1)]
@@ -138,6 +144,7 @@ class Replay:
         shape = (len(sequences), max(self.lengths) + max_length + 1)
         self.chance_PT = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.ids.device)
         self.target_PT = torch.zeros(shape, device=self.ids.device)
+        self.scratch: dict[Any, Tensor] = {}
         self.reference = self._reference()
         self.rows = self._rows(rows, memory) if self.together else 1
 
@@ -154,7 +161,11 @@ class Replay:
                 self.target_PT[first : first + 8, 1 : ids.shape[1]] = self.log_probs(logits[:, :-1], ids[:, 1:])
             kept.append([(layer.keys, layer.values) for layer in cache.layers])
         return [
-            (torch.cat([c[i][0] for c in kept]), torch.cat([c[i][1] for c in kept]))
+            # With room for what a draft at the end adds.
+            (
+                F.pad(torch.cat([c[i][0] for c in kept]), (0, 0, 0, self.max_length)),
+                F.pad(torch.cat([c[i][1] for c in kept]), (0, 0, 0, self.max_length)),
+            )
             for i in range(config.num_hidden_layers)
         ]
 
@@ -172,6 +183,16 @@ class Replay:
         scores = logits.float() / self.temperature
         return scores.gather(-1, ids[..., None])[..., 0] - scores.logsumexp(-1)
 
+    def sample(self) -> list[Lane]:
+        """Two lanes of every prompt's, early ones and late ones by turns: a part that looks like the whole."""
+        numbers = Counter[int]()
+        chosen = []
+        for lane in self.lanes:
+            if (numbers[lane.prompt] + lane.prompt) % self.parts in (0, self.parts // 2):
+                chosen.append(lane)
+            numbers[lane.prompt] += 1
+        return chosen or self.lanes
+
     def of(self, mask: SkipMask) -> MaskReplay:
         """The replay of one mask."""
         return MaskReplay(self, mask)
@@ -183,8 +204,9 @@ class MaskReplay:
     def __init__(self, replay: Replay, mask: SkipMask) -> None:
         self.replay, self.mask = replay, mask
         self.view = draft_view(replay.model, mask)
-        self.layers = [_ReferenceLayer(*reference) for reference in replay.reference]
+        self.layers = [_ReferenceLayer(*reference, replay.scratch) for reference in replay.reference]
         self.drafts: dict[Start, Draft] = {}
+        self.by_lane: list[Counter[tuple[int, int]]] = []  # blocks of the last walk, lane by lane
 
     @torch.no_grad()
     def run(self, starts: Iterable[Start]) -> None:
@@ -199,11 +221,10 @@ class MaskReplay:
         prompts = torch.tensor([p for p, _ in starts], device=device)
         committed = torch.tensor([t for _, t in starts], device=device)
         length = int(committed.max()) - 1
-        everyone = [p for p, _ in starts] == list(range(len(replay.lengths)))
         # A draft behind t committed tokens has the reference up to t - 2; token t - 1 is its first input.
         at_RK = committed[:, None] - 1 + torch.arange(k, device=device)
         for layer in self.layers:
-            layer.rows, layer.length, layer.slots_RK = None if everyone else prompts, length, at_RK
+            layer.rows, layer.length, layer.slots_RK = prompts, length, at_RK
         given: dict[str, Any] = {"position_ids": at_RK} if takes_positions(replay.model) else {}
         if replay.together:
             keys = torch.arange(length + k, device=device)[None]
@@ -227,17 +248,20 @@ class MaskReplay:
         for start, n, confidence in zip(starts, matches, confidence_RK.tolist(), strict=True):
             self.drafts[start] = Draft(n, tuple(confidence))
 
-    def walk(self, policy: DraftPolicy, tokens: int | None = None) -> Counter[tuple[int, int]]:
+    def walk(
+        self, policy: DraftPolicy, tokens: int | None = None, lanes: Sequence[Lane] | None = None
+    ) -> Counter[tuple[int, int]]:
         """Blocks by (drafted, accepted), as `DecodeStats.blocks` of real decoding with this policy.
 
         All lanes advance together, a block a round, so that each round is one pass.
 
         Args:
             tokens: stop each lane once so many are committed; what ran is remembered, so that going on costs no more.
+            lanes: some of the replay's; by default all.
         """
         assert policy.max_length <= self.replay.max_length
-        trace, lanes = self.replay.trace, self.replay.lanes
-        blocks: Counter[tuple[int, int]] = Counter()
+        trace, lanes = self.replay.trace, self.replay.lanes if lanes is None else lanes
+        by_lane: list[Counter[tuple[int, int]]] = [Counter() for _ in lanes]
         rules = [ExitRule(policy) for _ in lanes]
         at = {number: lane.start for number, lane in enumerate(lanes)}
         while at:
@@ -248,13 +272,14 @@ class MaskReplay:
                 k = rules[number].length(draft.confidence, len(trace.prompts[lane.prompt]) + trace.new_tokens - t - 1)
                 n = min(draft.matches, k)
                 rules[number].learn(k, n)
-                blocks[k, n] += 1
+                by_lane[number][k, n] += 1
                 at[number] = t + n + 1
                 if at[number] >= lane.end(tokens):
                     del at[number]
-        return blocks
+        self.by_lane = by_lane
+        return sum(by_lane, Counter())
 
-    def outlook(self) -> list[tuple[list[bool], list[float]]]:
+    def outlook(self, lanes: Sequence[Lane] | None = None) -> list[tuple[list[bool], list[float]]]:
         """For each lane, position by position: would a draft be right there, and how sure was it?
 
         Read off the drafts run so far. Positions that no draft reached count as right and sure. Good for
@@ -264,7 +289,7 @@ class MaskReplay:
         for (p, t), draft in self.drafts.items():
             of_prompt.setdefault(p, []).append((t, draft))
         rows = []
-        for lane in self.replay.lanes:
+        for lane in self.replay.lanes if lanes is None else lanes:
             size = lane.stop - lane.start
             right, sure = [True] * size, [1.0] * size
             for t, draft in of_prompt.get(lane.prompt, []):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -23,7 +24,7 @@ from skipsearch.maskfile import Draft, MaskFile, Provenance, load_mask
 from skipsearch.model.load import Loaded, check_mask_belongs, model_card
 from skipsearch.search.audit import Audit, audit
 from skipsearch.search.cost import draft_step
-from skipsearch.search.objective import Score, Scorer, score
+from skipsearch.search.objective import Score, Scorer, score, standard_error
 from skipsearch.search.options import MAX_LENGTH, NGRAM, TRIAL_LANES, TRIAL_LENGTH, SearchOptions
 from skipsearch.search.prepare import Prepared, chosen_prompts, prepare
 from skipsearch.search.prompts import PromptSource
@@ -42,6 +43,9 @@ class SearchResult:
         mask: the best mask, None if no mask is predicted to beat plain decoding.
         file: mask.json as written, with evidence and verdict.
         predicted: its score on the whole trace.
+        standard_error: of the predicted speed-up, over prompts.
+        scored_tokens: of the trace.
+        front: trials that none other beats in both acceptance rate and cost ratio.
         measured: its validation.
         folder: where everything lies.
         trials: finished trials in the study.
@@ -51,6 +55,9 @@ class SearchResult:
     mask: SkipMask
     file: MaskFile
     predicted: Score
+    standard_error: float
+    scored_tokens: int
+    front: list[dict[str, Any]]
     measured: Measured
     folder: Path
     trials: int
@@ -65,20 +72,15 @@ def search_trials(
     model = loaded.model
     space, url = prepared.space, options.storage or storage_url(folder)
     study = Study(url, options.study, space, prepared.identity, options.sampler, options.seed, options.pareto)
-    part = prepared.trace.head(options.trial_prompts, options.trial_tokens)
     if len(study.finished()) < options.trials:
+        few = prepared.trace.head(8, options.trial_tokens)
         study.enqueue(
             all_seeds(
-                model,
-                part.head(8, options.trial_tokens),
-                space,
-                prepared.point,
-                progress,
-                loaded.preset,
-                earlier_mask(loaded, folder),
+                model, few, space, prepared.point, progress, loaded.preset, earlier_mask(loaded, folder)
             )
-        )
-        scorer = Scorer(Replay(model, part, TRIAL_LENGTH, memory=options.memory, lanes=TRIAL_LANES), prepared.point)
+        )  # fmt: skip
+        replay = Replay(model, prepared.trace, TRIAL_LENGTH, memory=options.memory, lanes=TRIAL_LANES)
+        scorer = Scorer(replay, prepared.point)
         study.optimize(scorer, trials=options.trials, time_budget=options.time_budget, report=report)
     if not study.best(1):
         raise SkipsearchError("no trial has finished within the time budget; raise --time-budget")
@@ -128,7 +130,7 @@ def search(
     study = search_trials(loaded, prepared, folder, options, progress, report)
     study.export_csv(folder / "trials.csv")
     write_json(folder / "front.json", {"front": study.front()})
-    predicted, trial = rescore(loaded.model, prepared, study, progress, options.memory)
+    predicted, trial, error = rescore(loaded.model, prepared, study, progress, options.memory)
     seconds["search"] = time.monotonic() - begin
     begin = time.monotonic()
     measured, policy = _measure(loaded.model, prepared, predicted, options, progress)
@@ -148,7 +150,8 @@ def search(
     file.save(folder / "mask.json")
     seconds["validate"] = time.monotonic() - begin
     result = SearchResult(
-        mask=predicted.mask, file=file, predicted=predicted, measured=measured, folder=folder,
+        mask=predicted.mask, file=file, predicted=predicted, standard_error=error,
+        scored_tokens=prepared.trace.tokens, front=study.front(), measured=measured, folder=folder,
         trials=len(study.finished()), seconds=seconds,
     )  # fmt: skip
     write_json(folder / "summary.json", summary(result))
@@ -185,15 +188,16 @@ def _measure(
 
 def rescore(
     model: PreTrainedModel, prepared: Prepared, study: Study, progress: Progress, memory: float | None = None
-) -> tuple[Score, int]:  # fmt: skip
-    """The best of the finalists on the whole trace, and its trial number."""
+) -> tuple[Score, int, float]:  # fmt: skip
+    """The best of the finalists on the whole trace, its trial number, and its speed-up's standard error."""
     replay, point = Replay(model, prepared.trace, MAX_LENGTH, memory=memory), prepared.point
     finalists = study.best(6)
     scored = []
     for number, (mask, _, trial) in enumerate(finalists):
         scored.append((score(replay, mask, point, thorough=True), trial))
         progress("finalists", number + 1, len(finalists))
-    return max(scored, key=lambda pair: pair[0].tokens_per_second)
+    best, trial = max(scored, key=lambda pair: pair[0].tokens_per_second)
+    return best, trial, standard_error(replay.of(best.mask), best.policy, point)
 
 
 def summary(result: SearchResult) -> dict[str, object]:
@@ -204,6 +208,8 @@ def summary(result: SearchResult) -> dict[str, object]:
         "model": result.file.model.id, "mask": result.mask.to_dict(), "draft": result.file.draft.model_dump(),
         "evidence": proof.model_dump(mode="json"),
         "predicted": {
+            "standard_error": round(result.standard_error, 4), "tokens": result.scored_tokens,
+        } | {
             k: round(getattr(result.predicted, k), 4)
             for k in ("tokens_per_second", "speedup", "acceptance_rate", "tau", "cost_ratio")
         },

@@ -29,9 +29,10 @@ from scipy.stats import norm
 Array = NDArray[Any]
 
 CANDIDATES = 400
-FIRST_RADIUS = 4.0  # parameters changed at once
+FIRST_RADIUS = 8.0  # parameters changed at once, at most half of them
 SUCCESSES = 3  # in a row: the region doubles
 ENOUGH = 1e-3  # of the best: what counts as one
+FLOOR = 0.7  # of the best: how much worse a point is below that says nothing
 NOISE = 1e-4  # of the variance: scores are deterministic
 LENGTHS, LINEAR = (0.15, 0.5, 1.5), (0.2, 0.8)  # kernels to choose from: length scale in D; share that is linear
 LATEST, FITTED = 400, 100  # trials that the process looks at, and that choose its kernel
@@ -132,7 +133,7 @@ class TrustRegionSampler(BaseSampler):
 
     def _improvement(self, x_ND: Array, y_N: Array, candidates_MD: Array, best: float) -> Array:
         """Expected improvement [M] over `best` by the likeliest of a few processes."""
-        if (floor := 0.05 * y_N.max()) > 0:  # speeds: ratios count
+        if (floor := FLOOR * y_N.max()) > 0:  # speeds: ratios count
             y_N, best = np.log(np.maximum(y_N, floor)), float(np.log(max(best, floor)))
         mean, scale = y_N.mean(), y_N.std() + 1e-12
         z_N = (y_N - mean) / scale
@@ -170,8 +171,9 @@ class TrustRegionSampler(BaseSampler):
 def follow(x_ND: Array, y_N: Array, proposed_N: Array, low: Array, high: Array, seed: int) -> Region:
     """The region that trials in this order lead to; seeds move its centre, and say nothing about its size."""
     rng = np.random.default_rng(seed)
-    centre, best, radius, since = None, -np.inf, FIRST_RADIUS, 0
     patience, widest = max(6, len(low) // 4), max(2.0, len(low) / 2)
+    first = min(FIRST_RADIUS, widest)
+    centre, best, radius, since = None, -np.inf, first, 0
     good = bad = 0
     for n, (x, y, proposed) in enumerate(zip(x_ND, y_N, proposed_N, strict=True)):
         if proposed:
@@ -188,5 +190,5 @@ def follow(x_ND: Array, y_N: Array, proposed_N: Array, low: Array, high: Array, 
             where = rng.choice(len(low), max(1, len(low) // 6), replace=False)
             down = centre[where] > low[where]
             centre[where] = np.where(down, centre[where] - 1, np.minimum(high[where], centre[where] + 1))
-            best, radius, since, good, bad = -np.inf, FIRST_RADIUS, n + 1, 0, 0
+            best, radius, since, good, bad = -np.inf, first, n + 1, 0, 0
     return Region(centre, radius, since)

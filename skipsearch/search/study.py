@@ -195,7 +195,7 @@ class Study:
                     ("acceptance_rate", round(result.acceptance_rate, 4)), ("tau", round(result.tau, 4)),
                     ("cost_ratio", round(result.cost_ratio, 4)), ("speedup_predicted", round(result.speedup, 4)),
                     ("max_length", result.policy.max_length), ("exit_threshold", result.policy.exit_threshold),
-                    ("whole", result.whole),
+                    ("fidelity", result.fidelity),
                 ):  # fmt: skip
                     trial.set_user_attr(key, value)
                 both = (result.acceptance_rate, result.cost_ratio)
@@ -217,7 +217,7 @@ class Study:
 
     def best(self, count: int) -> list[tuple[SkipMask, DraftPolicy, int]]:
         """The best different masks with their policies and trial numbers, best first."""
-        scored = [t for t in self.finished() if t.user_attrs.get("whole")]  # others repeat these, or were given up
+        scored = [t for t in self.finished() if t.user_attrs.get("fidelity") == "whole"]  # not repeats, nor given up
         found: dict[SkipMask, tuple[SkipMask, DraftPolicy, int]] = {}
         for trial in sorted(scored, key=lambda t: -t.user_attrs["tokens_per_second"]):
             mask = self.mask_of(trial)

@@ -1,0 +1,134 @@
+"""Calibration: does the cost model foretell what decoding then takes? Predicted against measured tokens per second.
+
+Masks from sparse to dense, at two context lengths. Predicted: counts from exact replay, seconds from the profile.
+Measured: the same prompts decoded, masks in random order, plain decoding among them in every round.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import bootstrap, spearmanr
+from transformers import PreTrainedModel
+
+from skipsearch.decoding.backend import backend_name, compiled_for, warm_mask
+from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.mask import SkipMask
+from skipsearch.model.load import Loaded
+from skipsearch.model.sublayers import find_sublayers, input_device
+from skipsearch.search.cost import device_name, profile
+from skipsearch.search.objective import exact
+from skipsearch.search.options import TRIAL_LENGTH, SearchOptions
+from skipsearch.search.prepare import chosen_prompts, context_limit
+from skipsearch.search.prompts import Ids
+from skipsearch.search.replay import Replay
+from skipsearch.search.trace import Progress, record
+from skipsearch.search.validate import our_arm
+
+PROMPTS, TOKENS, SHORT = 4, 48, 64
+SPEARMAN, MEDIAN_ERROR = 0.95, 0.05  # what a cost model that can be trusted reaches
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """One context length.
+
+    Attributes:
+        context: tokens of each prompt.
+        rows: {"attention", "mlp" (skipped), "policy", "predicted", "measured" (tokens per second)}, one a mask.
+        plain: predicted and measured tokens per second of plain decoding.
+        spearman, spearman_ci: rank correlation of predicted and measured.
+        median_error: of predicted tokens per second, relative to measured.
+        median_error_of_speedup: likewise of the speed-up over plain decoding, which a slower hour does not touch.
+    """
+
+    context: int
+    rows: tuple[dict[str, Any], ...]
+    plain: tuple[float, float]
+    spearman: float
+    spearman_ci: tuple[float, float]
+    median_error: float
+    median_error_of_speedup: float
+
+
+def calibrate(
+    loaded: Loaded, options: SearchOptions, progress: Progress, *, masks: int = 40, rounds: int = 3
+) -> dict[str, Any]:
+    """Measure at a short and at a long context.
+
+    Returns:
+        {"model", "device", "backend", "dtype", "passed", "contexts": [Calibration as a dict, ..]}.
+    """
+    model = loaded.model
+    compiled = compiled_for(model, options.backend, progress=progress)
+    stream = [token for prompt in chosen_prompts(loaded, options).calibration for token in prompt]
+    most = context_limit(model) - TOKENS - TRIAL_LENGTH - 4
+    long = max(SHORT + 1, min(most, len(stream) // 2, 8 * SHORT))
+    found = []
+    for context in (min(SHORT, most), min(long, most)):
+        stride = max(1, (len(stream) - context) // PROMPTS)
+        prompts = tuple(tuple(stream[i * stride : i * stride + context]) for i in range(PROMPTS))
+        found.append(_at(model, prompts, context, compiled, progress, masks, rounds, options.seed))
+    return {
+        "model": loaded.name, "device": device_name(input_device(model)), "backend": backend_name(compiled),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "passed": all(c.spearman >= SPEARMAN and c.median_error_of_speedup <= MEDIAN_ERROR for c in found),
+        "contexts": [{name: getattr(c, name) for name in c.__slots__} for c in found],
+    }  # fmt: skip
+
+
+def _at(
+    model: PreTrainedModel, prompts: tuple[Ids, ...], context: int, compiled: Any, progress: Progress, masks: int,
+    rounds: int, seed: int,
+) -> Calibration:  # fmt: skip
+    layers, rng = find_sublayers(model).num_layers, random.Random(seed)
+    trace = record(model, prompts, TOKENS, progress, compiled)
+    point = profile(
+        model, "", contexts=[round(trace.mean_context)], max_length=TRIAL_LENGTH, progress=progress, compiled=compiled
+    ).points[0]  # fmt: skip
+    replay = Replay(model, trace, TRIAL_LENGTH)
+    chosen: list[tuple[SkipMask, DraftPolicy]] = []
+    for number in range(masks):  # sparse to dense, the first layer kept: without it hardly anything is accepted
+        density = (number + 0.5) / masks * 0.85
+        mask = SkipMask.from_bits([i % layers > 0 and rng.random() < density for i in range(2 * layers)])
+        chosen.append((mask, DraftPolicy(max_length=rng.randint(1, TRIAL_LENGTH))))
+        warm_mask(compiled, model, mask)
+    predicted = [exact(replay.of(mask), policy, point).tokens_per_second for mask, policy in chosen]
+    arms = [our_arm(model, compiled=compiled), *(our_arm(model, *pair, compiled) for pair in chosen)]
+    for arm in arms:
+        arm(prompts[0], 4)
+    seconds: list[list[float]] = [[] for _ in arms]
+    tokens = [0] * len(arms)
+    for turn in range(rounds):
+        for done, i in enumerate(rng.sample(range(len(arms)), len(arms))):
+            runs = [arms[i](prompt, TOKENS) for prompt in prompts]
+            seconds[i].append(sum(run.seconds for run in runs))
+            tokens[i] = sum(run.tokens for run in runs)
+            progress("calibrate", turn * len(arms) + done + 1, rounds * len(arms))
+    plain, *measured = [n / statistics.median(s) for n, s in zip(tokens, seconds, strict=True)]
+    expected = 1 / point.verify[0]
+    return Calibration(
+        context=context, plain=(expected, plain),
+        rows=tuple(
+            {"attention": len(m.attention), "mlp": len(m.mlp), "policy": str(p), "predicted": a, "measured": b}
+            for (m, p), a, b in zip(chosen, predicted, measured, strict=True)
+        ),
+        spearman=float(spearmanr(predicted, measured).statistic), spearman_ci=_interval(predicted, measured),
+        median_error=statistics.median(abs(a - b) / b for a, b in zip(predicted, measured, strict=True)),
+        median_error_of_speedup=statistics.median(
+            abs(a / expected - b / plain) / (b / plain) for a, b in zip(predicted, measured, strict=True)
+        ),
+    )  # fmt: skip
+
+
+def _interval(predicted: Sequence[float], measured: Sequence[float]) -> tuple[float, float]:
+    found = bootstrap(
+        (np.array(predicted), np.array(measured)), lambda a, b: spearmanr(a, b).statistic, paired=True,
+        vectorized=False, n_resamples=1000, method="percentile", rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    return float(found.low), float(found.high)

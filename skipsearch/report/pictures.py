@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 
 def search_history(folder: Path) -> go.Figure:
@@ -32,6 +33,23 @@ def acceptance_against_cost(folder: Path) -> go.Figure:
         marker={"color": trials["speedup_predicted"], "colorbar": {"title": "speed-up"}, "colorscale": "Viridis"},
     )  # fmt: skip
     figure.update_layout(xaxis_title="cost ratio c", yaxis_title="acceptance rate", template="simple_white")
+    return figure
+
+
+def signals_against_decoding(folder: Path) -> go.Figure:
+    """What cheap signals say of each mask over what decoding with it accepted; from benchmarks/signals.py."""
+    masks, table = pd.read_csv(folder / "masks.csv"), pd.read_csv(folder / "table.csv")
+    names = list(table.sort_values("acceptance")["signal"])
+    found = dict(zip(table["signal"], table["acceptance"], strict=True))
+    titles = [f"{name}: Spearman {found[name]:.2f}" for name in names]
+    figure = make_subplots(rows=2, cols=3, subplot_titles=titles, shared_yaxes=True)
+    for number, name in enumerate(names):
+        figure.add_scatter(
+            x=masks[name], y=masks["decoded acceptance"], mode="markers", showlegend=False, text=masks["skipped"],
+            marker={"size": 4, "color": masks["speedup"], "colorscale": "Viridis", "showscale": number == 0},
+            row=number // 3 + 1, col=number % 3 + 1,
+        )  # fmt: skip
+    figure.update_layout(template="simple_white", height=600, yaxis_title="decoded acceptance")
     return figure
 
 

@@ -28,7 +28,7 @@ test: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/replay_speed.py
 	$(BIN)/python benchmarks/search_speed.py
-	$(BIN)/python benchmarks/cost_model.py
+	$(BIN)/skipsearch doctor --calibrate
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/skipsearch bench --model demo --mask results/demo/mask.json --out results/demo
 	$(BIN)/python benchmarks/block_profile.py --mask results/demo/mask.json

@@ -82,7 +82,7 @@ class Evidence(_Part):
     tokens: int
     prompts_sha256: str
     verdict: Literal["use", "do not use"]
-    temperature: float = 0.0
+    temperature: float | None = None
     served_speedup: float | None = None
     served_speedup_ci: tuple[float, float] | None = None
 
@@ -140,7 +140,7 @@ class MaskFile(_Part):
         data = self.model_dump(mode="json")
         data["draft"] = {k: v for k, v in data["draft"].items() if v or k in ("max_length", "exit_threshold")}
         if data["evidence"] is not None:
-            data["evidence"] = {k: v for k, v in data["evidence"].items() if v is not None}
+            data["evidence"] = {k: v for k, v in data["evidence"].items() if v is not None or k == "greedy_equal"}
         data["per_layer_config"] = self.mask.to_per_layer_config()
         write_json(Path(path), data)
 

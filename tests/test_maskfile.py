@@ -504,3 +504,14 @@ def test_a_missing_import_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MaskError) as error:
         import_mask(tmp_path / "skip_layers.json", num_layers=40)
     assert_one_sentence(error, "skip_layers.json", "does not exist")
+
+
+def test_a_mask_measured_while_sampling_is_read_back(tmp_path: Path) -> None:
+    """Prevents a file that its own writer cannot read: equal tokens are no question there, and say null."""
+    mask = load_mask(Path(__file__).parents[1] / "results" / "measured" / "demo.mask.json")
+    assert mask.evidence is not None
+    sampled = mask.model_copy(
+        update={"evidence": mask.evidence.model_copy(update={"greedy_equal": None, "temperature": 0.7})}
+    )
+    sampled.save(tmp_path / "mask.json")
+    assert load_mask(tmp_path / "mask.json") == sampled

@@ -231,7 +231,7 @@ def evidence(
         baseline_tokens_per_second=round(measured.plain_tokens_per_second, 2), greedy_equal=measured.greedy_equal,
         backend=backend, dtype=str(model.dtype).removeprefix("torch."), device=device_name(input_device(model)),
         prompts=len(prompts), tokens=measured.tokens, prompts_sha256=fingerprint(prompts),
-        temperature=temperature,
+        temperature=temperature or None,
         verdict="use" if low > 1.0 else "do not use", served_speedup=measured.served and round(measured.served, 4),
         served_speedup_ci=measured.served_ci and (round(measured.served_ci[0], 4), round(measured.served_ci[1], 4)),
     )  # fmt: skip

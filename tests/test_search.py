@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import SUPPORTED
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from skipsearch import SkipMask
@@ -325,6 +326,26 @@ def test_little_memory_means_few_rows_and_the_same_counts(tiny: Any) -> None:
     small, large = Replay(model, trace, 4, memory=1), Replay(model, trace, 4, memory=1e9)
     assert small.rows == 1 < large.rows
     assert small.of(mask).walk(policy) == large.of(mask).walk(policy)
+
+
+@hypothesis_settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_drafts_side_by_side_are_those_run_alone(tiny: Any, data: Any) -> None:
+    """Prevents drafts of one prompt, laid out in one row, from seeing each other."""
+    model = tiny("llama")
+    trace = make_trace(model)
+    together, alone = Replay(model, trace, 4, lanes=5), Replay(model, trace, 4)
+    alone.together, alone.rows = False, 1
+    bits = data.draw(st.lists(st.booleans(), min_size=8, max_size=8))
+    every = [(p, t) for p, row in enumerate(trace.prompts) for t in range(len(row) + 1, together.lengths[p])]
+    starts = data.draw(st.lists(st.sampled_from(every), min_size=1, max_size=12, unique=True))
+    drafts = [replay.of(SkipMask.from_bits(bits)) for replay in (together, alone)]
+    for some in drafts:
+        some.run(starts)
+    assert drafts[0].drafts.keys() == drafts[1].drafts.keys() == set(starts)
+    for start in starts:
+        assert drafts[0].drafts[start].matches == drafts[1].drafts[start].matches
+        assert drafts[0].drafts[start].confidence == pytest.approx(drafts[1].drafts[start].confidence, abs=1e-4)
 
 
 def test_giving_up_early_needs_evidence_and_keeps_the_best(tiny: Any, monkeypatch: Any) -> None:

@@ -165,7 +165,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
         os.replace(new, out)
 
 
-def train(minutes: float, out: Path, seed: int, compiled: bool) -> None:
+def train(minutes: float, out: Path, seed: int, compiled: bool, shape: dict[str, int] = SHAPE) -> None:
     torch.manual_seed(seed)
     rng = random.Random(seed)
     texts = [text for _, text in modules(held_out=False)]
@@ -176,7 +176,7 @@ def train(minutes: float, out: Path, seed: int, compiled: bool) -> None:
 
     config = LlamaConfig(
         vocab_size=VOCAB, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=0, pad_token_id=0, **SHAPE, **HEADS,
+        bos_token_id=None, eos_token_id=0, pad_token_id=0, **shape, **HEADS,
     )  # fmt: skip
     config._attn_implementation = "eager"  # compiled, it trains a third faster than sdpa's CPU backward
     model = LlamaForCausalLM(config)
@@ -254,8 +254,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     has_compiler = bool(shutil.which("g++") or shutil.which("clang++"))
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=has_compiler)
+    for name, value in SHAPE.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     args = parser.parse_args()
-    train(args.minutes, args.out, args.seed, args.compile)
+    train(args.minutes, args.out, args.seed, args.compile, {name: getattr(args, name) for name in SHAPE})
 
 
 if __name__ == "__main__":

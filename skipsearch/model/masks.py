@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 def attention_masks(
     model: PreTrainedModel, windows: list[int | None], query_RQ: Tensor, keys: Callable[[int | None], Tensor],
-    pads_R: Tensor | None = None,
+    pads_R: Tensor | None = None, only_RQK: Tensor | None = None,
 ) -> Any:  # fmt: skip
     """Which keys each query may see: a tensor [R, 1, Q, K], or one for each layer type of the model.
 
@@ -24,6 +24,7 @@ def attention_masks(
         query_RQ: slot of each query.
         keys: slots [R or 1, K] of the keys that a layer with this window hands to attention.
         pads_R: slots below these hold padding.
+        only_RQK: keys that may be seen at all.
     """
     config = model.config.get_text_config(decoder=True)
     kinds = dict(zip(getattr(config, "layer_types", None) or ["all"] * len(windows), windows, strict=True))
@@ -39,6 +40,8 @@ def attention_masks(
         if pads_R is not None:
             # A padding query sees itself, so that no row of the softmax is empty.
             seen = seen & ((key >= pads_R[:, None, None]) | (key == query))
+        if only_RQK is not None:
+            seen = seen & only_RQK
         return _as_wanted(model, seen[:, None])
 
     found = {name: mask(name, window) for name, window in kinds.items()}

@@ -10,7 +10,8 @@ mismatch it is the real draft. Promises the accepted counts of real decoding, ex
 seconds. With a confidence exit, how far a draft goes *beyond* its first mismatch is taken from the
 reference tokens too; that decides its cost by a fraction of a token, never what is accepted.
 
-Shapes: R rows, each a block start; K drafted tokens; T reference positions; V vocabulary.
+Shapes: S block starts; P rows, each with G starts of one prompt; K drafted tokens; Q = G * K queries; T positions;
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -35,9 +36,8 @@ from skipsearch.model.cache import layer_windows
 from skipsearch.model.masks import attention_masks
 from skipsearch.model.sublayers import input_device, takes_positions
 from skipsearch.model.view import draft_view
+from skipsearch.search.reference import Grid, ReferenceLayer, Start
 from skipsearch.search.trace import Trace
-
-Start = tuple[int, int]  # (prompt, committed tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,35 +64,6 @@ class Lane:
     def end(self, tokens: int | None) -> int:
         """Where it ends if so many tokens are looked at."""
         return self.stop if tokens is None else min(self.stop, self.start + tokens)
-
-
-class _ReferenceLayer(DynamicLayer):  # type: ignore[misc]
-    """Shows the draft the reference keys and values of its rows with its own in their places, and stores nothing.
-
-    The copy that it shows lies in memory that all layers share by turns: it is warm, and read before the next layer.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, scratch: dict[Any, Tensor]) -> None:
-        super().__init__()
-        self.reference, self.scratch = (keys, values), scratch
-        self.rows = self.slots_RK = torch.empty(0)
-        self.length = 0
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        out = []
-        row, tokens = torch.arange(len(key_states), device=key_states.device)[:, None], key_states.shape[2]
-        for which, (reference, own) in enumerate(zip(self.reference, (key_states, value_states), strict=True)):
-            shape = (len(own), *reference.shape[1:])
-            name = (which, shape, reference.dtype)
-            if name not in self.scratch:
-                self.scratch[name] = torch.empty(shape, dtype=reference.dtype, device=reference.device)
-            kept = torch.index_select(reference, 0, self.rows, out=self.scratch[name])[:, :, : self.length + tokens]
-            kept[row, :, self.slots_RK] = own.transpose(1, 2)
-            out.append(kept)
-        return out[0], out[1]
-
-    def get_seq_length(self) -> int:
-        return self.length
 
 
 def free_memory(device: torch.device) -> float:
@@ -122,19 +93,19 @@ class Replay:
         self, model: PreTrainedModel, trace: Trace, max_length: int = 8, rows: int = 96, memory: float | None = None,
         lanes: int = 1,
     ) -> None:  # fmt: skip
-        self.together = rows_may_differ(model)  # else each start is a pass of its own: slower, and the same
         self.model, self.trace, self.max_length = model, trace, max_length
         sequences = [p + c for p, c in zip(trace.prompts, trace.continuations, strict=True)]
         self.lengths = [len(s) for s in sequences]
         self.lanes: list[Lane] = []
-        self.parts = lanes
+        self.parts, self.longest = lanes, max(self.lengths)
+        self.side = max(2, lanes)  # starts of a prompt in one row, at most
         for p, (prompt, length) in enumerate(zip(trace.prompts, self.lengths, strict=True)):
             first = len(prompt) + 1  # the prefill gives the token before
             cuts = [first + (length - first) * lane // lanes for lane in range(lanes + 1)]
             self.lanes += [Lane(p, a, b) for a, b in itertools.pairwise(cuts) if a < b]
         # Room behind each row, so that a draft near the end has (meaningless) tokens to read.
         self.ids = torch.zeros(
-            (len(sequences), max(self.lengths) + max_length), dtype=torch.long, device=input_device(model)
+            (len(sequences), self.longest + max_length), dtype=torch.long, device=input_device(model)
         )
         for i, sequence in enumerate(sequences):
             self.ids[i, : len(sequence)] = torch.tensor(sequence)
@@ -146,6 +117,9 @@ class Replay:
         self.target_PT = torch.zeros(shape, device=self.ids.device)
         self.scratch: dict[Any, Tensor] = {}
         self.reference = self._reference()
+        self.together = True
+        self.together = rows_may_differ(model) and self._keys_may_move()
+        # Else each start is a pass of its own: slower, and the same.
         self.rows = self._rows(rows, memory) if self.together else 1
 
     @torch.no_grad()
@@ -160,14 +134,27 @@ class Replay:
             if self.temperature:
                 self.target_PT[first : first + 8, 1 : ids.shape[1]] = self.log_probs(logits[:, :-1], ids[:, 1:])
             kept.append([(layer.keys, layer.values) for layer in cache.layers])
+        room = (0, 0, 0, self.side * self.max_length)  # behind each row, for what a pass adds
         return [
-            # With room for what a draft at the end adds.
-            (
-                F.pad(torch.cat([c[i][0] for c in kept]), (0, 0, 0, self.max_length)),
-                F.pad(torch.cat([c[i][1] for c in kept]), (0, 0, 0, self.max_length)),
-            )
+            (F.pad(torch.cat([c[i][0] for c in kept]), room), F.pad(torch.cat([c[i][1] for c in kept]), room))
             for i in range(config.num_hidden_layers)
         ]
+
+    @torch.no_grad()
+    def _keys_may_move(self) -> bool:
+        """Whether drafts side by side come out as they do alone: not where a key's bias follows from its place."""
+        prompt = max(range(len(self.lengths)), key=self.lengths.__getitem__)
+        starts = [(prompt, max(1, self.longest - 1 - far)) for far in (2, 0)]
+        drafts = MaskReplay(self, SkipMask(num_layers=len(self.reference)))
+        try:
+            _, at_PQ, logits_PQV = drafts.logits(starts)
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return False  # the model makes nothing of such masks
+        alone = self.model(input_ids=self.ids[prompt : prompt + 1, : self.longest], use_cache=False).logits[0].float()
+        known = at_PQ < self.longest
+        far = (logits_PQV[known].float() - alone[at_PQ[known]]).abs().max()
+        half = self.model.dtype in (torch.float16, torch.bfloat16)
+        return bool(far <= (0.05 if half else 1e-3) * alone.abs().max())
 
     def _rows(self, most: int, memory: float | None) -> int:
         """Rows of a pass that fit: each has a copy of its prompt's keys and values in one layer, and its logits."""
@@ -204,48 +191,61 @@ class MaskReplay:
     def __init__(self, replay: Replay, mask: SkipMask) -> None:
         self.replay, self.mask = replay, mask
         self.view = draft_view(replay.model, mask)
-        self.layers = [_ReferenceLayer(*reference, replay.scratch) for reference in replay.reference]
+        self.layers = [ReferenceLayer(*reference, replay.scratch) for reference in replay.reference]
         self.drafts: dict[Start, Draft] = {}
         self.by_lane: list[Counter[tuple[int, int]]] = []  # blocks of the last walk, lane by lane
 
     @torch.no_grad()
     def run(self, starts: Iterable[Start]) -> None:
         """Run the drafts of these block starts that are not known yet."""
-        missing = [s for s in starts if s not in self.drafts]
+        missing = sorted({s for s in starts if s not in self.drafts})
         for first in range(0, len(missing), self.replay.rows):
             self._run(missing[first : first + self.replay.rows])
 
-    def _run(self, starts: list[Start]) -> None:
-        replay, k = self.replay, self.replay.max_length
-        device = replay.ids.device
-        prompts = torch.tensor([p for p, _ in starts], device=device)
-        committed = torch.tensor([t for _, t in starts], device=device)
-        length = int(committed.max()) - 1
+    def logits(self, starts: list[Start]) -> tuple[Grid, Tensor, Tensor]:
+        """How the starts were laid out, places [P, Q] of the tokens read, and the draft's logits [P, Q, V]."""
+        replay, k, device = self.replay, self.replay.max_length, self.replay.ids.device
         # A draft behind t committed tokens has the reference up to t - 2; token t - 1 is its first input.
-        at_RK = committed[:, None] - 1 + torch.arange(k, device=device)
+        length = replay.longest if replay.together else starts[0][1] - 1
+        grid = Grid(starts, len(replay.lengths), k, length, replay.side, device)
+        prompts, width = grid.prompt_P[:, None], grid.start_PG.shape[1]
+        first_PG = torch.tensor([t - 1 for _, t in starts], device=device)[grid.start_PG]
+        at_PQ = (first_PG[..., None] + torch.arange(k, device=device)).flatten(1)
         for layer in self.layers:
-            layer.rows, layer.length, layer.slots_RK = prompts, length, at_RK
-        given: dict[str, Any] = {"position_ids": at_RK} if takes_positions(replay.model) else {}
+            layer.grid = grid
+        given: dict[str, Any] = {"position_ids": at_PQ} if takes_positions(replay.model) else {}
         if replay.together:
-            keys = torch.arange(length + k, device=device)[None]
-            given["attention_mask"] = attention_masks(replay.model, replay.windows, at_RK, lambda _window: keys)
-        logits_RKV = self.view(
-            input_ids=replay.ids[prompts[:, None], at_RK], past_key_values=Cache(layers=list(self.layers)),
-            use_cache=True, **given,
+            reference_T = torch.arange(length, device=device)
+            keys_PT = torch.cat([reference_T.expand(len(at_PQ), -1), at_PQ], 1)
+            before_PQT = reference_T < first_PG.repeat_interleave(k, 1)[..., None]
+            of_Q = torch.arange(width, device=device).repeat_interleave(k)
+            itself_PQT = (of_Q[:, None] == of_Q).expand(len(at_PQ), -1, -1)
+            given["attention_mask"] = attention_masks(
+                replay.model, replay.windows, at_PQ, lambda _window: keys_PT,
+                only_RQK=torch.cat([before_PQT, itself_PQT], 2),
+            )  # fmt: skip
+        logits_PQV = self.view(
+            input_ids=replay.ids[prompts, at_PQ], past_key_values=Cache(layers=list(self.layers)), use_cache=True,
+            **given,
         ).logits  # fmt: skip
-        wanted_RK, row = replay.ids[prompts[:, None], at_RK + 1], prompts[:, None]
-        highest_RK, token_RK = logits_RKV.max(-1)
+        return grid, at_PQ, logits_PQV
+
+    def _run(self, starts: list[Start]) -> None:
+        replay = self.replay
+        grid, at_PQ, logits_PQV = self.logits(starts)
+        prompts = grid.prompt_P[:, None]
+        wanted_PQ = replay.ids[prompts, at_PQ + 1]
+        highest_PQ, token_PQ = logits_PQV.max(-1)
         if replay.temperature:
-            draft_RK = replay.log_probs(logits_RKV, wanted_RK)
-            accepted_RK = replay.chance_PT[row, at_RK + 1] < (draft_RK - replay.target_PT[row, at_RK + 1]).exp()
-            confidence_RK = replay.log_probs(logits_RKV, token_RK).exp()
+            draft_PQ = replay.log_probs(logits_PQV, wanted_PQ)
+            accepted_PQ = replay.chance_PT[prompts, at_PQ + 1] < (draft_PQ - replay.target_PT[prompts, at_PQ + 1]).exp()
+            confidence_PQ = replay.log_probs(logits_PQV, token_PQ).exp()
         else:
-            accepted_RK = token_RK == wanted_RK
-            confidence_RK = (highest_RK.float() - logits_RKV.float().logsumexp(-1)).exp()
-        ends = torch.tensor([replay.lengths[p] for p, _ in starts], device=device)
-        right_RK = accepted_RK & (at_RK + 1 < ends[:, None])
-        matches = right_RK.long().cumprod(-1).sum(-1).tolist()
-        for start, n, confidence in zip(starts, matches, confidence_RK.tolist(), strict=True):
+            accepted_PQ = token_PQ == wanted_PQ
+            confidence_PQ = (highest_PQ.float() - logits_PQV.float().logsumexp(-1)).exp()
+        right_PQ = accepted_PQ & (at_PQ + 1 < torch.tensor(replay.lengths, device=at_PQ.device)[prompts])
+        matches = grid.of_starts(right_PQ).long().cumprod(-1).sum(-1).tolist()
+        for start, n, confidence in zip(starts, matches, grid.of_starts(confidence_PQ).tolist(), strict=True):
             self.drafts[start] = Draft(n, tuple(confidence))
 
     def walk(

@@ -21,6 +21,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from skipsearch.maskfile import load_mask
 from skipsearch.model.load import Loaded, load_model
 from skipsearch.model.preset import presets
 from skipsearch.report.bench import save_bench
-from skipsearch.search.cost import _sequence, _time_verify, device_name, profile
+from skipsearch.search.cost import device_name, profile, sequence_at, timed
 from skipsearch.search.objective import score
 from skipsearch.search.options import MAX_LENGTH, SearchOptions
 from skipsearch.search.replay import Replay
@@ -106,9 +107,9 @@ def shape_row(name: str, shape: tuple[int, ...], device: torch.device, bandwidth
     if compiled is not None:
         row["compiled_over_generate"] = row["generate"]["ms_a_token"] / row["compiled"]["ms_a_token"]
     for label, backend in (("eager", None), ("compiled", compiled))[: len(arms) - 1]:
-        plain = _sequence(model, SkipMask(num_layers=shape[2]), 128, MAX_LENGTH, backend)
+        plain = sequence_at(model, SkipMask(num_layers=shape[2]), 128, MAX_LENGTH, backend)
         row[f"verify_{label}"] = {
-            k: statistics.median(_time_verify(plain, k) for _ in range(9)) for k in (0, 1, 4, 8, 12)
+            k: statistics.median(timed(plain, partial(plain.verify, [k])) for _ in range(9)) for k in (0, 1, 4, 8, 12)
         }
         del plain
         row[f"c_{label}"] = {}

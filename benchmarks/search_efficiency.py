@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import statistics
 import tempfile
@@ -46,17 +47,17 @@ from skipsearch.search.validate import our_arm, race
 Stream = Iterator[tuple[int, SkipMask, float]]
 EVALUATIONS = {
     "ours": 200, "gp": 60, "tpe": 60, "random": 60, "flips": 80, "self-sd": 45, "swift": 600, "clasp": 1,
-    "knapspec": 5, "uniform": 4,
+    "knapspec": 5, "uniform": 4, "ours, 10 times": 2000, "self-sd, 10 times": 450,
 }  # fmt: skip
 
 
 class Bench:
     """What the arms share."""
 
-    def __init__(self, model: str, dtype: str) -> None:
+    def __init__(self, model: str, dtype: str, options: SearchOptions) -> None:
         self.loaded = load_model(model, dtype=dtype)
         self.model, self.path = self.loaded.model, find_sublayers(self.loaded.model).path
-        self.options = SearchOptions()
+        self.options = options
         with tempfile.TemporaryDirectory() as scratch:
             self.prepared: Prepared = prepare(self.loaded, Path(scratch), self.options, lambda *_: None)
         self.compiled, self.space = self.prepared.compiled, self.prepared.space
@@ -157,6 +158,7 @@ ARMS: dict[str, Callable[[Bench, int, int], list[dict[str, Any]]]] = {
     "random": lambda b, s, n: ours(b, s, n, "random"),
     "flips": streamed(flips), "self-sd": streamed(selfsd.search), "swift": streamed(swift.search),
     "clasp": streamed(hidden.clasp), "knapspec": streamed(hidden.knapspec), "uniform": streamed(strides),
+    "ours, 10 times": ours, "self-sd, 10 times": streamed(selfsd.search),
 }  # fmt: skip
 SCORED = 5  # incumbents of a run that are scored on held-out prompts, evenly over its evaluations' logarithm
 
@@ -168,7 +170,8 @@ def thinned(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [steps[i] for i in sorted(kept | {len(steps) - 1})]
 
 
-DETERMINISTIC = {"clasp", "knapspec", "uniform"}  # one run says all
+ONCE = {"clasp", "knapspec", "uniform"}  # deterministic: one run says all
+LONG = {"ours, 10 times", "self-sd, 10 times"}  # once as well, and when asked for
 
 
 def main() -> None:
@@ -177,17 +180,20 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--arm", nargs="*", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--evaluations", type=int, help="of each arm, in place of its own number")
+    parser.add_argument("--arm", nargs="*", default=[a for a in ARMS if a not in LONG], choices=list(ARMS))
+    parser.add_argument("--share", type=float, default=1.0, help="of each arm's evaluations: less for a slower model")
+    for name in ("prompts", "held_out", "new_tokens"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(SearchOptions(), name))
     parser.add_argument("--validate-only", action="store_true", help="run no arm; decode and draw what is there")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    path, bench = args.out / "runs.jsonl", Bench(args.model, args.dtype)
+    options = SearchOptions(prompts=args.prompts, held_out=args.held_out, new_tokens=args.new_tokens)
+    path, bench = args.out / "runs.jsonl", Bench(args.model, args.dtype, options)
     runs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for seed in range(args.seeds):
         for name in args.arm if not args.validate_only else []:
-            count = args.evaluations or EVALUATIONS[name]
-            if (name in DETERMINISTIC and seed) or any((r["arm"], r["seed"]) == (name, seed) for r in runs):
+            count = math.ceil(args.share * EVALUATIONS[name])
+            if (name in ONCE | LONG and seed) or any((r["arm"], r["seed"]) == (name, seed) for r in runs):
                 continue
             steps = thinned(ARMS[name](bench, seed, count))
             for step in steps:

@@ -28,13 +28,14 @@ from skipsearch.maskfile import MaskFile
 from skipsearch.model.load import Loaded, check_mask_belongs
 from skipsearch.model.sublayers import input_device
 from skipsearch.model.view import draft_view
-from skipsearch.search.cost import DRAFTS, _sequence, _time_draft, _time_verify, device_name
+from skipsearch.search.cost import device_name, sequence_at, timed
 from skipsearch.search.options import MAX_LENGTH
 from skipsearch.search.prompts import Ids
 from skipsearch.search.trace import Progress
 from skipsearch.search.validate import Arm, Run, Timing, interval, race
 
 Group = tuple[Ids, ...]
+STEPS = 6  # of a draft, in one timing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,11 +75,12 @@ def step_costs(
 ) -> tuple[float, float]:
     """Seconds of a draft step and of a plain step at a context length, measured in turns."""
     drafting, plain = (
-        _sequence(model, m, context, MAX_LENGTH, compiled) for m in (mask, SkipMask(num_layers=mask.num_layers))
+        sequence_at(model, m, context, MAX_LENGTH, compiled) for m in (mask, SkipMask(num_layers=mask.num_layers))
     )
     draft, step = [], []
     for turn in range(repeats + 3):
-        drafted, stepped = _time_draft(drafting, asks=False) / DRAFTS, _time_verify(plain, 0)
+        drafted = timed(drafting, lambda: drafting.draft([STEPS])) / STEPS
+        stepped = timed(plain, lambda: plain.verify([0]))
         if turn >= 3:
             draft.append(drafted)
             step.append(stepped)

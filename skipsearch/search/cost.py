@@ -9,17 +9,20 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import nnls
 from transformers import DynamicCache, PreTrainedModel
 
 from skipsearch.decoding.compiled import CompiledModel
-from skipsearch.decoding.policy import DraftPolicy, ExitRule
+from skipsearch.decoding.drafter import Drafter
+from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.files import write_json
 from skipsearch.mask import KINDS, Kind, SkipMask
@@ -27,7 +30,7 @@ from skipsearch.model.cache import layer_windows
 from skipsearch.model.sublayers import find_sublayers, input_device
 from skipsearch.search.trace import Progress
 
-DRAFTS = 6  # draft steps in one timing of a draft
+FEW = 5  # tokens of the longer one of two blocks that tell a draft step from a verify
 NEVER = 1e-9  # an exit threshold that is checked at every step and never met
 
 
@@ -118,6 +121,29 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@dataclass(frozen=True, slots=True)
+class _Arm:
+    """A draft to be timed: number of the mask, tokens, whether their confidence is looked at, and with its verify."""
+
+    mask: int
+    length: int
+    asks: bool = False
+    verifies: bool = False
+
+    @property
+    def policy(self) -> DraftPolicy:
+        return DraftPolicy(max_length=self.length, exit_threshold=NEVER if self.asks else None)
+
+    def steps(self, masks: list[SkipMask], groups: list[list[tuple[Kind, int]]]) -> list[int]:
+        """How often it takes the rest of a step, a look at the confidence, and a sublayer of each group."""
+        run = [sum(not masks[self.mask].skips(*sub) for sub in group) for group in groups]
+        return [self.length * count for count in (1, int(self.asks), *run)]
+
+    def verify(self, max_length: int) -> list[int]:
+        """How often it takes a verify of 1, 2, ... tokens."""
+        return [int(self.verifies and self.length == k) for k in range(1, max_length + 1)]
+
+
 def profile(
     model: PreTrainedModel,
     identity: str,
@@ -125,49 +151,50 @@ def profile(
     contexts: list[int],
     max_length: int,
     progress: Progress,
-    repeats: int = 9,
+    repeats: int = 7,
     compiled: CompiledModel | None = None,
 ) -> Costs:
-    """Measure at each context length: drafts with sublayers left out, verifies of 0..max_length tokens.
+    """Measure whole blocks at each context length, as decoding runs them, and tell their parts apart by difference.
 
-    Arms take turns and medians are kept, so that a passing disturbance hits all of them alike. Sublayers of one
-    kind that are built alike count as equally dear; others (dense and mixture layers, full and sliding attention)
-    are told apart.
+    A draft of K tokens takes K steps; a step takes the sum of the sublayers that run; a block takes a verify as well.
+    Drafts of masks with all, half and none of each group of sublayers, and blocks of one mask at every length, give
+    one linear system. Arms take turns and medians are kept, so that a passing disturbance hits all of them alike.
+    Sublayers of one kind that are built alike count as equally dear; others (dense and mixture layers, full and
+    sliding attention) are told apart.
     """
     layers = find_sublayers(model).num_layers
     groups = alike(model)
-    empty, everything = SkipMask(num_layers=layers), [sub for group in groups for sub in group]
-    masks = [empty, SkipMask.from_sublayers(everything, layers), SkipMask.from_sublayers(everything[::2], layers)]
+    everything = [sub for group in groups for sub in group]
+    half = SkipMask.from_sublayers(everything[::2], layers)
+    masks = [half, SkipMask(num_layers=layers), SkipMask.from_sublayers(everything, layers)]
     for group in groups:
         masks += [SkipMask.from_sublayers(part, layers) for part in (group, group[::2])]
+    few = min(FEW, max_length)
+    arms = [_Arm(0, k, verifies=True) for k in range(1, max_length + 1)] + [_Arm(0, few, asks=True, verifies=True)]
+    arms += [_Arm(i, few) for i in range(len(masks))]
     points = []
     for number, context in enumerate(contexts):
-        sequences = [_sequence(model, mask, context, max_length, compiled) for mask in masks]
-        plain = sequences[0]
-        arms: list[tuple[Any, ...]] = [("draft", i) for i in range(len(masks))]
-        arms += [("exit",)] + [("verify", k) for k in range(max_length + 1)]
-        times: dict[tuple[Any, ...], list[float]] = {arm: [] for arm in arms}
-        for turn in range(repeats + 3):
-            for arm in arms:
-                if arm[0] == "verify":
-                    seconds = _time_verify(plain, arm[1])
-                else:
-                    sequence = sequences[arm[1]] if arm[0] == "draft" else sequences[1]
-                    seconds = _time_draft(sequence, asks=arm[0] == "exit")
-                if turn >= 3:  # the first turns warm up
-                    times[arm].append(seconds)
-            progress("profile", number * (repeats + 3) + turn + 1, len(contexts) * (repeats + 3))
-        median = {arm: statistics.median(values) for arm, values in times.items()}
-        run = np.array([[1, *(sum(not m.skips(*sub) for sub in group) for group in groups)] for m in masks], float)
-        seconds_of = np.array([median["draft", i] for i in range(len(masks))]) / DRAFTS
-        rest, *each = np.maximum(0.0, np.linalg.lstsq(run, seconds_of, rcond=None)[0]).tolist()
-        price = {sub: seconds for group, seconds in zip(groups, each, strict=True) for sub in group}
+        sequences = [sequence_at(model, mask, context, max_length, compiled) for mask in masks]
+        times: dict[_Arm | None, list[float]] = {arm: [] for arm in (None, *arms)}
+        for turn in range(repeats + 2):
+            for arm, known in times.items():
+                sequence = sequences[0 if arm is None else arm.mask]
+                before = partial(sequence.verify, [0]) if arm is None else partial(_block, sequence, arm.policy)
+                run = before if arm is None or arm.verifies else partial(sequence.draft, [arm.length])
+                seconds = timed(sequence, run, before)
+                if turn >= 2:  # the first turns warm up
+                    known.append(seconds)
+            progress("profile", number * (repeats + 2) + turn + 1, len(contexts) * (repeats + 2))
+        plain, *medians = [statistics.median(known) for known in times.values()]
+        rows = np.array([[*arm.steps(masks, groups), *arm.verify(max_length)] for arm in arms], float)
+        weights = 1 / np.array(medians)  # relative errors count
+        rest, exit_check, *found = nnls(rows * weights[:, None], np.ones(len(arms)))[0].tolist()
+        price = {sub: seconds for group, seconds in zip(groups, found, strict=False) for sub in group}
         points.append(
             Point(
                 context=context, rest=rest, attention=tuple(price["attention", i] for i in range(layers)),
-                mlp=tuple(price["mlp", i] for i in range(layers)),
-                exit_check=max(0.0, (median["exit",] - median["draft", 1]) / DRAFTS),
-                verify=tuple(median["verify", k] for k in range(max_length + 1)),
+                mlp=tuple(price["mlp", i] for i in range(layers)), exit_check=exit_check,
+                verify=(plain, *found[len(groups) :]),
             )
         )  # fmt: skip
     return Costs(identity=identity, points=tuple(points))
@@ -187,36 +214,39 @@ def alike(model: PreTrainedModel) -> list[list[tuple[Kind, int]]]:
     return list(groups.values())
 
 
-def _sequence(
+def sequence_at(
     model: PreTrainedModel, mask: SkipMask, context: int, max_length: int, compiled: CompiledModel | None
 ) -> Sequences:
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.randint(vocabulary, (1, context), generator=generator).to(input_device(model))
-    capacity = context + max(max_length, DRAFTS) + 4
+    capacity = context + max_length + 4
     sequence = Sequences(model, ids, capacity=capacity, mask=mask, compiled=compiled)
     sequence.verify([0])
     return sequence
 
 
-def _time_draft(sequence: Sequences, asks: bool) -> float:
-    rule = ExitRule(DraftPolicy(max_length=DRAFTS, exit_threshold=NEVER))
-    synchronize(sequence.ids.device)
-    start = time.perf_counter()
-    sequence.draft([DRAFTS], (lambda _place, _token, confidence: rule.stops(confidence)) if asks else None)
-    synchronize(sequence.ids.device)
-    return time.perf_counter() - start
+def timed(sequence: Sequences, run: Callable[[], object], before: Callable[[], object] | None = None) -> float:
+    """Seconds of what is done to a sequence, which is put back.
 
-
-def _time_verify(sequence: Sequences, k: int) -> float:
-    length = sequence.lengths[0]  # what lies behind it serves as a draft: the work does not depend on the tokens
-    synchronize(sequence.ids.device)
-    start = time.perf_counter()
-    sequence.verify([k])
-    synchronize(sequence.ids.device)
-    seconds = time.perf_counter() - start
-    sequence.truncate(0, length)
+    Args:
+        before: what is done just before it, as in decoding; by default the same.
+    """
+    length, seconds = sequence.lengths[0], 0.0
+    for action in (before or run, run):
+        synchronize(sequence.ids.device)
+        start = time.perf_counter()
+        action()
+        synchronize(sequence.ids.device)
+        seconds = time.perf_counter() - start
+        sequence.truncate(0, length)
     return seconds
+
+
+def _block(sequence: Sequences, policy: DraftPolicy) -> None:
+    drafter = Drafter(sequence, policy)
+    draft = drafter.draft([policy.max_length])
+    drafter.learn(draft, sequence.verify(draft.drafted, draft.probs))
 
 
 def profile_or_load(

@@ -19,7 +19,8 @@ from skipsearch.search.replay import Lane, MaskReplay, Replay
 
 BINS = 16  # of the confidence, in a calibrated exit
 AGREEMENT, SCREEN_AFTER = 0.9, 20  # of giving up early: rank correlation, and masks before it is trusted
-FAR_BEHIND, NEAR = 0.92, 0.97  # shares of the best
+FAR_BEHIND = 0.92  # of the best
+PARTS = ((2, 0.97), (3, 0.985))  # so many lanes of a prompt are looked at, and given up below this share of the best
 THRESHOLDS = (None, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85)
 
 Fidelity = Literal["first", "part", "whole"]
@@ -108,9 +109,9 @@ def _estimate(
 class Scorer:
     """Scores trials, on as much of the trace as each deserves.
 
-    All masks are looked at on the first tokens of a sample of the trace; those that are not far behind on the sample;
-    those that come near the best on all of it, so that nothing is best by luck. Scores of parts are scaled to the
-    whole. Giving up on the first tokens happens only while their scores rank as the sample's do.
+    All masks are looked at on the first tokens of a sample of the trace; those that are not far behind on the sample,
+    then on more of it; those that come near the best on all of it, so that nothing is best by luck. Scores of parts
+    are scaled to the whole. Giving up on the first tokens happens only while their scores rank as the sample's do.
 
     Args:
         replay: of the calibration prompts, in several lanes.
@@ -120,11 +121,12 @@ class Scorer:
 
     def __init__(self, replay: Replay, point: Point, first: int = 6) -> None:
         self.replay, self.point, self.first = replay, point, first
-        self.sample = replay.sample()
+        self.samples = [replay.sample(lanes) for lanes, _ in PARTS]
         self.firsts: list[float] = []
         self.parts: list[float] = []
-        self.scale: list[float] = []  # whole over part, of masks that have both
-        self.best: tuple[float, float, float] | None = None  # whole, part, first tokens
+        self.scales: list[list[float]] = [[] for _ in PARTS]  # whole over part, of masks that have both
+        self.best: Score | None = None
+        self.best_first, self.best_parts = 0.0, [0.0 for _ in PARTS]  # its tokens per second there
         self.counts = Counter[str]()
 
     @property
@@ -142,26 +144,33 @@ class Scorer:
     def _score(self, mask: SkipMask) -> Score:
         drafts, best = self.replay.of(mask), self.best
         longest = DraftPolicy(max_length=self.replay.max_length)
-        first = join(drafts.walk(longest, self.first, self.sample), mask, longest, self.point)
-        if best is not None and first.tokens_per_second < FAR_BEHIND * best[2] and self.agreement >= AGREEMENT:
-            return self._scaled(first, best[0] / best[2], "first")
-        drafts.walk(longest, None, self.sample)
-        part = _estimate(drafts, self.point, self.sample)
-        self.firsts.append(first.tokens_per_second)
-        self.parts.append(part.tokens_per_second)
-        if best is not None and part.tokens_per_second < NEAR * best[1]:
-            return self._scaled(part, statistics.median(self.scale), "part")
+        first = join(drafts.walk(longest, self.first, self.samples[0]), mask, longest, self.point)
+        speed = first.tokens_per_second
+        if best is not None and speed < FAR_BEHIND * self.best_first and self.agreement >= AGREEMENT:
+            return _scaled(first, best.tokens_per_second / self.best_first, "first")
+        parts: list[float] = []
+        for number, (lanes, (_, near)) in enumerate(zip(self.samples, PARTS, strict=True)):
+            drafts.walk(longest, None, lanes)
+            part = _estimate(drafts, self.point, lanes)
+            parts.append(part.tokens_per_second)
+            if number == 0:
+                self.firsts.append(speed)
+                self.parts.append(parts[0])
+            if best is not None and parts[-1] < near * self.best_parts[number]:
+                return _scaled(part, statistics.median(self.scales[number]), "part")
         drafts.walk(longest)
         whole = _estimate(drafts, self.point)
-        self.scale.append(whole.tokens_per_second / part.tokens_per_second)
-        if best is None or whole.tokens_per_second > best[0]:
-            self.best = whole.tokens_per_second, part.tokens_per_second, first.tokens_per_second
+        for scale, value in zip(self.scales, parts, strict=True):
+            scale.append(whole.tokens_per_second / value)
+        if best is None or whole.tokens_per_second > best.tokens_per_second:
+            self.best, self.best_first, self.best_parts = whole, speed, parts
         return whole
 
-    def _scaled(self, found: Score, scale: float, fidelity: Fidelity) -> Score:
-        return replace(
-            found, tokens_per_second=scale * found.tokens_per_second, speedup=scale * found.speedup, fidelity=fidelity
-        )  # fmt: skip
+
+def _scaled(found: Score, scale: float, fidelity: Fidelity) -> Score:
+    return replace(
+        found, tokens_per_second=scale * found.tokens_per_second, speedup=scale * found.speedup, fidelity=fidelity
+    )  # fmt: skip
 
 
 def calibrated(drafts: MaskReplay, rate: float, point: Point) -> DraftPolicy:

@@ -170,12 +170,13 @@ class Replay:
         scores = logits.float() / self.temperature
         return scores.gather(-1, ids[..., None])[..., 0] - scores.logsumexp(-1)
 
-    def sample(self) -> list[Lane]:
-        """Two lanes of every prompt's, early ones and late ones by turns: a part that looks like the whole."""
+    def sample(self, count: int = 2) -> list[Lane]:
+        """So many lanes of every prompt's, early ones and late ones by turns: a part that looks like the whole."""
+        turns = sorted(range(self.parts), key=lambda turn: (turn % 2, turn))[:count]
         numbers = Counter[int]()
         chosen = []
         for lane in self.lanes:
-            if (numbers[lane.prompt] + lane.prompt) % self.parts in (0, self.parts // 2):
+            if (numbers[lane.prompt] + lane.prompt) % self.parts in turns:
                 chosen.append(lane)
             numbers[lane.prompt] += 1
         return chosen or self.lanes

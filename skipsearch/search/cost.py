@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -128,7 +129,7 @@ class _Arm:
     mask: int
     length: int
     asks: bool = False
-    verifies: bool = False
+    verifies: bool = True
 
     @property
     def policy(self) -> DraftPolicy:
@@ -151,27 +152,29 @@ def profile(
     contexts: list[int],
     max_length: int,
     progress: Progress,
-    repeats: int = 7,
+    repeats: int = 6,
     compiled: CompiledModel | None = None,
 ) -> Costs:
     """Measure whole blocks at each context length, as decoding runs them, and tell their parts apart by difference.
 
-    A draft of K tokens takes K steps; a step takes the sum of the sublayers that run; a block takes a verify as well.
-    Drafts of masks with all, half and none of each group of sublayers, and blocks of one mask at every length, give
-    one linear system. Arms take turns and medians are kept, so that a passing disturbance hits all of them alike.
-    Sublayers of one kind that are built alike count as equally dear; others (dense and mixture layers, full and
-    sliding attention) are told apart.
+    A block of K tokens takes K steps and a verify, and a step the sum of what runs, which one system of equations
+    tells apart: blocks of one mask at every length, of masks of all densities at one length, and a draft without its
+    verify. Masks like those to be priced, and not all or nothing: what fits into a cache costs less than its share.
+    Arms take turns and medians are kept, so that a passing disturbance hits all of them alike. Sublayers of one kind
+    that are built alike count as equally dear; others (dense and mixture layers, full and sliding attention) are told
+    apart.
     """
     layers = find_sublayers(model).num_layers
     groups = alike(model)
-    everything = [sub for group in groups for sub in group]
-    half = SkipMask.from_sublayers(everything[::2], layers)
-    masks = [half, SkipMask(num_layers=layers), SkipMask.from_sublayers(everything, layers)]
-    for group in groups:
-        masks += [SkipMask.from_sublayers(part, layers) for part in (group, group[::2])]
+    rng = random.Random(0)
+    masks = [SkipMask(attention=range(0, layers, 2), mlp=range(1, layers, 2), num_layers=layers)]
+    for _ in range(4 * len(groups) + 3):
+        densities = [rng.uniform(0, 0.9) for _ in groups]
+        chosen = [sub for group, share in zip(groups, densities, strict=True) for sub in group if rng.random() < share]
+        masks.append(SkipMask.from_sublayers(chosen, layers))
     few = min(FEW, max_length)
-    arms = [_Arm(0, k, verifies=True) for k in range(1, max_length + 1)] + [_Arm(0, few, asks=True, verifies=True)]
-    arms += [_Arm(i, few) for i in range(len(masks))]
+    arms = [_Arm(0, k) for k in range(1, max_length + 1)] + [_Arm(0, few, asks=True), _Arm(0, few, verifies=False)]
+    arms += [_Arm(i, few) for i in range(1, len(masks))]
     points = []
     for number, context in enumerate(contexts):
         sequences = [sequence_at(model, mask, context, max_length, compiled) for mask in masks]

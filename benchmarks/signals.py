@@ -33,7 +33,7 @@ from skipsearch.model.sublayers import find_sublayers
 from skipsearch.model.view import draft_view
 from skipsearch.search.cost import device_name, draft_step
 from skipsearch.search.objective import exact
-from skipsearch.search.options import TRIAL_LENGTH, SearchOptions
+from skipsearch.search.options import SearchOptions
 from skipsearch.search.prepare import prepare
 from skipsearch.search.replay import Replay
 from skipsearch.search.seeds import layer_states
@@ -93,7 +93,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         prepared = prepare(loaded, Path(scratch), options, lambda *_: None)
     point, part = prepared.point, prepared.trace.head(12, args.tokens)
-    passes, replay = Passes(model, part), Replay(model, part, TRIAL_LENGTH)
+    passes, replay = Passes(model, part), Replay(model, part, K)
     layers = good.num_layers
     single = {sub: passes.of(SkipMask.from_sublayers([sub], layers)) for sub in prepared.space.free}
     rng = random.Random(0)

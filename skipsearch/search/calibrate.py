@@ -23,14 +23,14 @@ from skipsearch.model.load import Loaded
 from skipsearch.model.sublayers import find_sublayers, input_device
 from skipsearch.search.cost import device_name, profile
 from skipsearch.search.objective import exact
-from skipsearch.search.options import TRIAL_LENGTH, SearchOptions
+from skipsearch.search.options import SearchOptions
 from skipsearch.search.prepare import chosen_prompts, context_limit
 from skipsearch.search.prompts import Ids
 from skipsearch.search.replay import Replay
 from skipsearch.search.trace import Progress, record
 from skipsearch.search.validate import our_arm
 
-PROMPTS, TOKENS, SHORT = 4, 48, 64
+PROMPTS, TOKENS, SHORT, LONGEST = 4, 48, 64, 8
 SPEARMAN, MEDIAN_ERROR = 0.95, 0.05  # what a cost model that can be trusted reaches
 
 
@@ -67,7 +67,7 @@ def calibrate(
     model = loaded.model
     compiled = compiled_for(model, options.backend, progress=progress)
     stream = [token for prompt in chosen_prompts(loaded, options).calibration for token in prompt]
-    most = context_limit(model) - TOKENS - TRIAL_LENGTH - 4
+    most = context_limit(model) - TOKENS - LONGEST - 4
     long = max(SHORT + 1, min(most, len(stream) // 2, 8 * SHORT))
     found = []
     for context in (min(SHORT, most), min(long, most)):
@@ -89,14 +89,14 @@ def _at(
     layers, rng = find_sublayers(model).num_layers, random.Random(seed)
     trace = record(model, prompts, TOKENS, progress, compiled)
     point = profile(
-        model, "", contexts=[round(trace.mean_context)], max_length=TRIAL_LENGTH, progress=progress, compiled=compiled
+        model, "", contexts=[round(trace.mean_context)], max_length=LONGEST, progress=progress, compiled=compiled
     ).points[0]  # fmt: skip
-    replay = Replay(model, trace, TRIAL_LENGTH)
+    replay = Replay(model, trace, LONGEST)
     chosen: list[tuple[SkipMask, DraftPolicy]] = []
     for number in range(masks):  # sparse to dense, the first layer kept: without it hardly anything is accepted
         density = (number + 0.5) / masks * 0.85
         mask = SkipMask.from_bits([i % layers > 0 and rng.random() < density for i in range(2 * layers)])
-        chosen.append((mask, DraftPolicy(max_length=rng.randint(1, TRIAL_LENGTH))))
+        chosen.append((mask, DraftPolicy(max_length=rng.randint(1, LONGEST))))
         warm_mask(compiled, model, mask)
     predicted = [exact(replay.of(mask), policy, point).tokens_per_second for mask, policy in chosen]
     arms = [our_arm(model, compiled=compiled), *(our_arm(model, *pair, compiled) for pair in chosen)]

@@ -20,7 +20,9 @@ from skipsearch.search.replay import Lane, MaskReplay, Replay
 BINS = 16  # of the confidence, in a calibrated exit
 AGREEMENT, SCREEN_AFTER = 0.9, 20  # of giving up early: rank correlation, and masks before it is trusted
 FAR_BEHIND = 0.92  # of the best
+LEAST = 0.25  # of the lanes; fewer are left unfinished, since small passes are dear
 PARTS = ((2, 0.97), (3, 0.985))  # so many lanes of a prompt are looked at, and given up below this share of the best
+TRIED = (1, 2, 3, 5, 8)  # lengths, in trials
 THRESHOLDS = (None, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85)
 
 Fidelity = Literal["first", "part", "whole"]
@@ -95,8 +97,8 @@ def _estimate(
 ) -> Score:  # fmt: skip
     """The best policy and what it would reach, by arithmetic on the drafts run so far."""
     outlook, longest = drafts.outlook(lanes), drafts.replay.max_length
-    # Trials cannot tell neighbouring policies apart.
-    lengths = range(1, longest + 1) if neighbours else sorted({k for k in (1, 2, 3, 5, longest) if k <= longest})
+    # Trials cannot tell neighbouring policies apart, and foresee longer drafts than they run.
+    lengths = [k for k in (range(1, longest + 1) if neighbours else TRIED) if k < len(point.verify)]
     policies = [
         DraftPolicy(max_length=k, exit_threshold=threshold)
         for threshold in (THRESHOLDS if neighbours else THRESHOLDS[::2])
@@ -144,13 +146,13 @@ class Scorer:
     def _score(self, mask: SkipMask) -> Score:
         drafts, best = self.replay.of(mask), self.best
         longest = DraftPolicy(max_length=self.replay.max_length)
-        first = join(drafts.walk(longest, self.first, self.samples[0]), mask, longest, self.point)
+        first = join(drafts.walk(longest, self.first, self.samples[0], LEAST), mask, longest, self.point)
         speed = first.tokens_per_second
         if best is not None and speed < FAR_BEHIND * self.best_first and self.agreement >= AGREEMENT:
             return _scaled(first, best.tokens_per_second / self.best_first, "first")
         parts: list[float] = []
         for number, (lanes, (_, near)) in enumerate(zip(self.samples, PARTS, strict=True)):
-            drafts.walk(longest, None, lanes)
+            drafts.walk(longest, None, lanes, LEAST)
             part = _estimate(drafts, self.point, lanes)
             parts.append(part.tokens_per_second)
             if number == 0:
@@ -158,7 +160,7 @@ class Scorer:
                 self.parts.append(parts[0])
             if best is not None and parts[-1] < near * self.best_parts[number]:
                 return _scaled(part, statistics.median(self.scales[number]), "part")
-        drafts.walk(longest)
+        drafts.walk(longest, None, None, LEAST)
         whole = _estimate(drafts, self.point)
         for scale, value in zip(self.scales, parts, strict=True):
             scale.append(whole.tokens_per_second / value)

@@ -10,7 +10,7 @@ from skipsearch.errors import SkipsearchError
 from skipsearch.search.prompts import PromptSource
 
 MAX_LENGTH = 12  # the longest draft that a policy may have
-TRIAL_LENGTH, TRIAL_LANES = 8, 5  # what a trial looks at: so long drafts, so many parts of a continuation at once
+TRIAL_LENGTH, TRIAL_LANES = 6, 5  # what a trial looks at: so long drafts, so many parts of a continuation at once
 SAMPLERS = ("trust-region", "gp", "tpe", "nsga2", "random")
 NGRAM = 10  # the longest continuation that is looked up
 

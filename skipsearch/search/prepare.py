@@ -95,9 +95,7 @@ def prepare(loaded: Loaded, folder: Path, options: SearchOptions, progress: Prog
     for context in options.contexts:
         if not 1 <= context <= most:
             raise PromptError(f"context is {context}, must be in 1..{most} for this model; pass another --context")
-    contexts = sorted(
-        {max(8, round(mean / 2)), round(mean), max(round(mean) + 1, min(longest, most)), *options.contexts}
-    )
+    contexts = sorted({round(mean), max(round(mean) + 1, min(longest, most)), *options.contexts})
     costs = profile_or_load(
         folder / "costs.json", model, made_with, contexts=contexts, max_length=MAX_LENGTH, progress=progress,
         compiled=compiled,

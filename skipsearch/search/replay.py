@@ -90,7 +90,7 @@ class Replay:
     """
 
     def __init__(
-        self, model: PreTrainedModel, trace: Trace, max_length: int = 8, rows: int = 96, memory: float | None = None,
+        self, model: PreTrainedModel, trace: Trace, max_length: int = 8, rows: int = 128, memory: float | None = None,
         lanes: int = 1,
     ) -> None:  # fmt: skip
         self.model, self.trace, self.max_length = model, trace, max_length
@@ -195,6 +195,7 @@ class MaskReplay:
         self.layers = [ReferenceLayer(*reference, replay.scratch) for reference in replay.reference]
         self.drafts: dict[Start, Draft] = {}
         self.by_lane: list[Counter[tuple[int, int]]] = []  # blocks of the last walk, lane by lane
+        self.unfinished: dict[Lane, int] = {}  # where it left lanes
 
     @torch.no_grad()
     def run(self, starts: Iterable[Start]) -> None:
@@ -250,8 +251,8 @@ class MaskReplay:
             self.drafts[start] = Draft(n, tuple(confidence))
 
     def walk(
-        self, policy: DraftPolicy, tokens: int | None = None, lanes: Sequence[Lane] | None = None
-    ) -> Counter[tuple[int, int]]:
+        self, policy: DraftPolicy, tokens: int | None = None, lanes: Sequence[Lane] | None = None, least: float = 0.0,
+    ) -> Counter[tuple[int, int]]:  # fmt: skip
         """Blocks by (drafted, accepted), as `DecodeStats.blocks` of real decoding with this policy.
 
         All lanes advance together, a block a round, so that each round is one pass.
@@ -259,13 +260,14 @@ class MaskReplay:
         Args:
             tokens: stop each lane once so many are committed; what ran is remembered, so that going on costs no more.
             lanes: some of the replay's; by default all.
+            least: leave the last lanes unfinished once fewer than this share of them goes on: small passes are dear.
         """
         assert policy.max_length <= self.replay.max_length
         trace, lanes = self.replay.trace, self.replay.lanes if lanes is None else lanes
         by_lane: list[Counter[tuple[int, int]]] = [Counter() for _ in lanes]
         rules = [ExitRule(policy) for _ in lanes]
         at = {number: lane.start for number, lane in enumerate(lanes)}
-        while at:
+        while len(at) > least * len(lanes):
             self.run((lanes[number].prompt, t) for number, t in at.items())
             for number, t in list(at.items()):
                 lane = lanes[number]
@@ -277,7 +279,7 @@ class MaskReplay:
                 at[number] = t + n + 1
                 if at[number] >= lane.end(tokens):
                     del at[number]
-        self.by_lane = by_lane
+        self.by_lane, self.unfinished = by_lane, {lanes[number]: t for number, t in at.items()}
         return sum(by_lane, Counter())
 
     def outlook(self, lanes: Sequence[Lane] | None = None) -> list[tuple[list[bool], list[float]]]:
@@ -291,7 +293,7 @@ class MaskReplay:
             of_prompt.setdefault(p, []).append((t, draft))
         rows = []
         for lane in self.replay.lanes if lanes is None else lanes:
-            size = lane.stop - lane.start
+            size = self.unfinished.get(lane, lane.stop) - lane.start
             right, sure = [True] * size, [1.0] * size
             for t, draft in of_prompt.get(lane.prompt, []):
                 first = t - lane.start

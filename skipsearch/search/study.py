@@ -167,12 +167,11 @@ class Study:
             )
         )
 
-    def _propose(self) -> None:
+    def _propose(self, trials: list[FrozenTrial]) -> None:
         """Let our own sampler add its next trial, unless some are waiting."""
-        if isinstance(self.study.sampler, TrustRegionSampler):
-            trials = self.study.get_trials(deepcopy=False)
-            if not any(t.state == TrialState.WAITING for t in trials):
-                self._add(self.study.sampler.propose(trials))
+        sampler, waiting = self.study.sampler, any(t.state == TrialState.WAITING for t in trials)
+        if isinstance(sampler, TrustRegionSampler) and not waiting:
+            self._add(sampler.propose(trials))
 
     def optimize(
         self, scorer: Callable[[SkipMask], Score], *, trials: int, time_budget: float | None,
@@ -203,16 +202,17 @@ class Study:
             return self.memo[mask]
 
         def after(study: optuna.Study, trial: FrozenTrial) -> None:
-            done = self.finished()
+            trials_now = self.study.get_trials(deepcopy=False)
+            done = [t for t in trials_now if t.state == TrialState.COMPLETE]
             report(len(done), max((t.user_attrs.get("tokens_per_second", 0.0) for t in done), default=0.0))
             if len(done) >= trials:
                 study.stop()
             else:
-                self._propose()
+                self._propose(trials_now)
 
         if len(self.finished()) < trials:
             deadline = None if time_budget is None else max(0.0, time_budget)
-            self._propose()
+            self._propose(self.study.get_trials(deepcopy=False))
             self.study.optimize(objective, timeout=deadline, callbacks=[after])
 
     def best(self, count: int) -> list[tuple[SkipMask, DraftPolicy, int]]:

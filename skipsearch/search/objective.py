@@ -159,7 +159,9 @@ class Scorer:
                 self.firsts.append(speed)
                 self.parts.append(parts[0])
             if best is not None and parts[-1] < near * self.best_parts[number]:
-                return _scaled(part, statistics.median(self.scales[number]), "part")
+                # Never above what it was given up for, however lucky the best was on this part.
+                most = near * best.tokens_per_second / part.tokens_per_second
+                return _scaled(part, min(most, statistics.median(self.scales[number])), "part")
         drafts.walk(longest, None, None, LEAST)
         whole = _estimate(drafts, self.point)
         for scale, value in zip(self.scales, parts, strict=True):

@@ -12,7 +12,7 @@ Shapes: N trials, M candidates, D parameters.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,13 +28,13 @@ from scipy.stats import norm
 
 Array = NDArray[Any]
 
-CANDIDATES = 400
+CANDIDATES, CLIMBERS = 400, 3
 FIRST_RADIUS = 8.0  # parameters changed at once, at most half of them
 SUCCESSES = 3  # in a row: the region doubles
 ENOUGH = 1e-3  # of the best: what counts as one
 FLOOR = 0.7  # of the best: how much worse a point is below that says nothing
-NOISE = 1e-4  # of the variance: scores are deterministic
-LENGTHS, LINEAR = (0.15, 0.5, 1.5), (0.2, 0.8)  # kernels to choose from: length scale in D; share that is linear
+# Kernels to choose from: length scale in D; share that is linear; noise, since scores of parts are estimates
+LENGTHS, LINEAR, NOISES = (0.15, 0.5, 1.5), (0.2, 0.8), (1e-4, 1e-2)
 LATEST, FITTED = 400, 100  # trials that the process looks at, and that choose its kernel
 
 
@@ -96,7 +96,8 @@ class TrustRegionSampler(BaseSampler):
             chosen = fresh[rng.integers(len(fresh))]
         else:
             best = float(y_N[region.since :].max()) if len(y_N) > region.since else float(y_N.max())
-            chosen = fresh[int(np.argmax(self._improvement(x_ND[-LATEST:], y_N[-LATEST:], fresh, best)))]
+            gain = self._improvement(x_ND[-LATEST:], y_N[-LATEST:], best)
+            chosen = self._climb(gain, fresh, seen, centre, region.radius)
         return {name: int(value) for name, value in zip(self.names, chosen, strict=True)}
 
     def sample_independent(
@@ -107,15 +108,40 @@ class TrustRegionSampler(BaseSampler):
     def _point(self, trial: FrozenTrial) -> Array:
         return np.array([trial.params[name] for name in self.names], dtype=float)
 
+    def _changes(self, point: Array) -> list[Array]:
+        """All points that differ in one parameter, by a little."""
+        out = []
+        for d in range(len(point)):
+            for step in (-1, 1, *(() if self.high[d] - self.low[d] <= 1 else (-2, 2))):
+                if self.low[d] <= point[d] + step <= self.high[d]:
+                    out.append(point.copy())
+                    out[-1][d] += step
+        return out
+
+    def _climb(
+        self, gain: Callable[[Array], Array], fresh_MD: Array, seen: set[bytes], centre: Array, radius: float
+    ) -> Array:
+        """The point of most gain: from the best candidates on, one change at a time, inside the region."""
+        gain_M = gain(fresh_MD)
+        found: list[tuple[float, Array]] = []
+        for start in np.argsort(-gain_M)[:CLIMBERS]:
+            point, value = fresh_MD[start], float(gain_M[start])
+            while True:
+                near = [
+                    p for p in self._changes(point)
+                    if (p != centre).sum() <= max(2.0, radius) and p.tobytes() not in seen
+                ]  # fmt: skip
+                values = gain(np.array(near)) if near else np.array([-np.inf])
+                if values.max() <= value:
+                    break
+                point, value = near[int(values.argmax())], float(values.max())
+            found.append((value, point))
+        return max(found, key=lambda pair: pair[0])[1]
+
     def _candidates(self, centre: Array, radius: float, rng: np.random.Generator) -> Array:
         """Every single change, and random ones of up to `radius` parameters, half of them exchanges."""
         dims = len(self.names)
-        out = []
-        for d in range(dims):
-            for step in (-1, 1, *(() if self.high[d] - self.low[d] <= 1 else (-2, 2))):
-                if self.low[d] <= centre[d] + step <= self.high[d]:
-                    out.append(centre.copy())
-                    out[-1][d] += step
+        out = self._changes(centre)
         most = max(2, min(dims, round(radius)))
         while len(out) < CANDIDATES:
             point = centre.copy()
@@ -131,25 +157,25 @@ class TrustRegionSampler(BaseSampler):
             out.append(np.clip(point, self.low, self.high))
         return np.array(out)
 
-    def _improvement(self, x_ND: Array, y_N: Array, candidates_MD: Array, best: float) -> Array:
-        """Expected improvement [M] over `best` by the likeliest of a few processes."""
+    def _improvement(self, x_ND: Array, y_N: Array, best: float) -> Callable[[Array], Array]:
+        """Expected improvement [M] of points [M, D] over `best`, by the likeliest of a few processes."""
         if (floor := FLOOR * y_N.max()) > 0:  # speeds: ratios count
             y_N, best = np.log(np.maximum(y_N, floor)), float(np.log(max(best, floor)))
         mean, scale = y_N.mean(), y_N.std() + 1e-12
         z_N = (y_N - mean) / scale
         spread = np.maximum(1, self.high - self.low)
-        x_ND, candidates_MD = (x_ND - self.low) / spread, (candidates_MD - self.low) / spread
+        x_ND = (x_ND - self.low) / spread
         middle = x_ND.mean(0)
-        x_ND, candidates_MD = x_ND - middle, candidates_MD - middle
+        x_ND = x_ND - middle
         flat_scale = max(1e-9, float((x_ND**2).sum(1).mean()))
 
         def kernel(a_AD: Array, b_BD: Array, length: float, linear: float) -> Array:
             bumps = np.exp(-cdist(a_AD, b_BD, "cityblock") / (length * len(self.names)))
             return np.asarray((1 - linear) * bumps + linear * (a_AD @ b_BD.T) / flat_scale)
 
-        def fit(x_ND: Array, z_N: Array, length: float, linear: float) -> tuple[float, Any, Array, float]:
+        def fit(x_ND: Array, z_N: Array, length: float, linear: float, noise: float) -> tuple[float, Any, Array, float]:
             """Log-evidence, factor, weights, and the kernel's scale, which has a closed form."""
-            factor = cho_factor(kernel(x_ND, x_ND, length, linear) + NOISE * np.eye(len(z_N)), lower=True)
+            factor = cho_factor(kernel(x_ND, x_ND, length, linear) + noise * np.eye(len(z_N)), lower=True)
             alpha = cho_solve(factor, z_N)
             variance = float(z_N @ alpha) / len(z_N)
             return (
@@ -157,15 +183,20 @@ class TrustRegionSampler(BaseSampler):
             )  # fmt: skip
 
         few = x_ND[-FITTED:], z_N[-FITTED:]
-        length, linear = max(itertools.product(LENGTHS, LINEAR), key=lambda shape: fit(*few, *shape)[0])
-        _, factor, alpha, variance = fit(x_ND, z_N, length, linear)
-        k_MN = kernel(candidates_MD, x_ND, length, linear)
-        own_M = (1 - linear) + linear * (candidates_MD**2).sum(1) / flat_scale
-        mean_M = k_MN @ alpha
-        sigma_M = np.sqrt(np.maximum(1e-12, variance * (own_M - (k_MN * cho_solve(factor, k_MN.T).T).sum(1))))
-        gain = mean_M - (best - mean) / scale
-        t = gain / sigma_M
-        return np.asarray(gain * norm.cdf(t) + sigma_M * norm.pdf(t))
+        shapes = itertools.product(LENGTHS, LINEAR, NOISES)
+        length, linear, noise = max(shapes, key=lambda shape: fit(*few, *shape)[0])
+        _, factor, alpha, variance = fit(x_ND, z_N, length, linear, noise)
+
+        def gain(points_MD: Array) -> Array:
+            points_MD = (points_MD - self.low) / spread - middle
+            k_MN = kernel(points_MD, x_ND, length, linear)
+            own_M = (1 - linear) + linear * (points_MD**2).sum(1) / flat_scale
+            sigma_M = np.sqrt(np.maximum(1e-12, variance * (own_M - (k_MN * cho_solve(factor, k_MN.T).T).sum(1))))
+            gain_M = k_MN @ alpha - (best - mean) / scale
+            t = gain_M / sigma_M
+            return np.asarray(gain_M * norm.cdf(t) + sigma_M * norm.pdf(t))
+
+        return gain
 
 
 def follow(x_ND: Array, y_N: Array, proposed_N: Array, low: Array, high: Array, seed: int) -> Region:

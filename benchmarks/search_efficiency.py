@@ -161,11 +161,12 @@ ARMS: dict[str, Callable[[Bench, int, int], list[dict[str, Any]]]] = {
     "ours, 10 times": ours, "self-sd, 10 times": streamed(selfsd.search),
 }  # fmt: skip
 SCORED = 5  # incumbents of a run that are scored on held-out prompts, evenly over its evaluations' logarithm
+EQUAL = 60  # evaluations after which all are compared
 
 
 def thinned(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The last incumbent before each of a few places, and the last of all."""
-    places = np.geomspace(1, steps[-1]["evaluations"], SCORED)
+    places = [*np.geomspace(1, steps[-1]["evaluations"], SCORED), EQUAL]
     kept = {max((i for i, s in enumerate(steps) if s["evaluations"] <= place), default=0) for place in places}
     return [steps[i] for i in sorted(kept | {len(steps) - 1})]
 
@@ -234,11 +235,13 @@ def summary(bench: Bench, runs: list[dict[str, Any]]) -> pd.DataFrame:
     rows = []
     for arm, steps in finals.items():
         values = [s["speedup"] for s in steps]
+        early = [[s["speedup"] for s in r["steps"] if s["evaluations"] <= EQUAL][-1] for r in runs if r["arm"] == arm]
         speedup, (low, high) = timed[arm].speedup(timed["plain"])
         rows.append({
             "arm": arm, "seeds": len(steps), "evaluations": steps[0]["evaluations"],
             "seconds": round(statistics.median(s["seconds"] for s in steps), 1),
-            "speedup_replay_mean": round(float(np.mean(values)), 3), "lowest": min(values), "highest": max(values),
+            "speedup_replay_mean": round(float(np.mean(values)), 3),
+            f"after_{EQUAL}_evaluations": round(float(np.mean(early)), 3), "lowest": min(values), "highest": max(values),
             "speedup_timed": round(speedup, 3), "timed_low": round(low, 3), "timed_high": round(high, 3),
             "greedy_equal": timed[arm].ids() == timed["plain"].ids(),
         })  # fmt: skip

@@ -36,7 +36,7 @@ from skipsearch.search.objective import exact
 from skipsearch.search.options import SearchOptions
 from skipsearch.search.prepare import prepare
 from skipsearch.search.replay import Replay
-from skipsearch.search.seeds import layer_states
+from skipsearch.search.seeds import layer_states, padded
 from skipsearch.search.validate import our_arm
 
 K = 5
@@ -48,11 +48,8 @@ class Passes:
 
     def __init__(self, model: Any, trace: Any) -> None:
         self.model, self.path = model, find_sublayers(model).path
-        sequences = [p + c for p, c in zip(trace.prompts, trace.continuations, strict=True)]
-        self.ids = torch.zeros((len(sequences), max(map(len, sequences))), dtype=torch.long, device=model.device)
+        self.ids, _ = padded(trace, model.device)
         self.states = layer_states(model, trace)
-        for i, sequence in enumerate(sequences):
-            self.ids[i, : len(sequence)] = torch.tensor(sequence)
         self.seen = self.states.seen[:, 1:]
         self.full = self.run(model)[0]
 
@@ -95,7 +92,10 @@ def main() -> None:
     point, part = prepared.point, prepared.trace.head(12, args.tokens)
     passes, replay = Passes(model, part), Replay(model, part, K)
     layers = good.num_layers
-    single = {sub: passes.of(SkipMask.from_sublayers([sub], layers)) for sub in prepared.space.free}
+    single = {
+        sub: passes.of(SkipMask.from_sublayers([sub], layers))
+        for sub in SkipMask.from_bits([True] * 2 * layers).sublayers()
+    }
     rng = random.Random(0)
     masks: list[SkipMask] = []
     while len(masks) < args.masks:

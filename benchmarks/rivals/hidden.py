@@ -16,9 +16,10 @@ import torch
 from skipsearch.mask import SkipMask
 from skipsearch.model.view import draft_view
 from skipsearch.search.cost import draft_step
-from skipsearch.search.seeds import LayerStates, knapsack, layer_states, nearest_states
+from skipsearch.search.seeds import LayerStates, knapsack, layer_states, nearest_states, padded
 
 PROMPTS, TOKENS = 8, 36
+BUDGETS = [level / 64 for level in range(1, 64)]  # of all harm
 
 
 def clasp(bench: Any, seed: int, evaluations: int) -> Iterator[tuple[int, SkipMask, float]]:
@@ -43,16 +44,13 @@ def _last_cosine(bench: Any, states: LayerStates, ids: torch.Tensor, mask: SkipM
 def knapspec(bench: Any, seed: int, evaluations: int) -> Iterator[tuple[int, SkipMask, float]]:
     part, point = bench.prepared.trace.head(PROMPTS, TOKENS), bench.prepared.point
     states = layer_states(bench.model, part)
-    sequences = [p + c for p, c in zip(part.prompts, part.continuations, strict=True)]
-    ids = torch.zeros((len(sequences), max(map(len, sequences))), dtype=torch.long)
-    for i, sequence in enumerate(sequences):
-        ids[i, : len(sequence)] = torch.tensor(sequence)
+    ids, _ = padded(part, bench.model.device)
     single = {
         sub: 1 - _last_cosine(bench, states, ids, SkipMask.from_sublayers([sub], bench.space.num_layers))
         for sub in bench.space.free
     }  # fmt: skip
     best, best_rate = SkipMask(num_layers=bench.space.num_layers), 0.0
-    for number, (_, mask) in enumerate(knapsack(bench.space, single, point), 1):
+    for number, (_, mask) in enumerate(knapsack(bench.space, single, point, BUDGETS), 1):
         accept = min(0.999, max(0.0, _last_cosine(bench, states, ids, mask)))
         step = draft_step(point, mask, exit_check=False)
         rate = max(

@@ -64,7 +64,6 @@ class Sequences:
     ) -> None:  # fmt: skip
         rows, length = input_ids.shape
         self.target = model
-        self.draft_model = draft if draft is not None or mask is None else draft_view(model, mask)
         self.rows, self.lengths = list(numbers or range(rows)), [length] * rows
         self.vocabulary = model.config.get_text_config(decoder=True).vocab_size
         self.compiled, buffers = compiled, None
@@ -72,10 +71,10 @@ class Sequences:
             assert rows == 1 and not aligned
             self.buffers = buffers = compiled.lease(capacity + past_only, self)
             self.target_layers = compiled.pieces.layers_of(model)
-            self.draft_layers = compiled.pieces.layers_of(self.draft_model) if self.draft_model is not None else []
             self.ids, chunk = buffers.ids, compiled.chunk
         else:
             self.ids = torch.zeros((rows, capacity + SLACK), dtype=torch.long, device=input_ids.device)
+        self.draft_with(draft if draft is not None or mask is None else draft_view(model, mask))
         self.ids[:, :length] = input_ids
         pads = pads or [0] * rows
         self.cache = SharedCache(model, capacity, past, rows, None if buffers is None else buffers.layers)
@@ -102,6 +101,11 @@ class Sequences:
                 f"deterministic decoding takes one sequence with all its tokens, got {rows} sequences and "
                 f"{past_only} tokens in past_key_values alone; pass whole prompts, one by one"
             )
+
+    def draft_with(self, view: PreTrainedModel | None) -> None:
+        """From now on, draft with this view; its predecessors' keys are not looked at."""
+        self.draft_model = view
+        self.draft_layers = [] if self.compiled is None or view is None else self.compiled.pieces.layers_of(view)
 
     def _forward(self, model: PreTrainedModel, starts: list[int], width: int, keep: int) -> Tensor:
         """Logits [B, keep, V] of the last `keep` of `width` tokens, written to the cache from `starts` on."""

@@ -29,6 +29,7 @@ from skipsearch.files import write_json
 from skipsearch.mask import KINDS, Kind, SkipMask
 from skipsearch.model.cache import layer_windows
 from skipsearch.model.sublayers import find_sublayers, input_device
+from skipsearch.model.view import draft_view
 from skipsearch.search.trace import Progress
 
 FEW = 5  # tokens of the longer one of two blocks that tell a draft step from a verify
@@ -175,13 +176,14 @@ def profile(
     few = min(FEW, max_length)
     arms = [_Arm(0, k) for k in range(1, max_length + 1)] + [_Arm(0, few, asks=True), _Arm(0, few, verifies=False)]
     arms += [_Arm(i, few) for i in range(1, len(masks))]
+    views = [draft_view(model, mask) for mask in masks]
     points = []
     for number, context in enumerate(contexts):
-        sequences = [sequence_at(model, mask, context, max_length, compiled) for mask in masks]
+        sequence = sequence_at(model, masks[0], context, max_length, compiled)  # one cache, whatever drafts
         times: dict[_Arm | None, list[float]] = {arm: [] for arm in (None, *arms)}
         for turn in range(repeats + 2):
             for arm, known in times.items():
-                sequence = sequences[0 if arm is None else arm.mask]
+                sequence.draft_with(views[0 if arm is None else arm.mask])
                 before = partial(sequence.verify, [0]) if arm is None else partial(_block, sequence, arm.policy)
                 run = before if arm is None or arm.verifies else partial(sequence.draft, [arm.length])
                 seconds = timed(sequence, run, before)

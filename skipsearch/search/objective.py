@@ -119,10 +119,12 @@ class Scorer:
         replay: of the calibration prompts, in several lanes.
         point: costs.
         first: tokens of each lane after which to look.
+        front: the acceptance rate and the cost ratio are what counts: nothing is given up, and both are those of
+            drafts of one fixed length, so that they can be compared.
     """
 
-    def __init__(self, replay: Replay, point: Point, first: int = 6) -> None:
-        self.replay, self.point, self.first = replay, point, first
+    def __init__(self, replay: Replay, point: Point, first: int = 6, front: bool = False) -> None:
+        self.replay, self.point, self.first, self.front = replay, point, first, front
         self.samples = [replay.sample(lanes) for lanes, _ in PARTS]
         self.firsts: list[float] = []
         self.parts: list[float] = []
@@ -146,6 +148,11 @@ class Scorer:
     def _score(self, mask: SkipMask) -> Score:
         drafts, best = self.replay.of(mask), self.best
         longest = DraftPolicy(max_length=self.replay.max_length)
+        if self.front:
+            fixed = join(drafts.walk(longest), mask, longest, self.point)
+            return replace(
+                _estimate(drafts, self.point), acceptance_rate=fixed.acceptance_rate, cost_ratio=fixed.cost_ratio
+            )
         first = join(drafts.walk(longest, self.first, self.samples[0], LEAST), mask, longest, self.point)
         speed = first.tokens_per_second
         if best is not None and speed < FAR_BEHIND * self.best_first and self.agreement >= AGREEMENT:

@@ -67,6 +67,10 @@ def prepare(loaded: Loaded, folder: Path, options: SearchOptions, progress: Prog
     """Prompts, record and profile."""
     model = loaded.model
     prompts = chosen_prompts(loaded, options)
+    most = context_limit(model) - MAX_LENGTH - 4
+    for context in options.contexts:
+        if not 1 <= context <= most:
+            raise PromptError(f"context is {context}, must be in 1..{most} for this model; pass another --context")
     compiled = compiled_for(model, options.backend, progress=progress)
     layers, preset = find_sublayers(model).num_layers, loaded.preset
     if options.space is not None:
@@ -91,10 +95,6 @@ def prepare(loaded: Loaded, folder: Path, options: SearchOptions, progress: Prog
         raise PromptError("the model ends every calibration prompt at once; choose other prompts with --prompts")
     mean = trace.mean_context
     longest = max(map(len, prompts.calibration)) + options.new_tokens
-    most = context_limit(model) - MAX_LENGTH - 4
-    for context in options.contexts:
-        if not 1 <= context <= most:
-            raise PromptError(f"context is {context}, must be in 1..{most} for this model; pass another --context")
     contexts = sorted({round(mean), max(round(mean) + 1, min(longest, most)), *options.contexts})
     costs = profile_or_load(
         folder / "costs.json", model, made_with, contexts=contexts, max_length=MAX_LENGTH, progress=progress,

@@ -27,7 +27,7 @@ class Grid:
 
     Args:
         starts: (prompt, committed tokens), in the order of prompts.
-        prompts: how many there are.
+        prompts: how many there are; 0 if the reference must not be written to.
         tokens: of a draft.
         length: of the reference that all rows are shown.
         side: the largest G.
@@ -80,11 +80,11 @@ class ReferenceLayer(DynamicLayer):  # type: ignore[misc]
         for which, (reference, own) in enumerate(zip(self.reference, (key_states, value_states), strict=True)):
             shown = reference
             if not grid.whole:
-                shape = (len(own), *reference.shape[1:])
-                name = (which, shape, reference.dtype)
-                if name not in self.scratch:
-                    self.scratch[name] = torch.empty(shape, dtype=reference.dtype, device=reference.device)
-                shown = torch.index_select(reference, 0, grid.prompt_P, out=self.scratch[name])
+                name = (which, reference.shape[1:], reference.dtype, reference.device)
+                if name not in self.scratch or len(self.scratch[name]) < len(own):
+                    self.scratch[name] = reference.new_empty((len(own), *reference.shape[1:]))
+                rows = grid.prompt_P.to(reference.device)
+                shown = torch.index_select(reference, 0, rows, out=self.scratch[name][: len(own)])
             shown[:, :, grid.length : grid.length + own.shape[2]] = own
             out.append(shown[:, :, : grid.length + own.shape[2]])
         return out[0], out[1]

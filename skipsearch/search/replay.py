@@ -81,7 +81,7 @@ class Replay:
 
     Args:
         model: the target.
-        trace: its own greedy continuations.
+        trace: its own continuations.
         max_length: the largest K that a policy may have.
         rows: block starts to run in one pass, at most.
         lanes: parts of each continuation that are walked at once. One is exact; more make fewer and larger passes,
@@ -209,7 +209,8 @@ class MaskReplay:
         replay, k, device = self.replay, self.replay.max_length, self.replay.ids.device
         # A draft behind t committed tokens has the reference up to t - 2; token t - 1 is its first input.
         length = replay.longest if replay.together else starts[0][1] - 1
-        grid = Grid(starts, len(replay.lengths), k, length, replay.side, device)
+        prompts_in_all = len(replay.lengths) if replay.together else 0
+        grid = Grid(starts, prompts_in_all, k, length, replay.side, device)
         prompts, width = grid.prompt_P[:, None], grid.start_PG.shape[1]
         first_PG = torch.tensor([t - 1 for _, t in starts], device=device)[grid.start_PG]
         at_PQ = (first_PG[..., None] + torch.arange(k, device=device)).flatten(1)

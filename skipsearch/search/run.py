@@ -80,7 +80,7 @@ def search_trials(
             )
         )  # fmt: skip
         replay = Replay(model, prepared.trace, TRIAL_LENGTH, memory=options.memory, lanes=TRIAL_LANES)
-        scorer = Scorer(replay, prepared.point)
+        scorer = Scorer(replay, prepared.point, front=options.pareto)
         study.optimize(scorer, trials=options.trials, time_budget=options.time_budget, report=report)
     if not study.best(1):
         raise SkipsearchError("no trial has finished within the time budget; raise --time-budget")

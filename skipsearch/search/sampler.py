@@ -91,7 +91,7 @@ class TrustRegionSampler(BaseSampler):
         candidates = self._candidates(centre, region.radius, rng)
         fresh = np.array([c for c in candidates if c.tobytes() not in seen])
         if not len(fresh):
-            chosen = self._candidates(centre, len(self.names), rng)[0]
+            chosen = rng.integers(self.low.astype(int), self.high.astype(int) + 1).astype(float)
         elif len(done) < 2 or not np.ptp(y_N):
             chosen = fresh[rng.integers(len(fresh))]
         else:
@@ -142,7 +142,7 @@ class TrustRegionSampler(BaseSampler):
         """Every single change, and random ones of up to `radius` parameters, half of them exchanges."""
         dims = len(self.names)
         out = self._changes(centre)
-        most = max(2, min(dims, round(radius)))
+        most = min(dims, max(2, round(radius)))
         while len(out) < CANDIDATES:
             point = centre.copy()
             if rng.random() < 0.5 and most >= 2:  # as many up as down: what is skipped moves, not how much
@@ -153,7 +153,9 @@ class TrustRegionSampler(BaseSampler):
             else:
                 where = rng.choice(dims, int(rng.integers(1, most + 1)), replace=False)
                 room_up, room_down = self.high[where] > point[where], self.low[where] < point[where]
-                point[where] += np.where(room_up & (~room_down | (rng.random(len(where)) < 0.5)), 1, -1)
+                up_or_down = np.where(room_up & (~room_down | (rng.random(len(where)) < 0.5)), 1, -1)
+                reach = np.maximum(1, (self.high[where] - self.low[where]) // 2)  # of wide parameters
+                point[where] += up_or_down * rng.integers(1, reach + 1)
             out.append(np.clip(point, self.low, self.high))
         return np.array(out)
 

@@ -6,6 +6,7 @@ Shapes: N tokens of the trace, H hidden size.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,7 @@ def uniform(space: Space) -> list[Seed]:
     return [(name, mask - space.fixed) for name, mask in seeds]
 
 
-def _padded(trace: Trace, device: torch.device) -> tuple[Tensor, Tensor]:
+def padded(trace: Trace, device: torch.device) -> tuple[Tensor, Tensor]:
     """Prompts with their continuations [P, T], and where continuations stand."""
     sequences = [p + c for p, c in zip(trace.prompts, trace.continuations, strict=True)]
     ids = torch.zeros((len(sequences), max(map(len, sequences))), dtype=torch.long, device=device)
@@ -78,8 +79,8 @@ def single_skip_loss(
 
     One teacher-forced pass a sublayer over prompts and continuations.
     """
-    ids, generated = _padded(trace, input_device(model))
-    wanted, predicted_here = ids[:, 1:], generated[:, 1:]
+    ids, generated = padded(trace, input_device(model))
+    wanted, predicted_here = model(input_ids=ids[:, :-1], use_cache=False).logits.argmax(-1), generated[:, 1:]
     loss = {}
     for number, (kind, layer) in enumerate(space.free):
         view = draft_view(model, SkipMask.from_sublayers([(kind, layer)], space.num_layers))
@@ -104,7 +105,9 @@ def by_sensitivity(space: Space, loss: dict[tuple[Kind, int], float], point: Poi
     return seeds
 
 
-def knapsack(space: Space, loss: dict[tuple[Kind, int], float], point: Point) -> list[Seed]:
+def knapsack(
+    space: Space, loss: dict[tuple[Kind, int], float], point: Point, shares: Sequence[float] = SHARES
+) -> list[Seed]:
     """The most seconds saved for a given harm, exactly, if harms added up.
 
     KnapSpec's formulation (arXiv 2602.20217) under the measured costs; the harm of a sublayer is the logarithm of how
@@ -121,7 +124,7 @@ def knapsack(space: Space, loss: dict[tuple[Kind, int], float], point: Point) ->
         taken.append((weight, with_it > best))
         best = np.maximum(best, with_it)
     seeds = []
-    for share in SHARES:
+    for share in shares:
         level, chosen = round(share * LEVELS), []
         for sub, (weight, better) in zip(reversed(space.free), reversed(taken), strict=True):
             if better[level]:
@@ -160,7 +163,7 @@ class LayerStates:
 @torch.no_grad()
 def layer_states(model: PreTrainedModel, trace: Trace) -> LayerStates:
     """Run the model once and keep what its layers were called with."""
-    ids, generated = _padded(trace, input_device(model))
+    ids, generated = padded(trace, input_device(model))
     layers = list(model.get_submodule(find_sublayers(model).path).children())
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     hidden: list[Tensor] = []

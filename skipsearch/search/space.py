@@ -5,6 +5,7 @@ Knows no Optuna: a parameter is a name with its lowest and highest whole number.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -100,8 +101,10 @@ class Space:
             skipped = [(kind, i) for kind in KINDS for i in self._layers if params[f"layer.{i:02d}"]]
         else:
             spans = [(params[f"span.{n}.first"], params[f"span.{n}.length"]) for n in range(self.spans)]
-            inside = {i for first, length in spans for i in range(first, first + length)}
-            skipped = [(kind, i) for kind in KINDS for i in self._layers if i in inside]
+            free = set(self._layers)
+            # A fixed layer ends a run: an engine that takes one run could not be served two.
+            runs = [itertools.takewhile(free.__contains__, range(first, first + length)) for first, length in spans]
+            skipped = [(kind, i) for kind in KINDS for i in sorted({i for run in runs for i in run})]
         return self.mask_within(SkipMask.from_sublayers(skipped, self.num_layers))
 
     def mask_within(self, mask: SkipMask) -> SkipMask:

@@ -231,7 +231,7 @@ class Study:
 
     def front(self) -> list[dict[str, Any]]:
         """Trials that none other beats in both acceptance rate and cost ratio, cheapest drafts first."""
-        rows = [{"trial": t.number, **t.user_attrs} for t in self.finished() if "cost_ratio" in t.user_attrs]
+        rows = [{"trial": t.number, **t.user_attrs} for t in self.finished() if t.user_attrs.get("fidelity") == "whole"]
         rows.sort(key=lambda row: (row["cost_ratio"], -row["acceptance_rate"]))
         kept: list[dict[str, Any]] = []
         for row in rows:

@@ -241,7 +241,8 @@ def summary(bench: Bench, runs: list[dict[str, Any]]) -> pd.DataFrame:
             "arm": arm, "seeds": len(steps), "evaluations": steps[0]["evaluations"],
             "seconds": round(statistics.median(s["seconds"] for s in steps), 1),
             "speedup_replay_mean": round(float(np.mean(values)), 3),
-            f"after_{EQUAL}_evaluations": round(float(np.mean(early)), 3), "lowest": min(values), "highest": max(values),
+            f"after_{EQUAL}_evaluations": round(float(np.mean(early)), 3),
+            "lowest": min(values), "highest": max(values),
             "speedup_timed": round(speedup, 3), "timed_low": round(low, 3), "timed_high": round(high, 3),
             "greedy_equal": timed[arm].ids() == timed["plain"].ids(),
         })  # fmt: skip

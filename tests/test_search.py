@@ -185,9 +185,9 @@ def test_long_contexts_change_what_is_worth_skipping() -> None:
         "llama", max_position_embeddings=4096, hidden_size=256, num_attention_heads=16, num_key_value_heads=16,
         intermediate_size=256,
     )  # fmt: skip
-    costs = profile(model, "x", contexts=[8, 3000], max_length=1, progress=quiet, repeats=3)
+    costs = profile(model, "x", contexts=[8, 3000], max_length=2, progress=quiet, repeats=5)
     short, long = costs.points
-    assert long.attention[0] / long.mlp[0] > 2 * short.attention[0] / short.mlp[0]
+    assert long.attention[0] / long.mlp[0] > 1.5 * short.attention[0] / short.mlp[0]
     space = Space(num_layers=4, fixed=SkipMask(num_layers=4))
     # Attention does so much more harm that it is worth it at length alone.
     dear = (short.attention[0] / short.mlp[0] * long.attention[0] / long.mlp[0]) ** 0.5

@@ -1,7 +1,8 @@
 """Calibration: does the cost model foretell what decoding then takes? Predicted against measured tokens per second.
 
 Masks from sparse to dense, at two context lengths. Predicted: counts from exact replay, seconds from the profile.
-Measured: the same prompts decoded, masks in random order, plain decoding among them in every round.
+Measured: the same prompts decoded, masks in random order, plain decoding among them in every round; each round has a
+profile of its own, and medians are compared.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.mask import SkipMask
 from skipsearch.model.load import Loaded
 from skipsearch.model.sublayers import find_sublayers, input_device
-from skipsearch.search.cost import device_name, profile
+from skipsearch.search.cost import Point, device_name, profile
 from skipsearch.search.objective import exact
 from skipsearch.search.options import SearchOptions
 from skipsearch.search.prepare import chosen_prompts, context_limit
@@ -88,9 +89,6 @@ def _at(
 ) -> Calibration:  # fmt: skip
     layers, rng = find_sublayers(model).num_layers, random.Random(seed)
     trace = record(model, prompts, TOKENS, progress, compiled)
-    point = profile(
-        model, "", contexts=[round(trace.mean_context)], max_length=LONGEST, progress=progress, compiled=compiled
-    ).points[0]  # fmt: skip
     replay = Replay(model, trace, LONGEST)
     chosen: list[tuple[SkipMask, DraftPolicy]] = []
     for number in range(masks):  # sparse to dense, the first layer kept: without it hardly anything is accepted
@@ -98,20 +96,28 @@ def _at(
         mask = SkipMask.from_bits([i % layers > 0 and rng.random() < density for i in range(2 * layers)])
         chosen.append((mask, DraftPolicy(max_length=rng.randint(1, LONGEST))))
         warm_mask(compiled, model, mask)
-    predicted = [exact(replay.of(mask), policy, point).tokens_per_second for mask, policy in chosen]
     arms = [our_arm(model, compiled=compiled), *(our_arm(model, *pair, compiled) for pair in chosen)]
     for arm in arms:
         arm(prompts[0], 4)
     seconds: list[list[float]] = [[] for _ in arms]
     tokens = [0] * len(arms)
+    points: list[Point] = []
     for turn in range(rounds):
+        # In every round: what a shared machine can do changes within minutes.
+        points += profile(
+            model, "", contexts=[round(trace.mean_context)], max_length=LONGEST, progress=progress, compiled=compiled
+        ).points  # fmt: skip
         for done, i in enumerate(rng.sample(range(len(arms)), len(arms))):
             runs = [arms[i](prompt, TOKENS) for prompt in prompts]
             seconds[i].append(sum(run.seconds for run in runs))
             tokens[i] = sum(run.tokens for run in runs)
             progress("calibrate", turn * len(arms) + done + 1, rounds * len(arms))
     plain, *measured = [n / statistics.median(s) for n, s in zip(tokens, seconds, strict=True)]
-    expected = 1 / point.verify[0]
+    expected = statistics.median(1 / point.verify[0] for point in points)
+    predicted = []
+    for mask, policy in chosen:
+        drafts = replay.of(mask)
+        predicted.append(statistics.median(exact(drafts, policy, point).tokens_per_second for point in points))
     return Calibration(
         context=context, plain=(expected, plain),
         rows=tuple(

@@ -46,6 +46,7 @@ class Point:
         rest: of a draft step without any sublayer.
         exit_check: what a confidence exit adds to a draft step.
         verify: of verifying k drafted tokens, rollback and commit included; index k = 0 is plain decoding.
+        first: what beginning a draft costs beside its steps, in steps: what it reads has left the cache.
     """
 
     context: int
@@ -54,6 +55,7 @@ class Point:
     rest: float
     exit_check: float
     verify: tuple[float, ...]
+    first: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +79,7 @@ class Costs:
             context=round(context), attention=each([p.attention for p in self.points]),
             mlp=each([p.mlp for p in self.points]), rest=between([p.rest for p in self.points]),
             exit_check=between([p.exit_check for p in self.points]), verify=each([p.verify for p in self.points]),
+            first=between([p.first for p in self.points]),
         )  # fmt: skip
 
     def mix(self, contexts: Sequence[float]) -> Point:
@@ -90,6 +93,7 @@ class Costs:
             context=round(statistics.fmean(contexts)), attention=each([p.attention for p in points]),
             mlp=each([p.mlp for p in points]), rest=statistics.fmean(p.rest for p in points),
             exit_check=statistics.fmean(p.exit_check for p in points), verify=each([p.verify for p in points]),
+            first=statistics.fmean(p.first for p in points),
         )  # fmt: skip
 
 
@@ -136,10 +140,10 @@ class _Arm:
     def policy(self) -> DraftPolicy:
         return DraftPolicy(max_length=self.length, exit_threshold=NEVER if self.asks else None)
 
-    def steps(self, masks: list[SkipMask], groups: list[list[tuple[Kind, int]]]) -> list[int]:
+    def steps(self, masks: list[SkipMask], groups: list[list[tuple[Kind, int]]], first: float) -> list[float]:
         """How often it takes the rest of a step, a look at the confidence, and a sublayer of each group."""
         run = [sum(not masks[self.mask].skips(*sub) for sub in group) for group in groups]
-        return [self.length * count for count in (1, int(self.asks), *run)]
+        return [(self.length + first) * count for count in (1, int(self.asks), *run)]
 
     def verify(self, max_length: int) -> list[int]:
         """How often it takes a verify of 1, 2, ... tokens."""
@@ -158,12 +162,12 @@ def profile(
 ) -> Costs:
     """Measure whole blocks at each context length, as decoding runs them, and tell their parts apart by difference.
 
-    A block of K tokens takes K steps and a verify, and a step the sum of what runs, which one system of equations
-    tells apart: blocks of one mask at every length, of masks of all densities at one length, and a draft without its
-    verify. Masks like those to be priced, and not all or nothing: what fits into a cache costs less than its share.
-    Arms take turns and medians are kept, so that a passing disturbance hits all of them alike. Sublayers of one kind
-    that are built alike count as equally dear; others (dense and mixture layers, full and sliding attention) are told
-    apart.
+    A block of K tokens takes K steps, something to begin, and a verify; a step takes the sum of what runs. One system
+    of equations tells them apart: blocks of one mask at every length, of masks of all densities at two lengths, and a
+    draft without its verify. Masks like those to be priced, and not all or nothing: what fits into a cache costs less
+    than its share. Arms take turns and medians are kept, so that a passing disturbance hits all of them alike.
+    Sublayers of one kind that are built alike count as equally dear; others (dense and mixture layers, full and
+    sliding attention) are told apart.
     """
     layers = find_sublayers(model).num_layers
     groups = alike(model)
@@ -175,7 +179,7 @@ def profile(
         masks.append(SkipMask.from_sublayers(chosen, layers))
     few = min(FEW, max_length)
     arms = [_Arm(0, k) for k in range(1, max_length + 1)] + [_Arm(0, few, asks=True), _Arm(0, few, verifies=False)]
-    arms += [_Arm(i, few) for i in range(1, len(masks))]
+    arms += [_Arm(i, k) for i in range(1, len(masks)) for k in sorted({1, few})]
     views = [draft_view(model, mask) for mask in masks]
     points = []
     for number, context in enumerate(contexts):
@@ -191,15 +195,19 @@ def profile(
                     known.append(seconds)
             progress("profile", number * (repeats + 2) + turn + 1, len(contexts) * (repeats + 2))
         plain, *medians = [statistics.median(known) for known in times.values()]
-        rows = np.array([[*arm.steps(masks, groups), *arm.verify(max_length)] for arm in arms], float)
         weights = 1 / np.array(medians)  # relative errors count
-        rest, exit_check, *found = nnls(rows * weights[:, None], np.ones(len(arms)))[0].tolist()
+        solved = []
+        for first in np.linspace(0, 1, 11).tolist() if few > 1 else [0.0]:  # not a linear unknown
+            rows = np.array([[*arm.steps(masks, groups, first), *arm.verify(max_length)] for arm in arms], float)
+            found, error = nnls(rows * weights[:, None], np.ones(len(arms)))
+            solved.append((error, first, found.tolist()))
+        _, first, (rest, exit_check, *found) = min(solved)
         price = {sub: seconds for group, seconds in zip(groups, found, strict=False) for sub in group}
         points.append(
             Point(
                 context=context, rest=rest, attention=tuple(price["attention", i] for i in range(layers)),
                 mlp=tuple(price["mlp", i] for i in range(layers)), exit_check=exit_check,
-                verify=(plain, *found[len(groups) :]),
+                verify=(plain, *found[len(groups) :]), first=first,
             )
         )  # fmt: skip
     return Costs(identity=identity, points=tuple(points))

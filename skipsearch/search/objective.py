@@ -51,12 +51,13 @@ class Score:
 
 
 def join(blocks: Counter[tuple[int, int]], mask: SkipMask, policy: DraftPolicy, point: Point) -> Score:
-    """Tokens over seconds: sum of (n + 1) over sum of (k draft steps + one verify of k), over all blocks."""
+    """Tokens over seconds: sum of (n + 1) over sum of (k draft steps, what begins them, a verify of k), all blocks."""
     step = draft_step(point, mask, policy.asks)
     verifies = sum(blocks.values())
     drafted = sum(k * count for (k, _), count in blocks.items())
     accepted = sum(n * count for (_, n), count in blocks.items())
-    seconds = drafted * step + sum(point.verify[k] * count for (k, _), count in blocks.items())
+    begun = sum(count for (k, _), count in blocks.items() if k)
+    seconds = (drafted + point.first * begun) * step + sum(point.verify[k] * n for (k, _), n in blocks.items())
     speed = (accepted + verifies) / seconds if seconds else 1 / point.verify[0]
     return Score(
         mask=mask, policy=policy, tokens_per_second=speed, speedup=speed * point.verify[0],

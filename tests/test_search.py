@@ -362,11 +362,36 @@ def test_giving_up_early_needs_evidence_and_keeps_the_best(tiny: Any, monkeypatc
         assert a.fidelity != "whole" or a.tokens_per_second == pytest.approx(b.tokens_per_second, rel=0.03)
     assert found[0].fidelity == "whole" and all(f.fidelity != "first" for f in found[:20])
     best = max(found, key=lambda f: f.tokens_per_second)
+    assert best.fidelity == "whole"
     assert best.tokens_per_second > 0.9 * max(p.tokens_per_second for p in plain)
     assert sum(scorer.counts.values()) == len(masks) and scorer.counts["part"] > 10
     monkeypatch.setattr(objective, "AGREEMENT", 1.1)
     never = Scorer(replay, POINT, first=5)
     assert all(never(mask).fidelity != "first" for mask in masks)
+
+
+def test_a_front_holds_masks_to_one_measure(tiny: Any) -> None:
+    """Prevents acceptance rates of drafts of different lengths from being compared on a front."""
+    model = tiny("llama")
+    replay = Replay(model, make_trace(model, prompts=4, new_tokens=30), 4, lanes=3)
+    scorer, longest = Scorer(replay, POINT, front=True), DraftPolicy(max_length=4)
+    for mask in (SkipMask(mlp=[1], num_layers=4), SkipMask(attention=[1, 2], mlp=[1, 2, 3], num_layers=4)):
+        found, blocks = scorer(mask), replay.of(mask).walk(longest)
+        drafted, accepted = (sum(pair[i] * count for pair, count in blocks.items()) for i in (0, 1))
+        assert found.fidelity == "whole" and found.acceptance_rate == pytest.approx(accepted / drafted)
+
+
+def test_one_prompt_alone_leaves_the_reference_as_it_is(tiny: Any) -> None:
+    """Prevents drafts that run one by one from writing over the keys that later ones read."""
+    model = tiny("llama")
+    replay = Replay(model, make_trace(model, prompts=1), 4)
+    replay.together, replay.rows = False, 1
+    before = [(keys.clone(), values.clone()) for keys, values in replay.reference]
+    replay.of(SkipMask(mlp=[1], num_layers=4)).walk(DraftPolicy(max_length=4))
+    for old, new in zip(before, replay.reference, strict=True):
+        assert all(
+            torch.equal(a[:, :, : replay.longest], b[:, :, : replay.longest]) for a, b in zip(old, new, strict=True)
+        )
 
 
 def test_lanes_cover_the_trace_once(tiny: Any) -> None:

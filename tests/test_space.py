@@ -217,3 +217,23 @@ def test_pareto_keeps_what_nothing_beats(tmp_path: Path) -> None:
     study.export_csv(tmp_path / "trials.csv")
     with pytest.raises(SkipsearchError, match="one objective; pass --sampler nsga2"):
         SearchOptions(pareto=True)
+
+
+def test_a_span_ends_at_a_fixed_layer() -> None:
+    """Prevents a run of layers from becoming two, which an engine that takes one run could not serve."""
+    space = Space(num_layers=10, fixed=SkipMask(attention=[5], num_layers=10), structure="spans")
+    mask = space.mask({"span.0.first": 3, "span.0.length": 5})
+    assert mask.attention == mask.mlp == {3, 4}
+    assert space.mask(space.params(mask)) == mask
+
+
+def test_a_single_parameter_can_be_searched() -> None:
+    """Prevents a space of one parameter, or one whose points were all tried, from ending a search."""
+    sampler = TrustRegionSampler({"layer.00": (0, 1)}, seed=0)
+    trials = [
+        optuna.trial.create_trial(
+            params={"layer.00": n % 2}, distributions={"layer.00": optuna.distributions.IntDistribution(0, 1)}, value=n
+        )
+        for n in range(4)
+    ]
+    assert sampler.propose(trials[:1])["layer.00"] in (0, 1) and sampler.propose(trials)["layer.00"] in (0, 1)

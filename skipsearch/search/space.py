@@ -103,8 +103,9 @@ class Space:
             spans = [(params[f"span.{n}.first"], params[f"span.{n}.length"]) for n in range(self.spans)]
             free = set(self._layers)
             # A fixed layer ends a run: an engine that takes one run could not be served two.
-            runs = [itertools.takewhile(free.__contains__, range(first, first + length)) for first, length in spans]
-            skipped = [(kind, i) for kind in KINDS for i in sorted({i for run in runs for i in run})]
+            runs = (itertools.takewhile(free.__contains__, range(first, first + length)) for first, length in spans)
+            inside = set(itertools.chain.from_iterable(runs))
+            skipped = [(kind, i) for kind in KINDS for i in inside]
         return self.mask_within(SkipMask.from_sublayers(skipped, self.num_layers))
 
     def mask_within(self, mask: SkipMask) -> SkipMask:

@@ -36,7 +36,7 @@ from skipsearch.search.objective import exact
 from skipsearch.search.options import SearchOptions
 from skipsearch.search.prepare import prepare
 from skipsearch.search.replay import Replay
-from skipsearch.search.seeds import layer_states, padded
+from skipsearch.search.seeds import layer_states
 from skipsearch.search.validate import our_arm
 
 K = 5
@@ -48,7 +48,7 @@ class Passes:
 
     def __init__(self, model: Any, trace: Any) -> None:
         self.model, self.path = model, find_sublayers(model).path
-        self.ids, _ = padded(trace, model.device)
+        self.ids, _ = trace.padded(model.device)
         self.states = layer_states(model, trace)
         self.seen = self.states.seen[:, 1:]
         self.full = self.run(model)[0]

@@ -16,7 +16,7 @@ import torch
 from skipsearch.mask import SkipMask
 from skipsearch.model.view import draft_view
 from skipsearch.search.cost import draft_step
-from skipsearch.search.seeds import LayerStates, knapsack, layer_states, nearest_states, padded
+from skipsearch.search.seeds import LayerStates, knapsack, layer_states, nearest_states
 
 PROMPTS, TOKENS = 8, 36
 BUDGETS = [level / 64 for level in range(1, 64)]  # of all harm
@@ -44,7 +44,7 @@ def _last_cosine(bench: Any, states: LayerStates, ids: torch.Tensor, mask: SkipM
 def knapspec(bench: Any, seed: int, evaluations: int) -> Iterator[tuple[int, SkipMask, float]]:
     part, point = bench.prepared.trace.head(PROMPTS, TOKENS), bench.prepared.point
     states = layer_states(bench.model, part)
-    ids, _ = padded(part, bench.model.device)
+    ids, _ = part.padded(bench.model.device)
     single = {
         sub: 1 - _last_cosine(bench, states, ids, SkipMask.from_sublayers([sub], bench.space.num_layers))
         for sub in bench.space.free

@@ -94,8 +94,7 @@ class Replay:
         lanes: int = 1,
     ) -> None:  # fmt: skip
         self.model, self.trace, self.max_length = model, trace, max_length
-        sequences = [p + c for p, c in zip(trace.prompts, trace.continuations, strict=True)]
-        self.lengths = [len(s) for s in sequences]
+        self.lengths = [len(p) + len(c) for p, c in zip(trace.prompts, trace.continuations, strict=True)]
         self.lanes: list[Lane] = []
         self.parts, self.longest = lanes, max(self.lengths)
         self.side = max(2, lanes)  # starts of a prompt in one row, at most
@@ -104,15 +103,11 @@ class Replay:
             cuts = [first + (length - first) * lane // lanes for lane in range(lanes + 1)]
             self.lanes += [Lane(p, a, b) for a, b in itertools.pairwise(cuts) if a < b]
         # Room behind each row, so that a draft near the end has (meaningless) tokens to read.
-        self.ids = torch.zeros(
-            (len(sequences), self.longest + max_length), dtype=torch.long, device=input_device(model)
-        )
-        for i, sequence in enumerate(sequences):
-            self.ids[i, : len(sequence)] = torch.tensor(sequence)
+        self.ids, _ = trace.padded(input_device(model), max_length)
         self.windows = layer_windows(DynamicCache(config=model.config))
         self.temperature = trace.temperature
         # chances [P, T] of acceptance, and the target's own log-probability of each token; with sampling alone
-        shape = (len(sequences), max(self.lengths) + max_length + 1)
+        shape = (len(self.lengths), self.longest + max_length + 1)
         self.chance_PT = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.ids.device)
         self.target_PT = torch.zeros(shape, device=self.ids.device)
         self.scratch: dict[Any, Tensor] = {}

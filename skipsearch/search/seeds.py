@@ -60,17 +60,6 @@ def uniform(space: Space) -> list[Seed]:
     return [(name, mask - space.fixed) for name, mask in seeds]
 
 
-def padded(trace: Trace, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prompts with their continuations [P, T], and where continuations stand."""
-    sequences = [p + c for p, c in zip(trace.prompts, trace.continuations, strict=True)]
-    ids = torch.zeros((len(sequences), max(map(len, sequences))), dtype=torch.long, device=device)
-    generated = torch.zeros_like(ids, dtype=torch.bool)
-    for i, (prompt, sequence) in enumerate(zip(trace.prompts, sequences, strict=True)):
-        ids[i, : len(sequence)] = torch.tensor(sequence)
-        generated[i, len(prompt) : len(sequence)] = True
-    return ids, generated
-
-
 @torch.no_grad()
 def single_skip_loss(
     model: PreTrainedModel, trace: Trace, space: Space, progress: Progress
@@ -79,7 +68,7 @@ def single_skip_loss(
 
     One teacher-forced pass a sublayer over prompts and continuations.
     """
-    ids, generated = padded(trace, input_device(model))
+    ids, generated = trace.padded(input_device(model))
     wanted, predicted_here = model(input_ids=ids[:, :-1], use_cache=False).logits.argmax(-1), generated[:, 1:]
     loss = {}
     for number, (kind, layer) in enumerate(space.free):
@@ -163,7 +152,7 @@ class LayerStates:
 @torch.no_grad()
 def layer_states(model: PreTrainedModel, trace: Trace) -> LayerStates:
     """Run the model once and keep what its layers were called with."""
-    ids, generated = padded(trace, input_device(model))
+    ids, generated = trace.padded(input_device(model))
     layers = list(model.get_submodule(find_sublayers(model).path).children())
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     hidden: list[Tensor] = []

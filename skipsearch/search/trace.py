@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from skipsearch.decoding.compiled import CompiledModel
@@ -48,6 +49,16 @@ class Trace:
             new_tokens=min(new_tokens, self.new_tokens),
             temperature=self.temperature,
         )
+
+    def padded(self, device: torch.device, room: int = 0) -> tuple[Tensor, Tensor]:
+        """Prompts with their continuations [P, T], with room behind the longest, and where continuations stand."""
+        sequences = [p + c for p, c in zip(self.prompts, self.continuations, strict=True)]
+        shape = (len(sequences), max(map(len, sequences)) + room)
+        ids, generated = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+        for i, (prompt, sequence) in enumerate(zip(self.prompts, sequences, strict=True)):
+            ids[i, : len(sequence)] = torch.tensor(sequence)
+            generated[i, len(prompt) : len(sequence)] = True
+        return ids.to(device), generated.to(device)
 
     @property
     def tokens(self) -> int:

@@ -1,8 +1,10 @@
 """CLaSp (arXiv 2505.24196) and KnapSpec (arXiv 2602.20217): dynamic programming over hidden states, no evaluations.
 
-CLaSp skips half of the layers, whole, such that the hidden states stay nearest the full model's. KnapSpec solves a
-knapsack of sublayers, measured seconds against the loss of cosine similarity, and takes the budget whose cosine,
-read as the acceptance rate, promises most tokens a second.
+CLaSp skips half of the layers, whole, such that the hidden states stay nearest the full model's; here the mean over
+many tokens of one pass, where the paper takes the last verified token alone and searches anew while it decodes.
+KnapSpec solves a knapsack of sublayers, measured seconds against the loss of cosine similarity, and takes the budget
+whose cosine, read as the acceptance rate, promises most tokens a second. Hidden states come from passes over whole
+sequences, so that a skipped layer's harm reaches later tokens through the keys as well.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ BUDGETS = [level / 64 for level in range(1, 64)]  # of all harm
 
 def clasp(bench: Any, seed: int, evaluations: int) -> Iterator[tuple[int, SkipMask, float]]:
     states = layer_states(bench.model, bench.prepared.trace.head(PROMPTS, TOKENS))
-    half = f"states:{round(bench.space.num_layers / 2)}"
-    yield 1, dict(nearest_states(bench.space, states))[half], 0.0
+    ((_, mask),) = nearest_states(bench.space, states, shares=(1 / 2,))
+    yield 1, mask, 0.0
 
 
 @torch.no_grad()

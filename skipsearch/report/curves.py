@@ -9,7 +9,10 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
-COLOURS = ("#1b6ca8", "#d1495b", "#66a182", "#edae49", "#6a4c93", "#2e4057", "#8d96a3", "#c05299", "#3bb273", "#a44a3f")
+COLOURS = (
+    "#1b6ca8", "#d1495b", "#66a182", "#edae49", "#6a4c93", "#2e4057", "#8d96a3", "#c05299", "#3bb273", "#a44a3f",
+    "#00798c", "#b5838d", "#111111", "#9c6644",
+)  # fmt: skip
 WIDTH, HEIGHT, LEFT, TOP, GAP, LEGEND = 360, 280, 56, 40, 70, 130
 
 

@@ -22,7 +22,7 @@ AGREEMENT, SCREEN_AFTER = 0.9, 20  # of giving up early: rank correlation, and m
 FAR_BEHIND = 0.92  # of the best
 LEAST = 0.25  # of the lanes; fewer are left unfinished, since small passes are dear
 PARTS = ((2, 0.97), (3, 0.985))  # so many lanes of a prompt are looked at, and given up below this share of the best
-TRIED = (1, 2, 3, 5, 8)  # lengths, in trials
+TRIED = (1, 2, 3, 4, 6)  # lengths, in trials
 THRESHOLDS = (None, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85)
 
 Fidelity = Literal["first", "part", "whole"]
@@ -238,18 +238,18 @@ def exact(drafts: MaskReplay, policy: DraftPolicy, point: Point) -> Score:
     return join(drafts.walk(policy), drafts.mask, policy, point)
 
 
-def _foresee(outlook: list[tuple[list[bool], list[float]]], policy: DraftPolicy) -> Counter[tuple[int, int]]:
+def _foresee(outlook: list[tuple[list[bool], list[float], int]], policy: DraftPolicy) -> Counter[tuple[int, int]]:
     """Blocks that a policy (fixed, or with a threshold) would make if all depended on the position alone."""
     blocks: Counter[tuple[int, int]] = Counter()
     longest, threshold = policy.max_length, policy.exit_threshold or 0.0
-    for right, sure in outlook:
+    for right, sure, begins in outlook:
         size, at = len(right), 0
         # Behind each position: where the first wrong and the first unsure token stand.
         wrong, unsure = [size] * (size + 1), [size] * (size + 1)
         for i in range(size - 1, -1, -1):
             wrong[i] = wrong[i + 1] if right[i] else i
             unsure[i] = unsure[i + 1] if sure[i] >= threshold else i
-        while at < size:
+        while at < begins:
             k = min(longest, size - at - 1, unsure[at] - at + 1)
             n = min(k, wrong[at] - at)
             blocks[k, n] += 1

@@ -278,23 +278,27 @@ class MaskReplay:
         self.by_lane, self.unfinished = by_lane, {lanes[number]: t for number, t in at.items()}
         return sum(by_lane, Counter())
 
-    def outlook(self, lanes: Sequence[Lane] | None = None) -> list[tuple[list[bool], list[float]]]:
+    def outlook(self, lanes: Sequence[Lane] | None = None) -> list[tuple[list[bool], list[float], int]]:
         """For each lane, position by position: would a draft be right there, and how sure was it?
 
         Read off the drafts run so far. Positions that no draft reached count as right and sure. Good for
         comparing policies, since where a block starts matters little; `walk` gives the exact counts.
+
+        Returns:
+            both, beyond the lane's end as far as its last block may reach, and the positions where blocks begin.
         """
         of_prompt: dict[int, list[tuple[int, Draft]]] = {}
         for (p, t), draft in self.drafts.items():
             of_prompt.setdefault(p, []).append((t, draft))
         rows = []
         for lane in self.replay.lanes if lanes is None else lanes:
-            size = self.unfinished.get(lane, lane.stop) - lane.start
+            begins = self.unfinished.get(lane, lane.stop) - lane.start
+            size = min(begins + self.replay.max_length, self.replay.lengths[lane.prompt] - lane.start)
             right, sure = [True] * size, [1.0] * size
             for t, draft in of_prompt.get(lane.prompt, []):
                 first = t - lane.start
                 if 0 <= first < size:
                     for j in range(min(draft.matches + 1, self.replay.max_length, size - first)):
                         right[first + j], sure[first + j] = j < draft.matches, draft.confidence[j]
-            rows.append((right, sure))
+            rows.append((right, sure, begins))
         return rows

@@ -176,12 +176,12 @@ def layer_states(model: PreTrainedModel, trace: Trace) -> LayerStates:
 
 
 @torch.no_grad()
-def nearest_states(space: Space, states: LayerStates) -> list[Seed]:
+def nearest_states(space: Space, states: LayerStates, shares: Sequence[float] = SHARES) -> list[Seed]:
     """Whole layers by dynamic programming: at each depth and number of skips, keep the states nearest the full ones.
 
     CLaSp (arXiv 2505.24196), on many tokens at once instead of the last one.
     """
-    most = max(1, round(SHARES[-1] * space.num_layers))
+    most = max(1, round(shares[-1] * space.num_layers))
     found: list[tuple[Tensor, frozenset[int]] | None] = [(states.hidden[0], frozenset()), *([None] * most)]
     free = set(space.free)
     for i in range(space.num_layers):
@@ -196,7 +196,7 @@ def nearest_states(space: Space, states: LayerStates) -> list[Seed]:
             after[skips] = max(options, key=lambda o: states.cosine(o[0], target)) if options else None
         found = after
     seeds = []
-    for share in SHARES:
+    for share in shares:
         state = found[max(1, round(share * space.num_layers))]
         if state is not None:
             seeds.append((f"states:{len(state[1])}", _whole(state[1], space)))

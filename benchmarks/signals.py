@@ -3,10 +3,12 @@
     python benchmarks/signals.py --out results/measured/signals-demo [--model demo] [--masks 200]
 
 Signals are taken on calibration prompts: agreement and KL of single skips (summed), their product, the cosine of the
-last hidden states, the agreement of one teacher-forced pass with the whole mask, exact replay. What they are held
-against is really decoded on held-out prompts, each mask with fixed drafts of 5 tokens: acceptance rate, and tokens per
-second. For the latter each signal is also read as the acceptance of a token and joined with the measured costs. Masks
-are random, of all densities, and neighbours of a good one. Writes masks.csv and table.csv; the last line is JSON.
+last hidden states, the agreement of one teacher-forced pass with the whole mask, exact replay. All but the last come
+from passes over whole sequences, as their papers take them: there a draft reads its own keys of what stands before,
+and in decoding the full model's. What they are held against is really decoded on held-out prompts, each mask with fixed
+drafts of 5 tokens: acceptance rate, and tokens per second. For the latter each signal is also read as the acceptance of
+a token and joined with the measured costs. Masks are random, of all densities, and neighbours of a good one. Writes
+masks.csv and table.csv; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
+from rivals.hidden import last_states
 from scipy.stats import bootstrap, spearmanr
 from torch import Tensor
 
@@ -53,17 +55,10 @@ class Passes:
         self.seen = self.states.seen[:, 1:]
         self.full = self.run(model)[0]
 
-    @torch.no_grad()
     def run(self, model: Any) -> tuple[Tensor, Tensor]:
         """Log-probabilities that foretell generated tokens [N, V], and the last hidden states."""
-        found: list[Tensor] = []
-        last = model.get_submodule(self.path)[-1]
-        hook = last.register_forward_hook(lambda _m, _a, out: found.append(out[0] if isinstance(out, tuple) else out))
-        try:
-            logits = model(input_ids=self.ids, use_cache=False).logits
-        finally:
-            hook.remove()
-        return logits[:, :-1][self.seen].float().log_softmax(-1), found[0]
+        logits, hidden = last_states(model, self.path, self.ids)
+        return logits[:, :-1][self.seen].float().log_softmax(-1), hidden
 
     def of(self, mask: SkipMask) -> dict[str, float]:
         """Agreement, KL(full | draft), cosine."""
@@ -114,7 +109,7 @@ def main() -> None:
         replayed = exact(replay.of(mask), POLICY, point)
         rows.append({
             "mask": "".join(map(str, mask.bits())), "skipped": len(mask), "step": draft_step(point, mask, False),
-            "single-skip agreement": 1 - sum(1 - s["agreement"] for s in alone) / (2 * layers),
+            "single-skip agreement": 1 - sum(1 - s["agreement"] for s in alone),
             "single-skip KL": float(np.exp(-sum(s["kl"] for s in alone))),
             "product of singles": float(np.prod([s["agreement"] for s in alone])),
             "cosine": joint["cosine"], "single teacher-forced pass": joint["agreement"],
@@ -139,8 +134,8 @@ def main() -> None:
     signals = list(table.columns[3:9])
     out = []
     for name in signals:
-        accept = table[name].clip(0, 0.999)
-        rate = (1 - accept ** (K + 1)) / (1 - accept) / (K * table["step"] + point.verify[K])
+        accept = table[name].clip(0.001, 0.999)
+        rate = (1 - accept ** (K + 1)) / (1 - accept) / ((K + point.first) * table["step"] + point.verify[K])
         joined = table["exact replay, joined"] if name == "exact replay" else rate
         out.append({
             "signal": name, **_correlation("acceptance", table[name], table["decoded acceptance"]),

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SUPPORTED
+from conftest import SUPPORTED, make_tiny
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -24,9 +24,12 @@ from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.processors import at_temperature
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import DecodeStats
+from skipsearch.mask import KINDS
 from skipsearch.model.preset import presets
 from skipsearch.search.cost import Costs, Point, alike, draft_step, profile, profile_or_load
 from skipsearch.search.objective import Scorer, join, plain_score, score, standard_error
+from skipsearch.search.prepare import Prepared
+from skipsearch.search.prompts import Prompts
 from skipsearch.search.replay import Replay
 from skipsearch.search.seeds import (
     all_seeds,
@@ -125,6 +128,8 @@ def test_join_adds_up_by_hand() -> None:
     assert result.acceptance_rate == 5 / 8 and result.tau == 3.5
     assert result.cost_ratio == pytest.approx(7 / 15)
     assert result.speedup == pytest.approx(result.tokens_per_second * 15)
+    begun = join(Counter({(4, 4): 1, (0, 0): 1}), mask, DraftPolicy(max_length=4), replace(POINT, first=0.5))
+    assert begun.tokens_per_second == pytest.approx((5 + 1) / (4.5 * 7 + 19 + 15))  # a plain step begins no draft
     assert plain_score(2, POINT).speedup == 1
 
 
@@ -177,23 +182,42 @@ def test_unequal_sublayers_are_priced_apart(tiny: Any) -> None:
     assert point.mlp[0] != point.mlp[-1]
 
 
-def test_long_contexts_change_what_is_worth_skipping() -> None:
-    """Prevents one price for all contexts: with cheap MLPs, attention is what costs at length, and goes first."""
-    from conftest import make_tiny
-
+def test_attention_grows_dear_with_the_context() -> None:
+    """Prevents one price for all contexts."""
     model = make_tiny(
         "llama", max_position_embeddings=4096, hidden_size=256, num_attention_heads=16, num_key_value_heads=16,
         intermediate_size=256,
     )  # fmt: skip
     costs = profile(model, "x", contexts=[8, 3000], max_length=2, progress=quiet, repeats=5)
     short, long = costs.points
-    assert long.attention[0] / long.mlp[0] > 1.5 * short.attention[0] / short.mlp[0]
-    space = Space(num_layers=4, fixed=SkipMask(num_layers=4))
-    # Attention does so much more harm that it is worth it at length alone.
-    dear = (short.attention[0] / short.mlp[0] * long.attention[0] / long.mlp[0]) ** 0.5
-    loss = {sub: 1 - math.exp(-0.05 * (dear if sub[0] == "attention" else 1)) for sub in space.free}
-    near, far = (dict(by_sensitivity(space, loss, point))["sensitivity:4"] for point in (short, long))
-    assert len(near.mlp) == 4 and len(far.attention) == 4
+    assert long.attention[0] > 1.5 * short.attention[0]
+
+
+def test_the_context_that_is_asked_for_decides_the_mask() -> None:
+    """Prevents --context from being read and ignored: the best of all masks is another one at length."""
+    model = make_tiny("llama", seed=1)
+    for layer in model.model.layers[2:]:  # so that skipping attention is never free
+        layer.self_attn.o_proj.weight.data *= 3
+    trace = make_trace(model, prompts=8)
+    replay, points = Replay(model, trace, 4), []
+    for context, attention in ((8, 0.3), (3000, 20.0)):
+        plain = 4 * attention + 4.2
+        verify = tuple(plain * (1 + 0.02 * k) for k in range(13))
+        points.append(Point(context=context, attention=(attention,) * 4, mlp=(1.0,) * 4, rest=0.2, exit_check=0.0,
+                            verify=verify))  # fmt: skip
+    found = []
+    for contexts in ((8,), (3000,), (8, 3000)):
+        point = Prepared(
+            prompts=Prompts(calibration=(), held_out=()), trace=trace, identity={}, compiled=None,
+            costs=Costs(identity="", points=tuple(points)), space=Space(num_layers=4, fixed=SkipMask(num_layers=4)),
+            contexts=contexts,
+        ).point  # fmt: skip
+        some = [(kind, i) for kind in KINDS for i in (1, 2, 3)]
+        masks = (SkipMask.from_sublayers(c, 4) for n in range(1, 7) for c in itertools.combinations(some, n))
+        found.append(max((score(replay, mask, point) for mask in masks), key=lambda s: s.tokens_per_second))
+    near, far, mixed = found
+    assert not near.mask.attention and near.mask.mlp and far.mask.attention
+    assert far.tokens_per_second < mixed.tokens_per_second < near.tokens_per_second
 
 
 def test_trace_is_greedy_generate_and_kept(tiny: Any, tmp_path: Path) -> None:
@@ -215,8 +239,6 @@ def test_trace_is_greedy_generate_and_kept(tiny: Any, tmp_path: Path) -> None:
 
 def test_sensitivity_finds_the_harmless_sublayer(tiny: Any) -> None:
     """Prevents an order that is upside down: a branch with zero weights changes nothing, so it goes first."""
-    from conftest import make_tiny
-
     model = make_tiny("llama", seed=1)
     model.model.layers[2].mlp.down_proj.weight.data.zero_()
     space = Space(num_layers=4, fixed=SkipMask(num_layers=4))
@@ -310,13 +332,26 @@ def test_sampled_replay_accepts_what_speculative_sampling_accepts(tiny: Any) -> 
     assert cut <= len(prompts)
 
 
-@given(seed=st.integers(0, 1000))
-def test_the_chance_of_a_token_averages_to_the_overlap(seed: int) -> None:
-    """Prevents a biased estimate: over x drawn from the target, min(1, q/p) is sum(min(p, q))."""
-    generator = torch.Generator().manual_seed(seed)
-    target, draft = (torch.rand(7, generator=generator).softmax(0) for _ in range(2))
-    chance = (draft / target).clamp(max=1)
-    assert float((target * chance).sum()) == pytest.approx(float(torch.minimum(target, draft).sum()), abs=1e-6)
+@torch.no_grad()
+def test_accepted_shares_average_to_the_overlap(tiny: Any) -> None:
+    """Prevents a biased estimate: over many random numbers, one drafted token is accepted sum(min(p, q)) often."""
+    model, mask = tiny("llama"), SkipMask(mlp=[1, 2], num_layers=4)
+    trace = record(model, tuple((3 + i % 90, 5 + i // 90) for i in range(300)), 2, quiet, temperature=0.7)
+    trace = replace(trace, continuations=tuple(c[:2] for c in trace.continuations))
+    replay = Replay(model, trace, 1)
+    drafts = replay.of(mask)
+    starts = [(p, len(prompt) + 1) for p, prompt in enumerate(trace.prompts) if len(trace.continuations[p]) == 2]
+    drafts.run(starts)
+    accepted = sum(drafts.drafts[start].matches for start in starts) / len(starts)
+    overlap = []
+    for p, t in starts:
+        ids = torch.tensor([[*trace.prompts[p], *trace.continuations[p]][:t]])
+        target = (model(ids).logits[0, -1] / 0.7).softmax(-1)
+        _, _, logits = drafts.logits([(p, t)])
+        overlap.append(float(torch.minimum(target, (logits.flatten(0, 1)[0] / 0.7).softmax(-1)).sum()))
+    mean = sum(overlap) / len(overlap)
+    assert 0.1 < mean < 0.95
+    assert abs(accepted - mean) < 4 * (mean * (1 - mean) / len(overlap)) ** 0.5
 
 
 def test_little_memory_means_few_rows_and_the_same_counts(tiny: Any) -> None:

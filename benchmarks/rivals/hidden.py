@@ -18,7 +18,7 @@ import torch
 from skipsearch.mask import SkipMask
 from skipsearch.model.view import draft_view
 from skipsearch.search.cost import draft_step
-from skipsearch.search.seeds import LayerStates, knapsack, layer_states, nearest_states
+from skipsearch.search.seeds import knapsack, layer_states, nearest_states
 
 PROMPTS, TOKENS = 8, 36
 BUDGETS = [level / 64 for level in range(1, 64)]  # of all harm
@@ -31,29 +31,29 @@ def clasp(bench: Any, seed: int, evaluations: int) -> Iterator[tuple[int, SkipMa
 
 
 @torch.no_grad()
-def _last_cosine(bench: Any, states: LayerStates, ids: torch.Tensor, mask: SkipMask) -> float:
+def last_states(model: Any, path: str, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [P, T, V] of a model or a view of it, and what its last layer gives [P, T, H]."""
     found: list[torch.Tensor] = []
-    view = draft_view(bench.model, mask)
-    layers = view.get_submodule(bench.path)
-    hook = layers[-1].register_forward_hook(lambda _m, _a, out: found.append(out[0] if isinstance(out, tuple) else out))
+    last = model.get_submodule(path)[-1]
+    hook = last.register_forward_hook(lambda _m, _a, out: found.append(out[0] if isinstance(out, tuple) else out))
     try:
-        view(input_ids=ids, use_cache=False)
+        return model(input_ids=ids, use_cache=False).logits, found[0]
     finally:
         hook.remove()
-    return states.cosine(found[0], states.hidden[-1])
 
 
 def knapspec(bench: Any, seed: int, evaluations: int) -> Iterator[tuple[int, SkipMask, float]]:
     part, point = bench.prepared.trace.head(PROMPTS, TOKENS), bench.prepared.point
     states = layer_states(bench.model, part)
     ids, _ = part.padded(bench.model.device)
-    single = {
-        sub: 1 - _last_cosine(bench, states, ids, SkipMask.from_sublayers([sub], bench.space.num_layers))
-        for sub in bench.space.free
-    }  # fmt: skip
+
+    def cosine(mask: SkipMask) -> float:
+        return states.cosine(last_states(draft_view(bench.model, mask), bench.path, ids)[1], states.hidden[-1])
+
+    single = {sub: 1 - cosine(SkipMask.from_sublayers([sub], bench.space.num_layers)) for sub in bench.space.free}
     best, best_rate = SkipMask(num_layers=bench.space.num_layers), 0.0
     for number, (_, mask) in enumerate(knapsack(bench.space, single, point, BUDGETS), 1):
-        accept = min(0.999, max(0.0, _last_cosine(bench, states, ids, mask)))
+        accept = min(0.999, max(0.0, cosine(mask)))
         step = draft_step(point, mask, exit_check=False)
         rate = max(
             (1 - accept ** (k + 1)) / (1 - accept) / (k * step + point.verify[k]) for k in range(1, len(point.verify))

@@ -11,6 +11,8 @@ from rich.text import Text
 from skipsearch.mask import KINDS, SkipMask
 from skipsearch.maskfile import MaskFile
 
+ENOUGH = 2000  # scored tokens, for a standard error that tells good masks apart
+
 
 def _pairs(title: str, rows: list[tuple[str, Any]]) -> Table:
     table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
@@ -118,7 +120,9 @@ def summary_table(data: dict[str, Any]) -> Table:
         *_evidence_rows(data["evidence"]),
         (
             "predicted", f"{data['predicted']['speedup']:.2f}x (standard error "
-            f"{data['predicted']['standard_error']:.2f}), {data['predicted']['tokens_per_second']:.1f} tokens/s",
+            f"{data['predicted']['standard_error']:.2f}), {data['predicted']['tokens_per_second']:.1f} tokens/s; "
+            f"scored on {data['predicted']['tokens']:,} tokens"
+            + (f", fewer than {ENOUGH:,}: raise --num-prompts" if data["predicted"]["tokens"] < ENOUGH else ""),
         ),
         ("trials", f"{data['trials']} ({', '.join(f'{k} {v:.0f} s' for k, v in data['seconds'].items())})"),
         ("mask file", data["files"]["mask.json"]),

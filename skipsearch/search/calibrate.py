@@ -1,8 +1,8 @@
 """Calibration: does the cost model foretell what decoding then takes? Predicted against measured tokens per second.
 
-Masks from sparse to dense, at two context lengths. Predicted: counts from exact replay, seconds from the profile.
-Measured: the same prompts decoded, masks in random order, plain decoding among them in every round; each round has a
-profile of its own, and medians are compared.
+Masks from sparse to dense, every other one with a confidence exit, at two context lengths. Predicted: counts from exact
+replay, seconds from the profile. Measured: the same prompts decoded, masks in random order, plain decoding among them
+in every round; each round has a profile of its own, and medians are compared.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from skipsearch.search.trace import Progress, record
 from skipsearch.search.validate import our_arm
 
 PROMPTS, TOKENS, SHORT, LONGEST = 4, 48, 64, 8
+EXITS = (0.3, 0.5, 0.7)
 SPEARMAN, MEDIAN_ERROR = 0.95, 0.05  # what a cost model that can be trusted reaches
 
 
@@ -45,6 +46,7 @@ class Calibration:
         plain: predicted and measured tokens per second of plain decoding.
         spearman, spearman_ci: rank correlation of predicted and measured.
         median_error: of predicted tokens per second, relative to measured.
+        median_error_of_first: likewise with the first profile alone; a search has only one.
         median_error_of_speedup: likewise of the speed-up over plain decoding, which a slower hour does not touch.
     """
 
@@ -54,6 +56,7 @@ class Calibration:
     spearman: float
     spearman_ci: tuple[float, float]
     median_error: float
+    median_error_of_first: float
     median_error_of_speedup: float
 
 
@@ -94,7 +97,8 @@ def _at(
     for number in range(masks):  # sparse to dense, the first layer kept: without it hardly anything is accepted
         density = (number + 0.5) / masks * 0.85
         mask = SkipMask.from_bits([i % layers > 0 and rng.random() < density for i in range(2 * layers)])
-        chosen.append((mask, DraftPolicy(max_length=rng.randint(1, LONGEST))))
+        exit_threshold = rng.choice(EXITS) if number % 2 else None
+        chosen.append((mask, DraftPolicy(max_length=rng.randint(1, LONGEST), exit_threshold=exit_threshold)))
         warm_mask(compiled, model, mask)
     arms = [our_arm(model, compiled=compiled), *(our_arm(model, *pair, compiled) for pair in chosen)]
     for arm in arms:
@@ -114,10 +118,12 @@ def _at(
             progress("calibrate", turn * len(arms) + done + 1, rounds * len(arms))
     plain, *measured = [n / statistics.median(s) for n, s in zip(tokens, seconds, strict=True)]
     expected = statistics.median(1 / point.verify[0] for point in points)
-    predicted = []
+    predicted, at_first = [], []  # the latter by the first profile alone, which is what a search has
     for mask, policy in chosen:
         drafts = replay.of(mask)
-        predicted.append(statistics.median(exact(drafts, policy, point).tokens_per_second for point in points))
+        speeds = [exact(drafts, policy, point).tokens_per_second for point in points]
+        predicted.append(statistics.median(speeds))
+        at_first.append(speeds[0])
     return Calibration(
         context=context, plain=(expected, plain),
         rows=tuple(
@@ -125,11 +131,15 @@ def _at(
             for (m, p), a, b in zip(chosen, predicted, measured, strict=True)
         ),
         spearman=float(spearmanr(predicted, measured).statistic), spearman_ci=_interval(predicted, measured),
-        median_error=statistics.median(abs(a - b) / b for a, b in zip(predicted, measured, strict=True)),
+        median_error=_median_error(predicted, measured), median_error_of_first=_median_error(at_first, measured),
         median_error_of_speedup=statistics.median(
             abs(a / expected - b / plain) / (b / plain) for a, b in zip(predicted, measured, strict=True)
         ),
     )  # fmt: skip
+
+
+def _median_error(predicted: Sequence[float], measured: Sequence[float]) -> float:
+    return statistics.median(abs(a - b) / b for a, b in zip(predicted, measured, strict=True))
 
 
 def _interval(predicted: Sequence[float], measured: Sequence[float]) -> tuple[float, float]:

@@ -65,36 +65,40 @@ class Costs:
     identity: str
     points: tuple[Point, ...]
 
+    @classmethod
+    def of(cls, data: dict[str, Any]) -> Costs:
+        """What `asdict` made of them, as JSON returns it.
+
+        Raises:
+            KeyError, TypeError: it is something else.
+        """
+        lists = ("attention", "mlp", "verify")
+        points = tuple(Point(**{**point, **{name: tuple(point[name]) for name in lists}}) for point in data["points"])
+        return cls(identity=data["identity"], points=points)
+
     def at(self, context: float) -> Point:
         """The point at a context length, interpolated."""
         where = [p.context for p in self.points]
-
-        def between(values: Sequence[float]) -> float:
-            return float(np.interp(context, where, values))
-
-        def each(rows: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
-            return tuple(map(between, zip(*rows, strict=True)))
-
-        return Point(
-            context=round(context), attention=each([p.attention for p in self.points]),
-            mlp=each([p.mlp for p in self.points]), rest=between([p.rest for p in self.points]),
-            exit_check=between([p.exit_check for p in self.points]), verify=each([p.verify for p in self.points]),
-            first=between([p.first for p in self.points]),
-        )  # fmt: skip
+        return _merged(self.points, lambda values: float(np.interp(context, where, values)))
 
     def mix(self, contexts: Sequence[float]) -> Point:
         """The mean of the points at several context lengths: what serving an even mix of them costs."""
-        points = [self.at(context) for context in contexts]
+        return _merged([self.at(context) for context in contexts], statistics.fmean)
 
-        def each(rows: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
-            return tuple(statistics.fmean(values) for values in zip(*rows, strict=True))
 
-        return Point(
-            context=round(statistics.fmean(contexts)), attention=each([p.attention for p in points]),
-            mlp=each([p.mlp for p in points]), rest=statistics.fmean(p.rest for p in points),
-            exit_check=statistics.fmean(p.exit_check for p in points), verify=each([p.verify for p in points]),
-            first=statistics.fmean(p.first for p in points),
-        )  # fmt: skip
+def _merged(points: Sequence[Point], of: Callable[[Sequence[float]], float]) -> Point:
+    """One point of several, figure by figure."""
+
+    def one(name: str) -> float:
+        return of([getattr(point, name) for point in points])
+
+    def each(name: str) -> tuple[float, ...]:
+        return tuple(map(of, zip(*(getattr(point, name) for point in points), strict=True)))
+
+    return Point(
+        context=round(one("context")), attention=each("attention"), mlp=each("mlp"), rest=one("rest"),
+        exit_check=one("exit_check"), verify=each("verify"), first=one("first"),
+    )  # fmt: skip
 
 
 def draft_step(point: Point, mask: SkipMask, exit_check: bool) -> float:
@@ -267,13 +271,11 @@ def profile_or_load(
     compiled: CompiledModel | None = None,
 ) -> Costs:  # fmt: skip
     """The costs in `path` if they were measured for this model and set-up at these lengths; else new ones, saved."""
-    key = f"{identity} | contexts {contexts} | K <= {max_length}"
+    key = f"{identity} | contexts {contexts} | K <= {max_length} | whole blocks"
     try:
-        data = json.loads(path.read_text())
-        if data["identity"] == key:
-            lists = ("attention", "mlp", "verify")
-            points = tuple(Point(**{**p, **{name: tuple(p[name]) for name in lists}}) for p in data["points"])
-            return Costs(identity=key, points=points)
+        known = Costs.of(json.loads(path.read_text()))
+        if known.identity == key:
+            return known
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none yet, or not ours: measured anew
     costs = profile(

@@ -23,7 +23,7 @@ from skipsearch.mask import SkipMask
 from skipsearch.maskfile import Draft, MaskFile, Provenance, load_mask
 from skipsearch.model.load import Loaded, check_mask_belongs, model_card
 from skipsearch.search.audit import Audit, audit
-from skipsearch.search.cost import draft_step
+from skipsearch.search.cost import Costs, draft_step
 from skipsearch.search.objective import Score, Scorer, score, standard_error
 from skipsearch.search.options import MAX_LENGTH, NGRAM, TRIAL_LANES, TRIAL_LENGTH, SearchOptions
 from skipsearch.search.prepare import Prepared, chosen_prompts, prepare
@@ -72,6 +72,8 @@ def search_trials(
     model = loaded.model
     space, url = prepared.space, options.storage or storage_url(folder)
     study = Study(url, options.study, space, prepared.identity, options.sampler, options.seed, options.pareto)
+    # Those that its first trials were priced with, so that all are, whoever runs them.
+    prepared = replace(prepared, costs=Costs.of(study.shared("costs", asdict(prepared.costs))))
     if len(study.finished()) < options.trials:
         few = prepared.trace.head(8, options.trial_tokens)
         study.enqueue(

@@ -135,6 +135,12 @@ class Study:
             )
         self.memo: dict[SkipMask, tuple[float, ...]] = {self.mask_of(t): tuple(t.values) for t in self.finished()}
 
+    def shared(self, name: str, value: Any) -> Any:
+        """What the study has kept by this name; this value, as JSON, if it has none yet."""
+        if name not in self.study.user_attrs:
+            self.study.set_user_attr(name, value)
+        return self.study.user_attrs[name]
+
     def finished(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 

@@ -212,8 +212,8 @@ def test_the_context_that_is_asked_for_decides_the_mask() -> None:
             costs=Costs(identity="", points=tuple(points)), space=Space(num_layers=4, fixed=SkipMask(num_layers=4)),
             contexts=contexts,
         ).point  # fmt: skip
-        some = [(kind, i) for kind in KINDS for i in (1, 2, 3)]
-        masks = (SkipMask.from_sublayers(c, 4) for n in range(1, 7) for c in itertools.combinations(some, n))
+        some = [(kind, i) for kind in KINDS for i in (1, 3)]
+        masks = (SkipMask.from_sublayers(c, 4) for n in range(1, 5) for c in itertools.combinations(some, n))
         found.append(max((score(replay, mask, point) for mask in masks), key=lambda s: s.tokens_per_second))
     near, far, mixed = found
     assert not near.mask.attention and near.mask.mlp and far.mask.attention
@@ -336,7 +336,7 @@ def test_sampled_replay_accepts_what_speculative_sampling_accepts(tiny: Any) -> 
 def test_accepted_shares_average_to_the_overlap(tiny: Any) -> None:
     """Prevents a biased estimate: over many random numbers, one drafted token is accepted sum(min(p, q)) often."""
     model, mask = tiny("llama"), SkipMask(mlp=[1, 2], num_layers=4)
-    trace = record(model, tuple((3 + i % 90, 5 + i // 90) for i in range(300)), 2, quiet, temperature=0.7)
+    trace = record(model, tuple((3 + i % 90, 5 + i // 90) for i in range(150)), 2, quiet, temperature=0.7)
     trace = replace(trace, continuations=tuple(c[:2] for c in trace.continuations))
     replay = Replay(model, trace, 1)
     drafts = replay.of(mask)

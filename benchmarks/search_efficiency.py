@@ -6,8 +6,8 @@ Every arm runs on the same trace, costs and runtime; its clock covers all that i
 stages excepted. Masks that were the best of an arm for a while are given the policy that suits them best on the
 calibration prompts, and replayed on held-out prompts; their counts are rows of runs.jsonl in the folder. Runs that are
 there are not run again, so that a long comparison may be made in parts. At the end all counts are priced by one new
-profile, which no search has seen and so none can have profited from its errors, and the final mask of every run is
-decoded on the held-out prompts, against plain decoding, all in one race. Writes table.csv, summary.json and
+set of profiles, which no search has seen and so none can have profited from its errors, and the final mask of every run
+is decoded on the held-out prompts, against plain decoding, all in one race. Writes table.csv, summary.json and
 curves.svg. The last line is one JSON object.
 """
 
@@ -38,7 +38,7 @@ from skipsearch.files import write_json, write_text
 from skipsearch.maskfile import Draft
 from skipsearch.model.sublayers import find_sublayers
 from skipsearch.report.curves import curves_picture
-from skipsearch.search.cost import Point, device_name, profile
+from skipsearch.search.cost import Point, device_name, merged, profile
 from skipsearch.search.objective import Scorer, join, score
 from skipsearch.search.options import MAX_LENGTH, TRIAL_LANES, TRIAL_LENGTH, SearchOptions
 from skipsearch.search.prepare import Prepared, prepare
@@ -79,6 +79,15 @@ class Bench:
         self.known: dict[SkipMask, dict[str, Any]] = {}
         sizes = f"{options.prompts} + {options.held_out} prompts x {options.new_tokens}"
         self.setting = f"{model} {self.prepared.identity['weights'][:12]} {self.prepared.identity['set_up']} {sizes}"
+
+    def profile(self) -> Point:
+        """Costs at the calibration prompts' context, measured now."""
+        costs = profile(
+            self.model, "", contexts=[round(self.prepared.trace.mean_context)], max_length=MAX_LENGTH,
+            progress=lambda *_: None, compiled=self.compiled,
+        )  # fmt: skip
+        print(f"profile: {costs.points[0]}", flush=True)
+        return costs.points[0]
 
     def worth(self, mask: SkipMask) -> dict[str, Any]:
         """The policy that calibration prompts choose, what they promise, and the blocks on held-out prompts."""
@@ -194,6 +203,7 @@ ARMS: dict[str, Callable[[Bench, int, int], list[dict[str, Any]]]] = {
     "clasp": streamed(hidden.clasp), "knapspec": streamed(hidden.knapspec), "uniform": streamed(strides),
     "ours, 10 times": ours, "self-sd, 10 times": streamed(selfsd.search),
 }  # fmt: skip
+PROFILES = 3  # before the race and after it; figure by figure, their medians price all
 SCORED = 8  # incumbents of a run that are scored on held-out prompts, evenly over its evaluations' logarithm
 EQUAL = (60, 100)  # evaluations after which arms are compared
 
@@ -259,31 +269,30 @@ def main() -> None:
 
 def summary(bench: Bench, runs: list[dict[str, Any]]) -> tuple[pd.DataFrame, dict[str, Any]]:
     """A row an arm: means over seeds by replay under new costs, and really decoded; and what became of the targets."""
-    costs = profile(
-        bench.model, "", contexts=[p.context for p in bench.prepared.costs.points], max_length=MAX_LENGTH,
-        progress=lambda *_: None, compiled=bench.compiled,
-    )  # fmt: skip
-    point = costs.mix((bench.prepared.trace.mean_context,))
-    for run in runs:
-        for step in run["steps"]:
-            step["speedup"] = priced(step, point)
     finals = {(run["arm"], run["seed"]): run["steps"][-1] for run in runs}
     arms = {"plain": our_arm(bench.model, compiled=bench.compiled)}
     for key, step in finals.items():
         mask = SkipMask.from_bits(map(int, step["mask"]))
         warm_mask(bench.compiled, bench.model, mask)
         arms[str(key)] = our_arm(bench.model, mask, DraftPolicy(**step["policy"]), bench.compiled)
+    profiles = [bench.profile() for _ in range(PROFILES)]
     timed = race(arms, bench.prepared.prompts.held_out, new_tokens=bench.options.new_tokens, rounds=1, seed=0,
                  progress=lambda *_: None)  # fmt: skip
-    rows, plain = [], timed["plain"]
+    point = merged(profiles + [bench.profile() for _ in range(PROFILES)], statistics.median)
+    for run in runs:
+        for step in run["steps"]:
+            step["speedup"] = priced(step, point)
+    rows, plain, ours = [], timed["plain"], [timed[key] for key in arms if key.startswith("('ours',")]
     for arm in dict.fromkeys(run["arm"] for run in runs):
         steps = {seed: step for (name, seed), step in finals.items() if name == arm}
         decoded = [timed[str((arm, seed))] for seed in steps]
-        speedup, (low, high) = _mean_speedup(decoded, plain)
+        speedup, (low, high) = _mean_speedup(decoded, [plain], plain)
+        ahead, (ahead_low, ahead_high) = _mean_speedup(ours, decoded, plain)
         row: dict[str, Any] = {
             "arm": arm, "seeds": len(steps), "evaluations": round(_mean(s["evaluations"] for s in steps.values())),
             "seconds": round(_mean(s["seconds"] for s in steps.values()), 1),
             "decoded": round(speedup, 3), "decoded_low": round(low, 3), "decoded_high": round(high, 3),
+            "ours_over_it": round(ahead, 3), "ours_low": round(ahead_low, 3), "ours_high": round(ahead_high, 3),
             "replay": round(_mean(s["speedup"] for s in steps.values()), 3),
             "replay_lowest": round(min(s["speedup"] for s in steps.values()), 3),
             "replay_highest": round(max(s["speedup"] for s in steps.values()), 3),
@@ -316,22 +325,19 @@ def _targets(runs: list[dict[str, Any]], table: pd.DataFrame) -> dict[str, Any]:
     return found
 
 
-def _mean_speedup(decoded: list[Timing], plain: Timing) -> tuple[float, tuple[float, float]]:
-    """Over seeds, of seconds for plain decoding's tokens; with a 95 % interval over prompts."""
-    base, *own = (
-        timing.seconds * [max(1, run.tokens) for run in plain.runs] / [max(1, run.tokens) for run in timing.runs]
-        for timing in (plain, *decoded)
-    )
+def _mean_speedup(arm: list[Timing], other: list[Timing], plain: Timing) -> tuple[float, tuple[float, float]]:
+    """Of one arm's seeds over another's, by seconds for plain decoding's tokens; with a 95 % interval over prompts."""
+    weights = np.array([max(1, run.tokens) for run in plain.runs])
+    both = [t.seconds * weights / [max(1, run.tokens) for run in t.runs] for t in (*arm, *other)]
 
     def ratio(*columns: Any, axis: int = -1) -> Any:
-        base, *own = columns
-        return np.mean([base.sum(axis=axis) / seed.sum(axis=axis) for seed in own], axis=0)
+        speeds = [1 / column.sum(axis=axis) for column in columns]
+        return np.mean(speeds[: len(arm)], axis=0) / np.mean(speeds[len(arm) :], axis=0)
 
     found = bootstrap(
-        (base, *own), ratio, paired=True, method="percentile", n_resamples=2000, rng=np.random.default_rng(0),
-        vectorized=True,
-    ).confidence_interval  # fmt: skip
-    return float(ratio(base, *own)), (float(found.low), float(found.high))
+        both, ratio, paired=True, method="percentile", n_resamples=2000, rng=np.random.default_rng(0), vectorized=True
+    ).confidence_interval
+    return float(ratio(*both)), (float(found.low), float(found.high))
 
 
 def _mean(values: Any) -> float:

@@ -79,14 +79,14 @@ class Costs:
     def at(self, context: float) -> Point:
         """The point at a context length, interpolated."""
         where = [p.context for p in self.points]
-        return _merged(self.points, lambda values: float(np.interp(context, where, values)))
+        return merged(self.points, lambda values: float(np.interp(context, where, values)))
 
     def mix(self, contexts: Sequence[float]) -> Point:
         """The mean of the points at several context lengths: what serving an even mix of them costs."""
-        return _merged([self.at(context) for context in contexts], statistics.fmean)
+        return merged([self.at(context) for context in contexts], statistics.fmean)
 
 
-def _merged(points: Sequence[Point], of: Callable[[Sequence[float]], float]) -> Point:
+def merged(points: Sequence[Point], of: Callable[[Sequence[float]], float]) -> Point:
     """One point of several, figure by figure."""
 
     def one(name: str) -> float:

@@ -5,6 +5,7 @@ Times the runtime's own draft and verify, so every overhead of serving is inside
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import random
@@ -150,8 +151,8 @@ class _Arm:
         return [(self.length + first) * count for count in (1, int(self.asks), *run)]
 
     def verify(self, max_length: int) -> list[int]:
-        """How often it takes a verify of 1, 2, ... tokens."""
-        return [int(self.verifies and self.length == k) for k in range(1, max_length + 1)]
+        """How often it takes a verify of one token, and what each further token adds: never less than nothing."""
+        return [int(self.verifies and self.length >= k) for k in range(1, max_length + 1)]
 
 
 def profile(
@@ -170,6 +171,7 @@ def profile(
     of equations tells them apart: blocks of one mask at every length, of masks of all densities at two lengths, and a
     draft without its verify. Masks like those to be priced, and not all or nothing: what fits into a cache costs less
     than its share. Arms take turns and medians are kept, so that a passing disturbance hits all of them alike.
+    A verify of more tokens costs no less than one of fewer; that keeps one disturbed arm from drawing drafts to it.
     Sublayers of one kind that are built alike count as equally dear; others (dense and mixture layers, full and
     sliding attention) are told apart.
     """
@@ -211,7 +213,7 @@ def profile(
             Point(
                 context=context, rest=rest, attention=tuple(price["attention", i] for i in range(layers)),
                 mlp=tuple(price["mlp", i] for i in range(layers)), exit_check=exit_check,
-                verify=(plain, *found[len(groups) :]), first=first,
+                verify=(plain, *itertools.accumulate(found[len(groups) :])), first=first,
             )
         )  # fmt: skip
     return Costs(identity=identity, points=tuple(points))
@@ -271,7 +273,7 @@ def profile_or_load(
     compiled: CompiledModel | None = None,
 ) -> Costs:  # fmt: skip
     """The costs in `path` if they were measured for this model and set-up at these lengths; else new ones, saved."""
-    key = f"{identity} | contexts {contexts} | K <= {max_length} | whole blocks"
+    key = f"{identity} | contexts {contexts} | K <= {max_length} | whole blocks, rising"
     try:
         known = Costs.of(json.loads(path.read_text()))
         if known.identity == key:

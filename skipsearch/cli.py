@@ -141,7 +141,7 @@ def run(
 def _next_step(model: str, folder: Path, data: dict[str, Any]) -> str:
     if data["evidence"]["verdict"] != "use":
         return "this mask does not pay here; try more --trials, other --prompts, or a model that tolerates skipping"
-    return f"skipsearch generate --model {model} --mask {folder / 'mask.json'} --prompt 'def '"
+    return f"skipsearch generate --model {model} --mask {folder / 'mask.json'} --prompt 'def read_config(path):'"
 
 
 @app.command()

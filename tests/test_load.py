@@ -145,3 +145,10 @@ def test_a_mask_of_another_model_is_refused(tiny: Any, ids: torch.Tensor) -> Non
         check_mask_belongs(file, make_tiny("llama", num_hidden_layers=2))
     with pytest.raises(MaskError, match="config_sha256"):
         other.generate(ids, max_new_tokens=4, custom_generate=self_speculative(file))
+
+
+def test_a_mistyped_preset_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a typing error from being told as a network that cannot be reached."""
+    monkeypatch.setattr("skipsearch.model.load.hub_reachable", lambda: False)
+    with pytest.raises(ModelLoadError, match="did you mean demo"):
+        load_model("demoo")

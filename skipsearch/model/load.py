@@ -7,6 +7,7 @@ import json
 import socket
 import urllib.request
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -107,6 +108,8 @@ def _explain(name: str, source: str, error: Exception) -> str:
     text = str(error)
     words = text.replace(source, "")  # a name may hold "401" or "offline"
     what = name if name == source else f"{name} ({source})"
+    if name not in presets() and (close := get_close_matches(name, presets(), n=1, cutoff=0.75)):
+        return f"model {what} is no preset, and could not be loaded otherwise; did you mean {close[0]}?"
     if "gated repo" in words or "401 Client" in words or "403 Client" in words:
         return (
             f"model {what} is gated: ask for access at https://huggingface.co/{source}, run `hf auth login`, "

@@ -56,7 +56,7 @@ def _served_rows(proof: dict[str, Any]) -> list[tuple[str, Any]]:
     if proof.get("served_speedup") is None:
         return []
     low, high = proof["served_speedup_ci"]
-    return [("as served", f"{proof['served_speedup']:.2f}x  ({low:.2f} to {high:.2f}) with the whole policy below")]
+    return [("as served", f"{proof['served_speedup']:.2f}x  ({low:.2f} to {high:.2f}) with the whole draft policy")]
 
 
 def draw_mask(mask: SkipMask) -> Text:

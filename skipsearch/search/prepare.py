@@ -71,11 +71,11 @@ def prepare(loaded: Loaded, folder: Path, options: SearchOptions, progress: Prog
     for context in options.contexts:
         if not 1 <= context <= most:
             raise PromptError(f"context is {context}, must be in 1..{most} for this model; pass another --context")
-    compiled = compiled_for(model, options.backend, progress=progress)
     layers, preset = find_sublayers(model).num_layers, loaded.preset
     if options.space is not None:
         preset = with_space(preset, options.space, layers, loaded.name)
     space = Space.of(layers, preset)
+    compiled = compiled_for(model, options.backend, progress=progress)  # takes long: what can be wrong is seen by now
     # Weights, not only the config: a fine-tuned model must not continue the study of its base.
     identity = {
         "model": str(model_card(model, loaded.name).config_sha256),

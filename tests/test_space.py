@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,3 +232,14 @@ def test_a_single_parameter_can_be_searched() -> None:
         for n in range(4)
     ]
     assert sampler.propose(trials[:1])["layer.00"] in (0, 1) and sampler.propose(trials)["layer.00"] in (0, 1)
+
+
+@given(one=spaces, other=spaces)
+def test_a_space_says_all_that_sets_it_apart(one: Space, other: Space) -> None:
+    """Prevents a study from being continued with another space, and a refusal in Python's words."""
+    assert "frozenset" not in str(one)
+    if one.structure != "spans":  # of other structures, how many spans is of no account
+        one, other = replace(one, spans=1), replace(other, spans=other.spans if other.structure == "spans" else 1)
+    elif other.structure != "spans":
+        other = replace(other, spans=1)
+    assert (str(one) == str(other)) == (one == other)

@@ -82,7 +82,7 @@ def prepare(loaded: Loaded, folder: Path, options: SearchOptions, progress: Prog
         "weights": _weights_fingerprint(model),
         "set_up": set_up(model, "eager" if compiled is None else "compiled"),
         "prompts": fingerprint(prompts.calibration),
-        "space": repr(space),
+        "space": str(space),
         "tokens": f"{options.new_tokens} recorded",
         "context": ", ".join(map(str, options.contexts)) or "as the prompts", "temperature": str(options.temperature),
     }  # fmt: skip

@@ -45,6 +45,16 @@ class Space:
             max_skipped=preset.max_skipped,
         )  # fmt: skip
 
+    def __str__(self) -> str:
+        """In the words of a [space] table: what a study tells when it was made with another one."""
+        words = [
+            self.structure,
+            f"fixed attention {sorted(self.fixed.attention)}",
+            f"fixed mlp {sorted(self.fixed.mlp)}",
+        ]
+        words += [f"spans {self.spans}"] if self.structure == "spans" else []
+        return ", ".join([*words, *([] if self.max_skipped is None else [f"max_skipped {self.max_skipped}"])])
+
     @property
     def free(self) -> list[tuple[Kind, int]]:
         """Sublayers that some mask of the space skips."""

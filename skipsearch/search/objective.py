@@ -15,7 +15,8 @@ from scipy.stats import spearmanr
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.mask import SkipMask
 from skipsearch.search.cost import Point, draft_step
-from skipsearch.search.replay import Lane, MaskReplay, Replay
+from skipsearch.search.drafts import Lane, MaskReplay
+from skipsearch.search.replay import Replay
 
 BINS = 16  # of the confidence, in a calibrated exit
 AGREEMENT, SCREEN_AFTER = 0.9, 20  # of giving up early: rank correlation, and masks before it is trusted

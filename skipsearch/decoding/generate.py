@@ -6,7 +6,6 @@ sampling: the same distribution). Options that a callable cannot honour are refu
 
 from __future__ import annotations
 
-import sys
 import warnings
 import weakref
 from dataclasses import dataclass, field, replace
@@ -16,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from skipsearch.decoding.accept import Sampling
+from skipsearch.decoding.asked import built_in, layout, not_handed_on, refuse_in_batch, refuse_modes
 from skipsearch.decoding.backend import Backend, Progress, compiled_for, state_of, warm_draft
 from skipsearch.decoding.compiled import CompiledModel
 from skipsearch.decoding.loop import decode
@@ -136,9 +134,9 @@ class SelfSpeculative:
         # `generate` hands a callable's own argument names over twice, so these come as keywords alone.
         batch, config = input_ids.shape[0], generation_config
         past: Cache | None = model_kwargs.get("past_key_values")
-        unseen = _not_handed_on()
+        unseen = not_handed_on()
         streamer = self._streamer or unseen.get("streamer")
-        _refuse_modes(config, {**model_kwargs, **unseen, "streamer": None})
+        refuse_modes(config, {**model_kwargs, **unseen, "streamer": None})
         check(logits_processor)
         if (device := input_device(model)).type != input_ids.device.type:
             raise DecodingError(
@@ -146,11 +144,11 @@ class SelfSpeculative:
                 f"move them with .to({str(device)!r})"
             )
         if batch > 1:
-            _refuse_in_batch(past, streamer)
-        pads, past_only = _layout(input_ids, config, model_kwargs)
+            refuse_in_batch(past, streamer)
+        pads, past_only = layout(input_ids, config, model_kwargs)
         eos = config._eos_token_tensor  # type: ignore[attr-defined]
         eos_ids = frozenset() if eos is None else frozenset(eos.flatten().tolist())
-        others = [c for c in stopping_criteria if not _built_in(c, eos_ids, config.max_length)]
+        others = [c for c in stopping_criteria if not built_in(c, eos_ids, config.max_length)]
         rows = [_Row() for _ in range(batch)]
         keep_scores = bool(config.return_dict_in_generate and config.output_scores)
         keep_logits = bool(config.return_dict_in_generate and config.output_logits)
@@ -224,67 +222,6 @@ def _stacked(rows: list[list[Tensor]]) -> tuple[Tensor, ...]:
     longest = max(map(len, rows))
     nothing = torch.zeros_like(rows[0][0])
     return tuple(torch.cat([row[step] if step < len(row) else nothing for row in rows]) for step in range(longest))
-
-
-def _not_handed_on() -> dict[str, Any]:
-    """Arguments of `generate` that it drops for a callable, read where it keeps them so that none is ignored."""
-    caller = sys._getframe(2)
-    names = ("streamer", "assistant_model", "synced_gpus") if caller.f_code.co_name == "generate" else ()
-    return {name: caller.f_locals.get(name) or None for name in names}
-
-
-def _built_in(criterion: Any, eos_ids: frozenset[int], max_length: int) -> bool:
-    """Whether `decode` looks after this criterion itself."""
-    if isinstance(criterion, MaxLengthCriteria):
-        return bool(criterion.max_length >= max_length)
-    return isinstance(criterion, EosTokenCriteria) and set(criterion.eos_token_id.flatten().tolist()) == eos_ids
-
-
-def _layout(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> tuple[list[int], int]:
-    """Padding on the left of each row, and how many tokens only `past_key_values` knows."""
-    mask: Tensor | None = model_kwargs.get("attention_mask")
-    length = mask.shape[1] if mask is not None else getattr(config, "_mask_length", input_ids.shape[1])
-    pads = [0] * input_ids.shape[0] if mask is None else (mask == 0).sum(1).tolist()
-    expected = torch.arange(length, device=input_ids.device)[None]
-    if mask is not None:
-        if any(row[:pad].any() for row, pad in zip(mask, pads, strict=True)):
-            raise DecodingError("attention_mask has zeros inside the prompt; only padding on the left is supported")
-        expected = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    given = model_kwargs.get("position_ids")
-    if given is not None and (given.shape[1] != length or bool((given != expected).any())):
-        raise DecodingError("position_ids are not those of the attention_mask; leave them out")
-    return pads, length - input_ids.shape[1]
-
-
-_HONOURED = {"past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
-
-
-def _refuse_modes(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
-    if config.num_beams and config.num_beams > 1:
-        raise DecodingError(f"num_beams is {config.num_beams}, must be 1: beams cannot be drafted by skipping")
-    mode = config.get_generation_mode(None)
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise DecodingError(
-            f"the generation config asks for {mode.value}, must be greedy search or sampling; unset what selects it"
-        )
-    if model_kwargs.get("use_cache") is False:
-        raise DecodingError(
-            "use_cache is False, must be True: draft and target share the cache; pass use_cache=True to generate"
-        )
-    for name in ("output_attentions", "output_hidden_states"):
-        if getattr(config, name, False) and config.return_dict_in_generate:
-            raise DecodingError(f"{name} is True, must be False: a block has no such outputs for single tokens")
-    if given := sorted(k for k, v in model_kwargs.items() if v is not None and k not in _HONOURED):
-        raise DecodingError(
-            f"generate was given {', '.join(given)}, which self_speculative cannot honour; leave it out"
-        )
-
-
-def _refuse_in_batch(past: Cache | None, streamer: BaseStreamer | None) -> None:
-    if streamer is not None:
-        raise DecodingError("a streamer takes one sequence, got a batch; stream prompts one by one")
-    if past is not None and past.get_seq_length():
-        raise DecodingError("past_key_values holds tokens of a batch; continue its sequences one by one")
 
 
 def self_speculative(

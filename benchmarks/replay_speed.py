@@ -4,7 +4,8 @@
 
 16 calibration prompts x 128 tokens of the demo model, fp32. Both do the same block walk: once with the
 mask's K as a fixed length, once with its own policy. Arms alternate, medians of 5 rounds. A replay starts
-from nothing but the trace's keys and values, which a search makes once. The last line is JSON.
+from nothing but the trace's keys and values, which a search makes once. Then passes over more and more drafts
+at once, up to nearly a trial's, tell whether masks side by side would be faster. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import statistics
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from skipsearch import load_mask, load_model
+from skipsearch import SkipMask, load_mask, load_model
 from skipsearch.decoding.policy import DraftPolicy
-from skipsearch.search.options import SearchOptions
+from skipsearch.search.options import TRIAL_LANES, TRIAL_LENGTH, SearchOptions
 from skipsearch.search.prepare import chosen_prompts
 from skipsearch.search.replay import Replay
 from skipsearch.search.trace import record
@@ -34,6 +36,29 @@ def accepted(blocks: Counter[tuple[int, int]]) -> Counter[int]:
     for (_, n), count in blocks.items():
         counts[n] += count
     return counts
+
+
+def pass_seconds(replay: Replay, mask: SkipMask) -> list[dict[str, Any]]:
+    """Passes over more and more block starts at once: once a start costs what it did, more of them gain nothing.
+
+    As many more starts are what several masks in one pass would be, at best: they do not even share what is skipped.
+    """
+    found: list[dict[str, Any]] = []
+    firsts = [(p, len(prompt) + 1) for p, prompt in enumerate(replay.trace.prompts)]
+    counts = [count for count in (1, 4, 16, 48, 96) if count <= len(firsts) * replay.side]
+    for _ in range(ROUNDS + 1):
+        for count in counts:
+            starts = sorted((p, t + 3 * (n // len(firsts))) for n in range(count) for p, t in [firsts[n % len(firsts)]])
+            begin = time.perf_counter()
+            replay.of(mask).look(starts)
+            found.append({"starts": count, "seconds": time.perf_counter() - begin})
+    rows = []
+    for count in counts:
+        seconds = statistics.median([row["seconds"] for row in found[len(counts) :] if row["starts"] == count])
+        tokens = count * replay.max_length
+        rows.append({"starts": count, "tokens": tokens, "ms": round(1e3 * seconds, 2),
+                     "ms_a_token": round(1e3 * seconds / tokens, 4)})  # fmt: skip
+    return rows
 
 
 def main() -> None:
@@ -75,9 +100,14 @@ def main() -> None:
         })  # fmt: skip
         print(f"{rows[-1]['policy']}: replay {a:.2f} s, decoding {b:.2f} s, {b / a:.1f} times faster, accepted counts "
               f"{'identical' if rows[-1]['accepted_counts_identical'] else 'DIFFER'}")  # fmt: skip
+    passes = pass_seconds(Replay(loaded.model, trace, TRIAL_LENGTH, lanes=TRIAL_LANES + 1), file.mask)
+    for row in passes:
+        print(
+            f"a pass of {row['starts']} drafts, {row['tokens']} tokens: {row['ms']} ms, {row['ms_a_token']} ms a token"
+        )
     print(json.dumps({
-        "benchmark": "replay_speed", "prompts": PROMPTS, "tokens": trace.tokens, "set_up_s": round(set_up, 3),
-        "threads": torch.get_num_threads(), "rows": rows,
+        "benchmark": "replay_speed", "passes": passes, "prompts": PROMPTS, "tokens": trace.tokens,
+        "set_up_s": round(set_up, 3), "threads": torch.get_num_threads(), "rows": rows,
     }))  # fmt: skip
 
 

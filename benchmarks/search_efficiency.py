@@ -78,7 +78,9 @@ class Bench:
         self.held_out = Replay(self.model, held_out, MAX_LENGTH)
         self.known: dict[SkipMask, dict[str, Any]] = {}
         sizes = f"{options.prompts} + {options.held_out} prompts x {options.new_tokens}"
-        self.setting = f"{model} {self.prepared.identity['weights'][:12]} {self.prepared.identity['set_up']} {sizes}"
+        self.setting = (
+            f"{self.loaded.name} {self.prepared.identity['weights'][:12]} {self.prepared.identity['set_up']} {sizes}"
+        )
 
     def profile(self) -> Point:
         """Costs at the calibration prompts' context, measured now."""
@@ -257,9 +259,9 @@ def main() -> None:
                   "prompts", flush=True)  # fmt: skip
     table, targets = summary(bench, runs)
     write_text(args.out / "table.csv", table.to_csv(index=False))
-    title = f"{args.model}, {backend_name(bench.compiled)}, {device_name(bench.model.device)}"
+    title = f"{bench.loaded.name}, {backend_name(bench.compiled)}, {device_name(bench.model.device)}"
     write_text(args.out / "curves.svg", curves_picture(runs, title))
-    data = {"benchmark": "search_efficiency", "model": args.model, "dtype": str(bench.model.dtype),
+    data = {"benchmark": "search_efficiency", "model": bench.loaded.name, "dtype": str(bench.model.dtype),
             "backend": backend_name(bench.compiled), "device": device_name(bench.model.device),
             "targets": targets, "rows": table.to_dict("records")}  # fmt: skip
     write_json(args.out / "summary.json", data)

@@ -126,7 +126,7 @@ def run(
     with stages(err, quiet=as_json) as progress:
         result = search(loaded, out=folder, options=options, progress=progress.stage, report=progress.trials(trials))
     data = summary(result)
-    fronts = [front_table(result.front)] if pareto else []
+    fronts = [front_table(result.front, result.file.provenance.trial)] if pareto else []
     _print(
         data,
         as_json,
@@ -148,6 +148,18 @@ def _next_step(model: str, folder: Path, data: dict[str, Any]) -> str:
 def generate(
     model: Model,
     mask: Annotated[Path | None, typer.Option(help="mask.json; without it, plain decoding")] = None,
+    on_the_fly: Annotated[
+        bool, typer.Option("--on-the-fly", help="find masks while decoding, from --mask or from nothing")
+    ] = False,
+    decoding: Annotated[
+        Literal["lossless", "mtad"], typer.Option(help="mtad: joint decoding of several tokens, LOSSY: likelier text")
+    ] = "lossless",
+    beam_width: Annotated[int, typer.Option(min=1, help="beams of mtad")] = 4,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="joint likelihood ratio that mtad accepts from")] = 0.5,
+    draft_model: Annotated[
+        str | None, typer.Option(help="a smaller model that drafts for mtad instead of the mask: preset, id or folder")
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="where to write the mask that was found on the fly")] = None,
     prompt: Annotated[str, typer.Option(help="text to continue")] = "def main(",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Temperature = 0.0,
@@ -159,33 +171,56 @@ def generate(
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Continue a prompt with a mask (or plainly), streaming."""
-    if compare and mask is None:
+    if decoding == "mtad" and (on_the_fly or (mask is None) == (draft_model is None)):
+        raise typer.BadParameter("mtad drafts with either --mask or --draft-model", param_hint="--decoding")
+    if compare and mask is None and not (on_the_fly or draft_model):
         raise typer.BadParameter("it compares a mask with plain decoding, so it needs --mask", param_hint="--compare")
-    tuned = _backend_of(mask) if backend == "auto" else backend
+    if save is not None and not on_the_fly:
+        raise typer.BadParameter("there is nothing to save without --on-the-fly", param_hint="--save")
+    backend = "eager" if decoding == "mtad" else backend
+    tuned = backend if backend != "auto" else "compiled" if on_the_fly else _backend_of(mask)
     loaded = _load(model, dtype, device, revision, trust)
     from skipsearch.decoding.continuation import continue_text
+    from skipsearch.online.auto import self_speculative
     from skipsearch.report.progress import stages
-    from skipsearch.report.tables import generation_line
+    from skipsearch.report.tables import found_line, generation_line
 
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
-        "backend": tuned,
     }  # fmt: skip
-    arms = [("plain", None), ("mask", mask)] if compare else [("mask" if mask else "plain", mask)]
+    methods = {"plain": self_speculative(None, backend=tuned)}
+    if decoding == "mtad":
+        small = _load(draft_model, dtype, device, None, trust).model if draft_model else None
+        methods["mtad (lossy)"] = self_speculative(
+            mask, decoding="mtad", beam_width=beam_width, threshold=threshold, draft_model=small
+        )
+    elif on_the_fly:
+        methods["on the fly"] = self_speculative("auto", start=mask, seed=seed, backend=tuned)
+    elif mask is not None:
+        methods["mask"] = self_speculative(mask, backend=tuned)
+    if len(methods) > 1 and not compare:
+        del methods["plain"]
     results: dict[str, Any] = {}
     with stages(err, quiet=as_json) as progress:
-        for _, path in arms:  # warm-up, so that the first arm pays for nothing alone
+        for method in methods.values():  # warm-up, so that the first arm pays for nothing alone
             few = {**settings, "max_new_tokens": min(16 if compare else 2, max_new_tokens)}
-            continue_text(loaded, prompt, path, stream=False, progress=progress.stage, **few)
-    for name, path in arms:
-        if not as_json and len(arms) > 1:
+            continue_text(loaded, prompt, method, stream=False, progress=progress.stage, **few)
+    for name, method in methods.items():
+        if not as_json and len(methods) > 1:
             out.rule(name)
-        results[name] = continue_text(loaded, prompt, path, stream=not as_json, **settings)
+        results[name] = continue_text(loaded, prompt, method, stream=not as_json, **settings)
+        if name == "on the fly":
+            tuner = method.tuner_for(loaded.model)
+            results[name]["search"] = tuner.report()
+            if save is not None:
+                tuner.save(save)
         if not as_json:
             out.print(generation_line(results[name]))
+            if name == "on the fly":
+                out.print(found_line(results[name]["search"]))
     equal = None
-    if len(results) > 1 and temperature == 0:
-        equal = results["plain"]["tokens"] == results["mask"]["tokens"]
+    if len(results) > 1 and temperature == 0 and decoding == "lossless":
+        equal = len({tuple(result["tokens"]) for result in results.values()}) == 1
         if not as_json:
             out.print("same tokens as plain decoding" if equal else "tokens differ from plain decoding")
     if as_json:

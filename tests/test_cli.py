@@ -96,6 +96,28 @@ def test_generate_compares_with_plain_decoding(mask_path: Path) -> None:
     assert data["greedy_equal"] is True and len(data["mask"]["tokens"]) == 12
 
 
+def test_generate_finds_masks_on_the_fly(tmp_path: Path) -> None:
+    """Prevents a search while serving that changes the output or says nothing, and a file saved of nothing."""
+    arguments = ["generate", "--model", "demo", "--on-the-fly", "--backend", "eager", "--max-new-tokens", "40"]
+    result = runner.invoke(cli.app, [*arguments, "--compare", "--json"])
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert data["greedy_equal"] is True and data["on the fly"]["search"]["share"] < 1
+    assert runner.invoke(cli.app, ["generate", "--model", "demo", "--save", str(tmp_path / "m.json")]).exit_code == 2
+
+
+def test_generate_says_that_joint_decoding_is_lossy(mask_path: Path) -> None:
+    """Prevents lossy output from passing for the model's own."""
+    arguments = ["generate", "--model", "demo", "--decoding", "mtad", "--max-new-tokens", "12"]
+    assert runner.invoke(cli.app, arguments).exit_code == 2  # nothing drafts
+    result = runner.invoke(cli.app, [*arguments, "--mask", str(mask_path)])
+    assert result.exit_code == 0 and "LOSSY" in result.output
+    result = runner.invoke(cli.app, [*arguments, "--mask", str(mask_path), "--compare", "--json"])
+    data = json.loads(result.stdout)
+    assert data["mtad (lossy)"]["lossy"] is True and data["plain"]["lossy"] is False and data["greedy_equal"] is None
+    assert "LOSSY" in " ".join(runner.invoke(cli.app, ["generate", "--help"]).output.split())
+
+
 def test_dashboard_without_a_study_creates_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

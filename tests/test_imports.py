@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "skipsearch"
-ORDER = ["mask", "model", "decoding", "search", "bench", "report", "cli"]
+ORDER = ["mask", "model", "decoding", "search", "online", "bench", "report", "cli"]
 VALUES = {"mask.py", "maskfile.py", "errors.py", "files.py"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
 import weakref
@@ -23,6 +24,7 @@ Progress = Callable[[str, int, int], None]
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.02}  # of the largest logit
 
 _known: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, CompiledModel | str]] = weakref.WeakKeyDictionary()
+_log = logging.getLogger(__name__)
 _lock = threading.RLock()  # the compiler sets what is global to the process
 
 
@@ -82,6 +84,8 @@ def compile_and_prove(model: PreTrainedModel, progress: Progress | None) -> Comp
     Raises:
         BackendError: the logits differ by more than rounding, or the model or machine cannot.
     """
+    if progress is None:  # nobody is told how far it is, so at least that it has begun
+        _log.warning("compiling for this machine: about a minute at the first use, then read from the disk")
     compiled = CompiledModel(model)
     layers = compiled.pieces.layers_of(model)
     compiled.warm(layers, widths_of(compiled), progress)

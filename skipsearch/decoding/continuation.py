@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TextStreamer
 
-from skipsearch.decoding.backend import Backend, Progress
-from skipsearch.decoding.generate import self_speculative
+from skipsearch.decoding.backend import Progress
+from skipsearch.decoding.generate import SelfSpeculative
 from skipsearch.errors import DecodingError
 from skipsearch.model.load import Loaded
 from skipsearch.model.sublayers import input_device
 
 
 def continue_text(
-    loaded: Loaded, prompt: str, mask: Path | None, *, stream: bool, max_new_tokens: int, temperature: float = 0.0,
-    top_k: int = 0, top_p: float = 1.0, seed: int = 0, backend: Backend = "auto",
-    progress: Progress | None = None,
+    loaded: Loaded, prompt: str, method: SelfSpeculative, *, stream: bool, max_new_tokens: int,
+    temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Generate and time it, prefill included, compiling not.
+    """Generate with this method and time it, prefill included, compiling not.
 
     Returns:
         text, tokens (the new ones), seconds, tokens_per_second, and the raw counts of blocks.
@@ -41,7 +39,6 @@ def continue_text(
             f"{context}; pass --max-new-tokens {max(1, context - length)} or a shorter prompt"
         )
     streamer = TextStreamer(tokenizer, skip_prompt=False) if stream else None
-    method = self_speculative(mask, streamer=streamer, backend=backend)
     method.warm_up(model, progress)
     if streamer is not None:
         streamer.put(inputs["input_ids"])
@@ -50,14 +47,16 @@ def continue_text(
     }  # fmt: skip
     torch.manual_seed(seed)
     start = time.perf_counter()
-    output = model.generate(**_known(inputs), max_new_tokens=max_new_tokens, custom_generate=method, **sampling)
+    output = model.generate(
+        **_known(inputs), max_new_tokens=max_new_tokens, custom_generate=method, streamer=streamer, **sampling
+    )
     seconds = time.perf_counter() - start
     tokens = output[0, length:].tolist()
     stats = method.stats
     return {
         "text": tokenizer.decode(tokens), "tokens": tokens, "seconds": seconds,
         "tokens_per_second": len(tokens) / seconds, "drafted": stats.drafted, "accepted": stats.accepted,
-        "verifies": stats.verifies,
+        "verifies": stats.verifies, "lossy": stats.lossy,
         "accepted_from": dict(stats.accepted_from), "acceptance_rate": stats.acceptance_rate, "tau": stats.tau,
     }  # fmt: skip
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from skipsearch.decoding.ngram import NgramIndex
 from skipsearch.decoding.pace import Pace
@@ -58,6 +59,13 @@ class Drafter:
             self.index = NgramIndex()
             self.index.extend(sequences.ids[0, : sequences.lengths[0]].tolist())
         self._begun, self._drafted = 0.0, 0.0
+
+    def change(self, view: PreTrainedModel, policy: DraftPolicy) -> None:
+        """From the next draft on, another mask: what was learnt of the one before is let go."""
+        self.sequences.draft_with(view)
+        self.policy = policy
+        self.rules = {row: ExitRule(policy) for row in self.sequences.rows}
+        self.pace.forget_mask()
 
     def draft(self, rooms: list[int]) -> Draft:
         """Draft at most rooms[b] tokens for each row."""

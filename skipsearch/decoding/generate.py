@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from skipsearch.decoding.accept import Sampling
 from skipsearch.decoding.asked import built_in, layout, not_handed_on, refuse_in_batch, refuse_modes
 from skipsearch.decoding.backend import Backend, Progress, compiled_for, state_of, warm_draft
 from skipsearch.decoding.compiled import CompiledModel
+from skipsearch.decoding.joint import Joint, JointDecoder, check_draft_model, decode_jointly
 from skipsearch.decoding.loop import decode
 from skipsearch.decoding.pace import Pace
 from skipsearch.decoding.policy import DraftPolicy
@@ -29,12 +31,20 @@ from skipsearch.decoding.processors import check
 from skipsearch.decoding.rows import rows_may_differ
 from skipsearch.decoding.sequences import ALIGNED, Sequences
 from skipsearch.decoding.stats import Block, DecodeStats
+from skipsearch.decoding.tree import Reader
+from skipsearch.decoding.tuner import Tuner
 from skipsearch.errors import BackendWarning, DecodingError, MaskError
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import MaskFile, load_mask
+from skipsearch.model.cache import SharedCache
 from skipsearch.model.load import check_mask_belongs
 from skipsearch.model.sublayers import input_device
 from skipsearch.model.view import draft_view
+
+# Makes a model's tuner: with what runs forwards, policy and mask to begin with, and whom to tell of compiling.
+Tune = Callable[
+    [PreTrainedModel, CompiledModel | None, DraftPolicy, SkipMask | None, Progress | None], Tuner
+]  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -52,14 +62,18 @@ class SelfSpeculative:
     Attributes:
         mask, policy: what it drafts with; mask None decodes plainly.
         deterministic: whether verification runs in blocks of one fixed shape.
+        joint: settings of joint decoding, which is lossy; None decodes losslessly.
         backend: what runs forwards; "auto" is the one that the mask file was tuned for, eager for a bare mask.
         stats: raw counts of the last call.
     """
 
     def __init__(
         self, mask: SkipMask | None, policy: DraftPolicy, file: MaskFile | None, streamer: BaseStreamer | None,
-        deterministic: bool = False, backend: Backend = "auto",
+        deterministic: bool = False, backend: Backend = "auto", tune: Tune | None = None,
+        joint: Joint | None = None, draft_model: PreTrainedModel | None = None,
     ) -> None:  # fmt: skip
+        self._tune, self.joint, self._draft_model = tune, joint, draft_model
+        self._tuners: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, Tuner]] = weakref.WeakKeyDictionary()
         self.mask, self.policy, self.deterministic, self.stats = mask, policy, deterministic, DecodeStats()
         self.backend, self._file, self._streamer, self._said = backend, file, streamer, set[str]()
         self._paces: weakref.WeakKeyDictionary[PreTrainedModel, Pace] = weakref.WeakKeyDictionary()
@@ -86,6 +100,23 @@ class SelfSpeculative:
         draft, compiled = self._draft_for(model), self._compiled_for(model, 1, progress=progress)
         if compiled is not None and draft is not None:
             warm_draft(compiled, draft, progress)
+        if self._tune is not None:
+            self.tuner_for(model, compiled, progress)
+
+    def tuner_for(
+        self, model: PreTrainedModel, compiled: CompiledModel | None = None, progress: Progress | None = None
+    ) -> Tuner:
+        """Who changes the mask while this model serves, and what it has found.
+
+        Raises:
+            DecodingError: nobody does: this object was made with a mask.
+        """
+        if self._tune is None:
+            raise DecodingError("this method has one mask, nothing is searched; make it with self_speculative('auto')")
+        state = state_of(model)
+        if model not in self._tuners or self._tuners[model][0] != state:
+            self._tuners[model] = state, self._tune(model, compiled, self.policy, self.mask, progress)
+        return self._tuners[model][1]
 
     def _compiled_for(
         self, model: PreTrainedModel, rows: int, padded_past: bool = False, progress: Progress | None = None
@@ -104,6 +135,23 @@ class SelfSpeculative:
         if tuned is not None and tuned != now:
             self._warn(f"the mask was tuned for backend {tuned!r}, decoding with {now!r}: another mask may be faster")
         return compiled
+
+    def _jointly(
+        self, model: PreTrainedModel, draft: PreTrainedModel | None, sequences: Sequences,
+        processors: LogitsProcessorList, sampling: Sampling | None, ends: dict[str, Any],
+    ) -> Iterator[Block]:  # fmt: skip
+        """MTAD for one row, with the mask's view or a smaller model."""
+        assert self.joint is not None
+        if sequences.offset < 0 or sequences.cache.committed[0]:
+            raise DecodingError("past_key_values was given, which joint decoding does not take; pass the whole prompt")
+        ids, pad = sequences.ids[:1, sequences.offset : sequences.lengths[0]], sequences.offset
+        target = Reader(model, sequences.cache)
+        drafter = Reader(draft or model, sequences.cache)
+        if self._draft_model is not None:
+            check_draft_model(self._draft_model, model)
+            drafter = Reader(self._draft_model, SharedCache(self._draft_model, ids.shape[1] + 64))
+        decoder = JointDecoder(target, drafter, ids, self.joint, processors, sampling)
+        return decode_jointly(decoder, **{**ends, "row": sequences.rows[0], "max_length": ends["max_length"] - pad})
 
     def _warn(self, text: str) -> None:
         if text not in self._said:
@@ -159,15 +207,19 @@ class SelfSpeculative:
         if compiled is not None and draft is not None:
             warm_draft(compiled, draft)
         pace = self._pace_for(model, bool(config.do_sample))
-        together = batch == 1 or (not self.deterministic and rows_may_differ(model))
+        tuner = self.tuner_for(model, compiled) if self._tune and batch == 1 and not self.deterministic else None
+        if tuner is not None:
+            tuner.temperature = float(config.temperature or 1.0) if config.do_sample else 0.0
+        together = batch == 1 or (not (self.deterministic or self.joint) and rows_may_differ(model))
         for group in [list(range(batch))] if together else [[b] for b in range(batch)]:
             seed = int(torch.randint(2**62, ())) if config.do_sample else None
+            sampling = None if seed is None else Sampling.from_seed(seed, input_ids.device)
             sequences = Sequences(
-                model, input_ids[group], capacity=max(config.max_length, input_ids.shape[1]) + 1, mask=self.mask,
-                draft=draft, processors=logits_processor, past=past, pads=[pads[b] for b in group],
-                past_only=past_only, numbers=group, aligned=ALIGNED if self.deterministic else 0,
-                chunk=config.prefill_chunk_size, compiled=compiled,
-                sampling=None if seed is None else Sampling.from_seed(seed, input_ids.device),
+                model, input_ids[group], capacity=max(config.max_length, input_ids.shape[1]) + 1,
+                mask=None if tuner else self.mask, draft=None if tuner else draft, processors=logits_processor,
+                past=past, pads=[pads[b] for b in group], past_only=past_only, numbers=group,
+                aligned=ALIGNED if self.deterministic else 0, chunk=config.prefill_chunk_size, compiled=compiled,
+                sampling=sampling,
             )  # fmt: skip
 
             def should_stop(block: Block, i: int, ids: Tensor) -> bool:
@@ -176,10 +228,15 @@ class SelfSpeculative:
                     seen = (*rows[block.row].scores, *_steps(block.scores_KV[: i + 1]))
                 return any(bool(criterion(ids, seen).all()) for criterion in others)  # type: ignore[arg-type]
 
-            for block in decode(
-                sequences, max_length=config.max_length, policy=self.policy, stats=stats, eos_ids=eos_ids,
-                should_stop=should_stop if others else None, pace=pace,
-            ):  # fmt: skip
+            ends: dict[str, Any] = {
+                "max_length": config.max_length, "eos_ids": eos_ids, "should_stop": should_stop if others else None,
+                "stats": stats,
+            }  # fmt: skip
+            if self.joint is not None:
+                blocks = self._jointly(model, draft, sequences, logits_processor, sampling, ends)
+            else:
+                blocks = decode(sequences, policy=self.policy, pace=pace, tuner=tuner, **ends)
+            for block in blocks:
                 row = rows[block.row]
                 row.tokens += block.tokens
                 if keep_logits:
@@ -235,6 +292,11 @@ def self_speculative(
     never_slower: bool | None = None,
     deterministic: bool = False,
     backend: Backend = "auto",
+    tune: Tune | None = None,
+    decoding: Literal["lossless", "mtad"] = "lossless",
+    beam_width: int = 4,
+    threshold: float = 0.5,
+    draft_model: PreTrainedModel | None = None,
 ) -> SelfSpeculative:
     """A decoding method for `model.generate(..., custom_generate=...)`.
 
@@ -248,11 +310,16 @@ def self_speculative(
         never_slower: draft only while it pays; default likewise.
         deterministic: verify in blocks of one fixed shape. Then the output has the same bits, in any dtype,
             as plain decoding through the same blocks: `self_speculative(None, deterministic=True)`.
-
         backend: "compiled", "eager", or "auto": the one that the mask file was tuned for, eager for a bare mask.
+        tune: makes who may change the mask of single sequences while they are decoded.
+        decoding: "lossless", or "mtad": joint decoding (`Joint`), which is LOSSY: output likelier under the target than
+            its own samples, and not distributed as they are. Drafts of `max_length`, eager, row by row.
+        beam_width, threshold: of "mtad".
+        draft_model: of "mtad": a smaller model with the same vocabulary drafts in place of the mask.
 
     Raises:
         MaskError: the file or the policy is malformed.
+        DecodingError: the settings of "mtad" are out of range, or given without it.
     """
     file = None
     if isinstance(mask_or_path, str | Path):
@@ -271,4 +338,15 @@ def self_speculative(
     if policy.curve and changes.keys() & {"max_length", "exit_threshold", "adaptive"}:
         changes |= {"curve": (), "prices": ()}  # a calibrated exit knows no other
     policy = replace(policy, **changes)
-    return SelfSpeculative(mask, policy, file, streamer, deterministic, backend)  # type: ignore[arg-type]
+    joint = None
+    if decoding == "mtad":
+        joint = Joint(width=beam_width, length=policy.max_length, threshold=threshold)
+        backend = "eager"  # trees of tokens have no compiled pieces
+    elif decoding != "lossless" or draft_model is not None:
+        raise DecodingError(
+            f"decoding is {decoding!r} and draft_model {'given' if draft_model is not None else 'not given'}; "
+            f"must be 'lossless' without a draft_model, or 'mtad'"
+        )
+    return SelfSpeculative(
+        mask, policy, file, streamer, deterministic, backend, tune, joint, draft_model  # type: ignore[arg-type]
+    )  # fmt: skip

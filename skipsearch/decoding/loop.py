@@ -15,12 +15,13 @@ from skipsearch.decoding.pace import Pace
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import Block, DecodeStats
+from skipsearch.decoding.tuner import Tuner
 
 
 def decode(
     sequences: Sequences, *, max_length: int, policy: DraftPolicy | None,
     eos_ids: frozenset[int] = frozenset(), should_stop: Callable[[Block, int, Tensor], bool] | None = None,
-    stats: DecodeStats | None = None, pace: Pace | None = None,
+    stats: DecodeStats | None = None, pace: Pace | None = None, tuner: Tuner | None = None,
 ) -> Iterator[Block]:  # fmt: skip
     """Yield block after block until each row meets an end-of-sequence token, `should_stop`, or `max_length`.
 
@@ -33,6 +34,7 @@ def decode(
         should_stop: asked after every token with its block, its place in it, and the ids [1, T] up to it.
         stats: counts are added to it; the prefill is no block.
         pace: estimates of earlier sequences to go on from, and to add to.
+        tuner: of a single sequence: chooses in place of `policy` and `pace`, and may change its mind after each block.
     """
     stats = stats if stats is not None else DecodeStats()
     drafter, prefilled = None, False
@@ -64,7 +66,11 @@ def decode(
                 stats.count(block.drafted, block.accepted, draft.source, of_mask)
             stats.committed += len(block.tokens)
             yield block
-        if not prefilled and policy is not None:
+            if tuner is not None and drafter is not None:
+                tuner.after(drafter, draft, block, bool(ended))
+        if not prefilled and tuner is not None:
+            drafter = tuner.begin(sequences)
+        elif not prefilled and policy is not None:
             drafter = Drafter(sequences, policy, pace)
         prefilled = True
         if len(ended) == len(sequences.rows):

@@ -36,13 +36,17 @@ class Pace:
         self.clock = clock
         self.step = costs[0] if costs else 0.0
         self.verify: dict[int, float] = dict(enumerate(costs[1:]))
-        self.tokens, self.seconds = 0.0, 0.0  # of blocks that a mask drafted
-        self.right, self.asked = 2.0, 3.0  # mask drafts accepted, and looked at
+        self.forget_mask()
         self.hits = [guess * GUESS_WEIGHT for guess in FIRST_GUESS]
         self.tries = [GUESS_WEIGHT] * len(FIRST_GUESS)
         self._best = 0.0  # the rate that the last choice had to beat
         self._since: dict[str, float] = {}
         self._loss: dict[str, float] = {}
+
+    def forget_mask(self) -> None:
+        """Another mask drafts from now on."""
+        self.tokens, self.seconds = 0.0, 0.0  # of blocks that a mask drafted
+        self.right, self.asked = 2.0, 3.0  # mask drafts accepted, and looked at
 
     @property
     def knows(self) -> bool:

@@ -50,12 +50,14 @@ class DecodeStats:
         committed: tokens in the output beyond the prompt.
         accepted_from: accepted tokens, by the source that drafted them ("mask", "ngram").
         blocks_from: blocks, by the source that their drafts began with ("plain": none).
+        lossy: whether the output is not the target's own, by design (joint decoding).
     """
 
     blocks: Counter[tuple[int, int]] = field(default_factory=Counter)
     committed: int = 0
     accepted_from: Counter[str] = field(default_factory=Counter)
     blocks_from: Counter[str] = field(default_factory=Counter)
+    lossy: bool = False
 
     def count(self, drafted: int, accepted: int, source: str, of_mask: int) -> None:
         """One more block, of whose drafted tokens a mask drafted `of_mask`."""
@@ -70,6 +72,7 @@ class DecodeStats:
         self.committed += other.committed
         self.accepted_from.update(other.accepted_from)
         self.blocks_from.update(other.blocks_from)
+        self.lossy |= other.lossy
 
     @property
     def verifies(self) -> int:

@@ -96,6 +96,14 @@ class SharedCache:
                 self.committed[target] = self.committed[source]
         del self.committed[left:]
 
+    def shown(self, slots: int) -> list[tuple[Tensor, Tensor]]:
+        """Each layer's keys and values [B, H, slots, D], not copied: what lies behind `committed` may be written to."""
+        for layer in self.cache.layers:
+            if layer.buffers[0].shape[2] < slots:
+                assert not self.lent, "buffers that were lent have no such room"
+                layer._reserve(slots)
+        return [(layer.buffers[0][:, :, :slots], layer.buffers[1][:, :, :slots]) for layer in self.cache.layers]
+
     def hand_over(self, past: Cache) -> None:
         """Make `past` hold the committed tokens, as plain dynamic layers that anyone may continue from."""
         length = self.committed[0]

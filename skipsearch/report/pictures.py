@@ -53,6 +53,36 @@ def signals_against_decoding(folder: Path) -> go.Figure:
     return figure
 
 
+def stream_over_time(folder: Path, window: int = 20) -> go.Figure:
+    """Speed-up over plain decoding of each arm, over the last prompts of a stream; from benchmarks/on_the_fly.py."""
+    rows = pd.read_csv(folder / "prompts.csv")
+    figure = go.Figure()
+    tokens = rows.pivot(index="prompt", columns="arm", values="tokens").rolling(window).sum()
+    seconds = rows.pivot(index="prompt", columns="arm", values="seconds").rolling(window).sum()
+    rates = tokens / seconds
+    for arm in rows["arm"].unique():
+        figure.add_scatter(x=rates.index, y=rates[arm] / rates["plain"], mode="lines", name=arm)
+    domains = rows.drop_duplicates("prompt").set_index("prompt")["domain"]
+    for place in domains.index[domains.ne(domains.shift())]:
+        figure.add_vline(x=place, line_dash="dot", annotation_text=domains[place])
+    figure.update_layout(
+        xaxis_title="prompt", yaxis_title=f"tokens/s over plain, last {window} prompts", template="simple_white"
+    )
+    return figure
+
+
+def perplexity_against_speed(folder: Path) -> go.Figure:
+    """Joint decoding: perplexity under the target over tokens/s; from benchmarks/joint_decoding.py."""
+    table = pd.read_csv(folder / "table.csv")
+    figure = go.Figure()
+    for name, rows in table.groupby("method", sort=False):
+        figure.add_scatter(
+            x=rows["tokens_per_second"], y=rows["perplexity"], mode="markers", name=str(name), text=rows["setting"]
+        )
+    figure.update_layout(xaxis_title="tokens/s", yaxis_title="perplexity under the target", template="simple_white")
+    return figure
+
+
 def benchmark_rows(path: Path) -> pd.DataFrame:
     """Measured rows (one JSON object a line) as a table."""
     rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]

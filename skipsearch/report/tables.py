@@ -11,6 +11,7 @@ from rich.text import Text
 from skipsearch.mask import KINDS, SkipMask
 from skipsearch.maskfile import MaskFile
 
+FEW = ": few, the interval is rough; --num-held-out takes more"
 ENOUGH = 2000  # scored tokens, for a standard error that tells good masks apart
 
 
@@ -43,7 +44,7 @@ def _evidence_rows(proof: dict[str, Any]) -> list[tuple[str, Any]]:
         ("cost ratio c, bound 1/c", f"{proof['cost_ratio']:.3f}, {bound:.2f}x"),
         *_served_rows(proof),
         ("same tokens as plain", _equal(proof)),
-        ("held-out", f"{proof['prompts']} prompts, {proof['tokens']} tokens"),
+        ("held-out", f"{proof['prompts']} prompts, {proof['tokens']} tokens" + FEW * (proof["prompts"] < 10)),
         ("on", f"{proof['device']}, {proof['dtype']}, {proof['backend']}"),
         ("verdict", _verdict(proof)),
     ]
@@ -130,14 +131,15 @@ def summary_table(data: dict[str, Any]) -> Table:
     return _pairs("summary", rows)
 
 
-def front_table(front: list[dict[str, Any]]) -> Table:
-    """Trials that none other beats in both acceptance rate and cost ratio."""
+def front_table(front: list[dict[str, Any]], exported: int | None = None) -> Table:
+    """Trials that none other beats in both acceptance rate and cost ratio; the one whose mask is exported is marked."""
     table = Table("trial", "skipped", "cost ratio c", "acceptance", "tau", "predicted", title_justify="left",
                   title="front of acceptance against draft cost")  # fmt: skip
     for row in front:
         table.add_row(
-            str(row["trial"]), str(row["skipped"]), f"{row['cost_ratio']:.3f}", f"{row['acceptance_rate']:.3f}",
-            f"{row['tau']:.2f}", f"{row['speedup_predicted']:.2f}x",
+            f"{row['trial']}{' (exported)' * (row['trial'] == exported)}", str(row["skipped"]),
+            f"{row['cost_ratio']:.3f}", f"{row['acceptance_rate']:.3f}", f"{row['tau']:.2f}",
+            f"{row['speedup_predicted']:.2f}x",
         )  # fmt: skip
     return table
 
@@ -149,11 +151,25 @@ def generation_line(result: dict[str, Any]) -> str:
         line += f", {result['accepted']} of {result['drafted']} drafted tokens accepted, tau {result['tau']:.2f}"
         if set(result["accepted_from"]) - {"mask"}:
             line += "; accepted from " + ", ".join(f"{k}: {n}" for k, n in sorted(result["accepted_from"].items()))
+    if result["lossy"]:
+        line += "; LOSSY: joint decoding, not the model's own output"
     return line.replace("[", r"\[", 1) + "]"
 
 
+def found_line(search: dict[str, Any]) -> str:
+    """What was searched while a text was generated."""
+    found = [what for _, _, what in search["events"]]
+    return (
+        f"\\[on the fly: {search['passes']} masks scored in {100 * search['share']:.1f} % of decoding's seconds, "
+        f"{len(found)} changes{': ' + ', '.join(found) if found else ''}]"
+    )
+
+
 def preset_table(data: dict[str, Any]) -> Table:
-    table = Table("preset", "hub id", "layers", "published masks", title="presets", title_justify="left")
+    table = Table("preset", title="presets", title_justify="left")
+    table.add_column("hub id", overflow="fold")
+    table.add_column("layers")
+    table.add_column("published masks")
     for name, preset in data.items():
         table.add_row(name, preset["id"], str(preset["num_layers"]), ", ".join(preset["masks"]) or "-")
     return table

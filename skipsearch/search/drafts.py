@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from skipsearch.search.replay import Replay
 
 
+# For each stretch of text, position by position: would a draft be right, and how sure; and how many of the positions
+# blocks may begin at.
+Outlook = list[tuple[list[bool], list[float], int]]
+
+
 @dataclass(frozen=True, slots=True)
 class Draft:
     """What a draft from one block start looks like.
@@ -98,7 +103,12 @@ class MaskReplay:
         ).logits  # fmt: skip
         return grid, at_PQ, logits_PQV
 
-    def _run(self, starts: list[Start]) -> None:
+    @torch.no_grad()
+    def look(self, starts: list[Start]) -> tuple[Tensor, Tensor]:
+        """Behind each start: would each of K tokens be accepted after the reference's before it; how sure is it [S, K].
+
+        In the order of prompts. One pass.
+        """
         replay = self.replay
         grid, at_PQ, logits_PQV = self.logits(starts)
         prompts = grid.prompt_P[:, None]
@@ -112,8 +122,12 @@ class MaskReplay:
             accepted_PQ = token_PQ == wanted_PQ
             confidence_PQ = (highest_PQ.float() - logits_PQV.float().logsumexp(-1)).exp()
         right_PQ = accepted_PQ & (at_PQ + 1 < torch.tensor(replay.lengths, device=at_PQ.device)[prompts])
-        matches = grid.of_starts(right_PQ).long().cumprod(-1).sum(-1).tolist()
-        for start, n, confidence in zip(starts, matches, grid.of_starts(confidence_PQ).tolist(), strict=True):
+        return grid.of_starts(right_PQ), grid.of_starts(confidence_PQ)
+
+    def _run(self, starts: list[Start]) -> None:
+        right_SK, confidence_SK = self.look(starts)
+        matches = right_SK.long().cumprod(-1).sum(-1).tolist()
+        for start, n, confidence in zip(starts, matches, confidence_SK.tolist(), strict=True):
             self.drafts[start] = Draft(n, tuple(confidence))
 
     def walk(
@@ -148,7 +162,7 @@ class MaskReplay:
         self.by_lane, self.unfinished = by_lane, {lanes[number]: t for number, t in at.items()}
         return sum(by_lane, Counter())
 
-    def outlook(self, lanes: Sequence[Lane] | None = None) -> list[tuple[list[bool], list[float], int]]:
+    def outlook(self, lanes: Sequence[Lane] | None = None) -> Outlook:
         """For each lane, position by position: would a draft be right there, and how sure was it?
 
         Read off the drafts run so far. Positions that no draft reached count as right and sure. Good for

@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.mask import SkipMask
 from skipsearch.search.cost import Point, draft_step
-from skipsearch.search.drafts import Lane, MaskReplay
+from skipsearch.search.drafts import Lane, MaskReplay, Outlook
 from skipsearch.search.replay import Replay
 
 BINS = 16  # of the confidence, in a calibrated exit
@@ -98,15 +98,20 @@ def _estimate(
     drafts: MaskReplay, point: Point, lanes: Sequence[Lane] | None = None, neighbours: bool = False
 ) -> Score:  # fmt: skip
     """The best policy and what it would reach, by arithmetic on the drafts run so far."""
-    outlook, longest = drafts.outlook(lanes), drafts.replay.max_length
+    longest = drafts.replay.max_length
     # Trials cannot tell neighbouring policies apart, and foresee longer drafts than they run.
     lengths = [k for k in (range(1, longest + 1) if neighbours else TRIED) if k < len(point.verify)]
-    policies = [
-        DraftPolicy(max_length=k, exit_threshold=threshold)
-        for threshold in (THRESHOLDS if neighbours else THRESHOLDS[::2])
-        for k in lengths
-    ]
-    scores = [join(_foresee(outlook, p), drafts.mask, p, point) for p in policies]
+    thresholds = THRESHOLDS if neighbours else THRESHOLDS[::2]
+    return foreseen(drafts.outlook(lanes), drafts.mask, point, lengths, thresholds)
+
+
+def foreseen(
+    outlook: Outlook, mask: SkipMask, point: Point, lengths: Sequence[int],
+    thresholds: Sequence[float | None] = THRESHOLDS[::2],
+) -> Score:  # fmt: skip
+    """The best policy of those and what it would reach, if all depended on the position alone."""
+    policies = [DraftPolicy(max_length=k, exit_threshold=threshold) for threshold in thresholds for k in lengths]
+    scores = [join(_foresee(outlook, p), mask, p, point) for p in policies]
     return max(scores, key=lambda s: s.tokens_per_second)
 
 
@@ -239,7 +244,7 @@ def exact(drafts: MaskReplay, policy: DraftPolicy, point: Point) -> Score:
     return join(drafts.walk(policy), drafts.mask, policy, point)
 
 
-def _foresee(outlook: list[tuple[list[bool], list[float], int]], policy: DraftPolicy) -> Counter[tuple[int, int]]:
+def _foresee(outlook: Outlook, policy: DraftPolicy) -> Counter[tuple[int, int]]:
     """Blocks that a policy (fixed, or with a threshold) would make if all depended on the position alone."""
     blocks: Counter[tuple[int, int]] = Counter()
     longest, threshold = policy.max_length, policy.exit_threshold or 0.0

@@ -54,12 +54,14 @@ class Replay:
         rows: block starts to run in one pass, at most.
         lanes: parts of each continuation that are walked at once. One is exact; more make fewer and larger passes,
             and a few blocks begin where decoding would not have begun them.
+        reference: keys and values of every layer over the trace, with room for a pass behind them, of a model on which
+            another replay was `together`; None: they are made by running it.
         memory: bytes that a pass may take beside the reference; None: a quarter of what the device has free.
     """
 
     def __init__(
         self, model: PreTrainedModel, trace: Trace, max_length: int = 8, rows: int = 128, memory: float | None = None,
-        lanes: int = 1,
+        lanes: int = 1, reference: list[tuple[Tensor, Tensor]] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.trace, self.max_length = model, trace, max_length
         self.lengths = [len(p) + len(c) for p, c in zip(trace.prompts, trace.continuations, strict=True)]
@@ -79,9 +81,9 @@ class Replay:
         self.chance_PT = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.ids.device)
         self.target_PT = torch.zeros(shape, device=self.ids.device)
         self.scratch: dict[Any, Tensor] = {}
-        self.reference = self._reference()
+        self.reference = self._reference() if reference is None else reference
         self.together = True
-        self.together = rows_may_differ(model) and self._keys_may_move()
+        self.together = reference is not None or (rows_may_differ(model) and self._keys_may_move())
         # Else each start is a pass of its own: slower, and the same.
         self.rows = self._rows(rows, memory) if self.together else 1
 

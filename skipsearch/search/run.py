@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,12 @@ def search(
     _check_writable(folder)
     seconds: dict[str, float] = {}
     begin = time.monotonic()
-    prepared = prepare(loaded, folder, options, progress)
+    try:
+        prepared = prepare(loaded, folder, options, progress)
+    except SkipsearchError:
+        with suppress(OSError):
+            folder.rmdir()  # if it is empty: made for nothing
+        raise
     seconds["prepare"] = time.monotonic() - begin
     begin = time.monotonic()
     study = search_trials(loaded, prepared, folder, options, progress, report)

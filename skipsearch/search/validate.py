@@ -24,6 +24,7 @@ from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.processors import at_temperature
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import DecodeStats
+from skipsearch.decoding.tuner import Tuner
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import Evidence
 from skipsearch.model.sublayers import input_device
@@ -57,7 +58,7 @@ Arm = Callable[[Ids, int], Run]
 def timed_decode(
     model: PreTrainedModel, prompt: Ids, new_tokens: int, mask: SkipMask | None, policy: DraftPolicy | None,
     draft: PreTrainedModel | None = None, aligned: int = 0, compiled: CompiledModel | None = None,
-    pace: Pace | None = None, temperature: float = 0.0,
+    pace: Pace | None = None, temperature: float = 0.0, tuner: Tuner | None = None,
 ) -> Run:  # fmt: skip
     """Decode, greedily or sampling; the clock starts when the prefill has given its token."""
     device = input_device(model)
@@ -71,7 +72,9 @@ def timed_decode(
     )  # fmt: skip
     start = 0.0
     ids: list[int] = []
-    for block in decode(sequences, max_length=limit, policy=policy, eos_ids=eos_ids(model), stats=stats, pace=pace):
+    for block in decode(
+        sequences, max_length=limit, policy=policy, eos_ids=eos_ids(model), stats=stats, pace=pace, tuner=tuner
+    ):
         if not ids:
             synchronize(device)
             start = time.perf_counter()

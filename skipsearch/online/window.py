@@ -1,0 +1,70 @@
+"""Window: the tokens generated last, as a replay that masks are scored on, at the cost of one short pass each.
+
+The keys and values of what stands before each token are those of the live sequence: nothing is run again, nothing is
+copied, and what drafts write lies behind the last token, where the next forward overwrites it.
+
+Shapes: S block starts; K drafted tokens; V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from skipsearch.decoding.sequences import Sequences
+from skipsearch.mask import SkipMask
+from skipsearch.search.cost import Point
+from skipsearch.search.drafts import Outlook
+from skipsearch.search.objective import Score, foreseen
+from skipsearch.search.replay import Replay
+from skipsearch.search.trace import Trace
+
+LENGTH = 8  # tokens that each draft of a window runs; then the next one begins
+LONGEST, SHORTEST = 96, 24  # tokens of a window
+
+
+class Window:
+    """The last tokens of a sequence, for scoring masks.
+
+    Args:
+        model: the target.
+        sequences: of one row, which holds all its tokens, and is not used otherwise meanwhile.
+        tokens: how many of the last ones.
+        temperature: at which they were sampled; 0: greedily.
+    """
+
+    def __init__(self, model: PreTrainedModel, sequences: Sequences, tokens: int, temperature: float = 0.0) -> None:
+        assert len(sequences.rows) == 1 and sequences.offset >= 0
+        text = sequences.ids[0, sequences.offset : sequences.lengths[0]].tolist()
+        # A draft reads the token before its first one, and what a pass adds must fit behind the text.
+        self.tokens = min(tokens, LONGEST, len(text) - 2)
+        first = len(text) - self.tokens
+        trace = Trace(
+            prompts=(tuple(text[:first]),), continuations=(tuple(text[first:]),), new_tokens=self.tokens,
+            temperature=temperature,
+        )  # fmt: skip
+        self.starts = [(0, t) for t in range(first, len(text), LENGTH)]
+        room = len(self.starts) * LENGTH
+        reference = sequences.cache.shown(len(text) + room)
+        self.replay = Replay(model, trace, LENGTH, lanes=len(self.starts), reference=reference)
+        if temperature:
+            self._know_target()
+
+    @torch.no_grad()
+    def _know_target(self) -> None:
+        """What the target itself gives each token: acceptance of sampled text is judged by it."""
+        replay = self.replay
+        everything = replay.of(SkipMask(num_layers=len(replay.reference)))
+        _, at_PQ, logits_PQV = everything.logits(self.starts)
+        replay.target_PT[0, at_PQ[0] + 1] = replay.log_probs(logits_PQV, replay.ids[:, at_PQ[0] + 1])[0]
+
+    def outlook(self, mask: SkipMask) -> Outlook:
+        """Position by position, whether the draft is right and how sure: one pass."""
+        right_SK, sure_SK = self.replay.of(mask).look(self.starts)
+        right, sure = right_SK.flatten().tolist(), sure_SK.flatten().tolist()
+        return [(right[: self.tokens], sure[: self.tokens], max(1, self.tokens - LENGTH))]
+
+
+def score(outlook: Outlook, mask: SkipMask, point: Point) -> Score:
+    """The best policy on one or several windows, and what it reaches."""
+    return foreseen(outlook, mask, point, lengths=[k for k in (1, 2, 3, 4, 6, 8) if k < len(point.verify)])

@@ -126,7 +126,7 @@ def test_a_challenger_has_to_win_on_other_windows(demo: Any, monkeypatch: pytest
     domain.mask = SkipMask(mlp=[3], num_layers=layers)
     point = Point(context=9, attention=(1.0,) * layers, mlp=(1.0,) * layers, rest=1.0, exit_check=0.0, verify=(1, 2))
     plain = plain_score(layers, point)
-    speeds = iter([1.5, 1.4, 1.3, 1.2, 0.5, 1.2, 0.9])
+    speeds = iter([1.5, 1.04, 1.03, 1.2, 0.5, 1.2, 0.9])
     outlook = [([True] * 9, [1.0] * 9, 4)]
     monkeypatch.setattr(
         tuner, "_score", lambda d, w, mask: (replace(plain, mask=mask, tokens_per_second=next(speeds)), outlook)

@@ -50,6 +50,7 @@ class Domain:
         centre: the mean feature [V].
         mask, policy: the incumbent; no mask drafts with n-grams alone.
         pace: estimates of what its sources of drafts bring.
+        outlooks: what the incumbent's drafts looked like on the latest windows.
         challenger: what is being compared with the incumbent.
         rejected: proposals since the last that won.
         expected: acceptance of the incumbent when the search came to rest; None while it goes on.
@@ -61,6 +62,7 @@ class Domain:
     policy: DraftPolicy
     mask: SkipMask | None = None
     prompts: int = 0
+    outlooks: Outlook = field(default_factory=list)
     challenger: Challenger | None = None
     queue: list[SkipMask] = field(default_factory=list)
     tried: set[SkipMask] = field(default_factory=set)

@@ -38,9 +38,10 @@ from skipsearch.search.objective import Score
 
 SHARE = 0.05  # of decoding's seconds that search may take
 PAYS = 1.03  # speed-up on a window from which a first mask is served
-MARGIN = 0.005  # mean log-ratio from which a challenger takes over
-CONFIRMED, LAST = 2, 5  # windows: fewest that may decide for it, and the last that may
+MARGIN = 0.06  # mean log-ratio from which a challenger takes over on one window; on n of them the n-th part will do
+LAST = 5  # windows that a challenger has
 BEHIND = -0.01  # mean log-ratio below which it is given up
+KEPT = 4  # windows that an incumbent's policy is chosen on
 PATIENCE = 40  # proposals without a winner: the search comes to rest
 DRIFT, RECENT = 3.0, 240  # standard errors of acceptance that wake it, over so many drafted tokens
 FIRST_GUESS = {"prices": 60.0, "influence": 12.0, "pass": 8.0}  # seconds, in plain steps, before any was timed
@@ -87,10 +88,12 @@ class OnTheFly:
 
     def begin(self, sequences: Sequences) -> Drafter:
         """The domain's incumbent drafts."""
-        self._last = self.clock()
+        begun = self.clock()
         self._length = self._since = sequences.lengths[0]
         domain = self._domain = self.domains.of(sequences.ids[0, max(0, sequences.offset) : self._length])
         sequences.draft_with(None if domain.mask is None else self._view(domain.mask))
+        self._last = self.clock()
+        self.searching += self._last - begun
         return Drafter(sequences, domain.policy, domain.pace)
 
     def after(self, drafter: Drafter, draft: Draft, block: Block, ended: bool) -> None:
@@ -161,12 +164,16 @@ class OnTheFly:
             while domain.mask is None and may("pass"):
                 self._first(domain, window)
         else:
-            held, _ = self._score(domain, window, before)
+            held, outlook = self._score(domain, window, before)
+            domain.outlooks = [*domain.outlooks[1 - KEPT :], *outlook]
             self._compare(domain, window, held)
             while domain.mask is before and domain.challenger is None and may("pass"):
                 self._compare(domain, window, held)
         if domain.mask is not None and domain.mask != before:
             drafter.change(self._view(domain.mask), domain.policy)
+        elif domain.mask is not None and len(domain.outlooks) == KEPT and not domain.policy.curve:
+            domain.policy = self._policy(domain, score(domain.outlooks, domain.mask, self._point(domain)))
+            drafter.policy = domain.policy
 
     def _first(self, domain: Domain, window: Window) -> None:
         """No mask is served yet: one that pays on this window is."""
@@ -202,7 +209,7 @@ class OnTheFly:
         challenger.gains.append(gain)
         challenger.outlooks += outlook
         mean = statistics.fmean(challenger.gains)
-        if len(challenger.gains) >= CONFIRMED and mean > MARGIN:
+        if mean > MARGIN / len(challenger.gains):
             self._serve(domain, score(challenger.outlooks, mask, self._point(domain)), "better mask")
         elif mean < BEHIND or len(challenger.gains) >= LAST:
             domain.challenger = None
@@ -211,11 +218,17 @@ class OnTheFly:
     def _serve(self, domain: Domain, found: Score, what: str) -> None:
         domain.mask, domain.challenger, domain.rejected = found.mask, None, 0
         domain.recent.clear()
-        domain.policy = replace(
-            domain.policy, max_length=found.policy.max_length, exit_threshold=found.policy.exit_threshold,
-            adaptive=found.policy.exit_threshold is not None, curve=(), prices=(),
-        )  # fmt: skip
+        domain.outlooks.clear()
+        domain.policy = self._policy(domain, found)
         self._note(what)
+
+    @staticmethod
+    def _policy(domain: Domain, found: Score) -> DraftPolicy:
+        exit_threshold = found.policy.exit_threshold
+        return replace(
+            domain.policy, max_length=found.policy.max_length, exit_threshold=exit_threshold,
+            adaptive=exit_threshold is not None, curve=(), prices=(),
+        )  # fmt: skip
 
     def _score(self, domain: Domain, window: Window, mask: SkipMask) -> tuple[Score, Outlook]:
         with self._timed("pass"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -110,9 +110,39 @@ def foreseen(
     thresholds: Sequence[float | None] = THRESHOLDS[::2],
 ) -> Score:  # fmt: skip
     """The best policy of those and what it would reach, if all depended on the position alone."""
-    policies = [DraftPolicy(max_length=k, exit_threshold=threshold) for threshold in thresholds for k in lengths]
-    scores = [join(_foresee(outlook, p), mask, p, point) for p in policies]
+    wrong = [_next(not yes for yes in right) for right, _, _ in outlook]
+    scores = []
+    for threshold in thresholds:
+        least = threshold or 0.0
+        unsure = [_next(confidence < least for confidence in sure) for _, sure, _ in outlook]
+        for k in lengths:
+            policy = DraftPolicy(max_length=k, exit_threshold=threshold)
+            blocks = Counter[tuple[int, int]]()
+            for (right, _, begins), wrong_at, unsure_at in zip(outlook, wrong, unsure, strict=True):
+                _walk(blocks, k, len(right), begins, wrong_at, unsure_at)
+            scores.append(join(blocks, mask, policy, point))
     return max(scores, key=lambda s: s.tokens_per_second)
+
+
+def _next(found: Iterable[bool]) -> list[int]:
+    """From each position on, where the next one stands; as many as there are positions, and none behind them."""
+    flags = list(found)
+    places = [len(flags)] * (len(flags) + 1)
+    for i in range(len(flags) - 1, -1, -1):
+        places[i] = i if flags[i] else places[i + 1]
+    return places
+
+
+def _walk(
+    blocks: Counter[tuple[int, int]], longest: int, size: int, begins: int, wrong: list[int], unsure: list[int]
+) -> None:  # fmt: skip
+    """Count the blocks of one stretch; from each position on, where the next wrong and the next unsure token stand."""
+    at = 0
+    while at < begins:
+        k = min(longest, size - at - 1, unsure[at] - at + 1)
+        n = min(k, wrong[at] - at)
+        blocks[k, n] += 1
+        at += n + 1
 
 
 class Scorer:
@@ -242,22 +272,3 @@ def standard_error(drafts: MaskReplay, policy: DraftPolicy, point: Point) -> flo
 def exact(drafts: MaskReplay, policy: DraftPolicy, point: Point) -> Score:
     """The score of a mask with a given policy."""
     return join(drafts.walk(policy), drafts.mask, policy, point)
-
-
-def _foresee(outlook: Outlook, policy: DraftPolicy) -> Counter[tuple[int, int]]:
-    """Blocks that a policy (fixed, or with a threshold) would make if all depended on the position alone."""
-    blocks: Counter[tuple[int, int]] = Counter()
-    longest, threshold = policy.max_length, policy.exit_threshold or 0.0
-    for right, sure, begins in outlook:
-        size, at = len(right), 0
-        # Behind each position: where the first wrong and the first unsure token stand.
-        wrong, unsure = [size] * (size + 1), [size] * (size + 1)
-        for i in range(size - 1, -1, -1):
-            wrong[i] = wrong[i + 1] if right[i] else i
-            unsure[i] = unsure[i + 1] if sure[i] >= threshold else i
-        while at < begins:
-            k = min(longest, size - at - 1, unsure[at] - at + 1)
-            n = min(k, wrong[at] - at)
-            blocks[k, n] += 1
-            at += n + 1
-    return blocks

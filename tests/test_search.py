@@ -17,6 +17,7 @@ from conftest import SUPPORTED, make_tiny
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
 
 from skipsearch import SkipMask
 from skipsearch.decoding.loop import decode
@@ -395,14 +396,18 @@ def test_giving_up_early_needs_evidence_and_keeps_the_best(tiny: Any, monkeypatc
     found = [scorer(mask) for mask in masks]
     for a, b in zip(found, plain, strict=True):
         assert a.fidelity != "whole" or a.tokens_per_second == pytest.approx(b.tokens_per_second, rel=0.03)
-    assert found[0].fidelity == "whole" and all(f.fidelity != "first" for f in found[:20])
+    first = objective.CHECK_FIRST
+    assert all(f.fidelity == "whole" for f in [*found[:first], *found[:: objective.CHECKED]])
+    for stage in range(3):
+        said, whole = zip(*((row[stage], row[-1]) for row in scorer.checked), strict=True)
+        assert scorer.agreement(stage) == pytest.approx(spearmanr(said, whole).statistic)
     best = max(found, key=lambda f: f.tokens_per_second)
     assert best.fidelity == "whole"
     assert best.tokens_per_second > 0.9 * max(p.tokens_per_second for p in plain)
     assert sum(scorer.counts.values()) == len(masks) and scorer.counts["part"] > 10
     monkeypatch.setattr(objective, "AGREEMENT", 1.1)
     never = Scorer(replay, POINT, first=5)
-    assert all(never(mask).fidelity != "first" for mask in masks)
+    assert all(never(mask).fidelity == "whole" for mask in masks)
 
 
 def test_a_front_holds_masks_to_one_measure(tiny: Any) -> None:

@@ -25,6 +25,7 @@ from transformers import DynamicCache, PreTrainedModel
 from skipsearch.decoding.compiled import CompiledModel
 from skipsearch.decoding.drafter import Drafter
 from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.decoding.processors import at_temperature
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.files import write_json
 from skipsearch.mask import KINDS, Kind, SkipMask
@@ -164,6 +165,7 @@ def profile(
     progress: Progress,
     repeats: int = 6,
     compiled: CompiledModel | None = None,
+    temperature: float = 0.0,
 ) -> Costs:
     """Measure whole blocks at each context length, as decoding runs them, and tell their parts apart by difference.
 
@@ -183,13 +185,16 @@ def profile(
         densities = [rng.uniform(0, 0.9) for _ in groups]
         chosen = [sub for group, share in zip(groups, densities, strict=True) for sub in group if rng.random() < share]
         masks.append(SkipMask.from_sublayers(chosen, layers))
+    masks.append(SkipMask(num_layers=layers))  # else masks that skip little are priced too low
     few = min(FEW, max_length)
     arms = [_Arm(0, k) for k in range(1, max_length + 1)] + [_Arm(0, few, asks=True), _Arm(0, few, verifies=False)]
     arms += [_Arm(i, k) for i in range(1, len(masks)) for k in sorted({1, few})]
     views = [draft_view(model, mask) for mask in masks]
     points = []
     for number, context in enumerate(contexts):
-        sequence = sequence_at(model, masks[0], context, max_length, compiled)  # one cache, whatever drafts
+        sequence = sequence_at(
+            model, masks[0], context, max_length, compiled, temperature
+        )  # one cache, whatever drafts
         times: dict[_Arm | None, list[float]] = {arm: [] for arm in (None, *arms)}
         for turn in range(repeats + 2):
             for arm, known in times.items():
@@ -234,13 +239,16 @@ def alike(model: PreTrainedModel) -> list[list[tuple[Kind, int]]]:
 
 
 def sequence_at(
-    model: PreTrainedModel, mask: SkipMask, context: int, max_length: int, compiled: CompiledModel | None
-) -> Sequences:
+    model: PreTrainedModel, mask: SkipMask, context: int, max_length: int, compiled: CompiledModel | None,
+    temperature: float = 0.0,
+) -> Sequences:  # fmt: skip
+    """A sequence of random tokens, its prompt processed, to time blocks on."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.randint(vocabulary, (1, context), generator=generator).to(input_device(model))
     capacity = context + max_length + 4
-    sequence = Sequences(model, ids, capacity=capacity, mask=mask, compiled=compiled)
+    sampling = at_temperature(temperature, 0, ids.device)
+    sequence = Sequences(model, ids, capacity=capacity, mask=mask, compiled=compiled, **sampling)
     sequence.verify([0])
     return sequence
 
@@ -270,10 +278,11 @@ def _block(sequence: Sequences, policy: DraftPolicy) -> None:
 
 def profile_or_load(
     path: Path, model: PreTrainedModel, identity: str, *, contexts: list[int], max_length: int, progress: Progress,
-    compiled: CompiledModel | None = None,
+    compiled: CompiledModel | None = None, temperature: float = 0.0,
 ) -> Costs:  # fmt: skip
     """The costs in `path` if they were measured for this model and set-up at these lengths; else new ones, saved."""
-    key = f"{identity} | contexts {contexts} | K <= {max_length} | whole blocks, rising"
+    key = f"{identity} | contexts {contexts} | K <= {max_length} | whole blocks, rising, from nothing skipped"
+    key += f" | temperature {temperature}" * bool(temperature)
     try:
         known = Costs.of(json.loads(path.read_text()))
         if known.identity == key:
@@ -281,7 +290,8 @@ def profile_or_load(
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none yet, or not ours: measured anew
     costs = profile(
-        model, key, contexts=contexts, max_length=max_length, progress=progress, compiled=compiled
+        model, key, contexts=contexts, max_length=max_length, progress=progress, compiled=compiled,
+        temperature=temperature,
     )  # fmt: skip
     write_json(path, asdict(costs))
     return costs

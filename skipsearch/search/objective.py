@@ -19,7 +19,8 @@ from skipsearch.search.drafts import Lane, MaskReplay, Outlook
 from skipsearch.search.replay import Replay
 
 BINS = 16  # of the confidence, in a calibrated exit
-AGREEMENT, SCREEN_AFTER = 0.9, 20  # of giving up early: rank correlation, and masks before it is trusted
+AGREEMENT = 0.9  # rank correlation with whole scores from which a stage may give up
+CHECK_FIRST, CHECKED = 20, 15  # masks that are scored whole in any case: the first ones, and then one in so many
 FAR_BEHIND = 0.92  # of the best
 LEAST = 0.25  # of the lanes; fewer are left unfinished, since small passes are dear
 PARTS = ((2, 0.97), (3, 0.985))  # so many lanes of a prompt are looked at, and given up below this share of the best
@@ -148,9 +149,10 @@ def _walk(
 class Scorer:
     """Scores trials, on as much of the trace as each deserves.
 
-    All masks are looked at on the first tokens of a sample of the trace; those that are not far behind on the sample,
-    then on more of it; those that come near the best on all of it, so that nothing is best by luck. Scores of parts
-    are scaled to the whole. Giving up on the first tokens happens only while their scores rank as the sample's do.
+    Stages: the first tokens of a sample of the trace, the sample, more of it, all of it. A mask that is far behind the
+    best at a stage is given up there, and its score scaled to the whole; those near the best are looked at whole, so
+    that nothing is best by luck. A stage may give up only while its scores rank as the whole ones do, which is measured
+    on the first masks and on one in `CHECKED` after them: those are scored whole, whatever the stages say.
 
     Args:
         replay: of the calibration prompts, in several lanes.
@@ -158,24 +160,25 @@ class Scorer:
         first: tokens of each lane after which to look.
         front: the acceptance rate and the cost ratio are what counts: nothing is given up, and both are those of
             drafts of one fixed length, so that they can be compared.
+
+    Attributes:
+        checked: of masks scored whole in any case, tokens per second at every stage, the whole last.
     """
 
     def __init__(self, replay: Replay, point: Point, first: int = 6, front: bool = False) -> None:
         self.replay, self.point, self.first, self.front = replay, point, first, front
         self.samples = [replay.sample(lanes) for lanes, _ in PARTS]
-        self.firsts: list[float] = []
-        self.parts: list[float] = []
-        self.scales: list[list[float]] = [[] for _ in PARTS]  # whole over part, of masks that have both
+        self.checked: list[tuple[float, ...]] = []
         self.best: Score | None = None
-        self.best_first, self.best_parts = 0.0, [0.0 for _ in PARTS]  # its tokens per second there
+        self.best_stages: list[float] = []  # its tokens per second at each of them
         self.counts = Counter[str]()
 
-    @property
-    def agreement(self) -> float:
-        """Spearman's rank correlation of scores on the first tokens and on the sample; 0 before there are enough."""
-        if len(self.parts) < SCREEN_AFTER or len(set(self.parts)) < 3:
+    def agreement(self, stage: int) -> float:
+        """Spearman's rank correlation of a stage's scores with whole ones; 0 before there are enough."""
+        if len(self.checked) < CHECK_FIRST:
             return 0.0
-        return float(spearmanr(self.firsts, self.parts).statistic)
+        said, whole = [row[stage] for row in self.checked], [row[-1] for row in self.checked]
+        return float(spearmanr(said, whole).statistic) if min(len(set(said)), len(set(whole))) > 2 else 0.0
 
     def __call__(self, mask: SkipMask) -> Score:
         found = self._score(mask)
@@ -190,29 +193,33 @@ class Scorer:
             return replace(
                 _estimate(drafts, self.point), acceptance_rate=fixed.acceptance_rate, cost_ratio=fixed.cost_ratio
             )
-        first = join(drafts.walk(longest, self.first, self.samples[0], LEAST), mask, longest, self.point)
-        speed = first.tokens_per_second
-        if best is not None and speed < FAR_BEHIND * self.best_first and self.agreement >= AGREEMENT:
-            return _scaled(first, best.tokens_per_second / self.best_first, "first")
-        parts: list[float] = []
-        for number, (lanes, (_, near)) in enumerate(zip(self.samples, PARTS, strict=True)):
-            drafts.walk(longest, None, lanes, LEAST)
-            part = _estimate(drafts, self.point, lanes)
-            parts.append(part.tokens_per_second)
+        done = self.counts.total()
+        check = done < CHECK_FIRST or done % CHECKED == 0
+        stages: list[float] = []
+        for number, near in enumerate((FAR_BEHIND, *(near for _, near in PARTS))):
             if number == 0:
-                self.firsts.append(speed)
-                self.parts.append(parts[0])
-            if best is not None and parts[-1] < near * self.best_parts[number]:
-                # Never above what it was given up for, however lucky the best was on this part.
-                most = near * best.tokens_per_second / part.tokens_per_second
-                return _scaled(part, min(most, statistics.median(self.scales[number])), "part")
+                found = join(drafts.walk(longest, self.first, self.samples[0], LEAST), mask, longest, self.point)
+            else:
+                drafts.walk(longest, None, self.samples[number - 1], LEAST)
+                found = _estimate(drafts, self.point, self.samples[number - 1])
+            stages.append(found.tokens_per_second)
+            behind = best is not None and stages[-1] < near * self.best_stages[number]
+            if behind and not check and self.agreement(number) >= AGREEMENT:
+                assert best is not None
+                # Never above what it was given up for, however lucky the best was at this stage.
+                scale = min(near * best.tokens_per_second / stages[-1], self._scale(number))
+                return _scaled(found, scale, "first" if number == 0 else "part")
         drafts.walk(longest, None, None, LEAST)
         whole = _estimate(drafts, self.point)
-        for scale, value in zip(self.scales, parts, strict=True):
-            scale.append(whole.tokens_per_second / value)
+        if check:
+            self.checked.append((*stages, whole.tokens_per_second))
         if best is None or whole.tokens_per_second > best.tokens_per_second:
-            self.best, self.best_first, self.best_parts = whole, speed, parts
+            self.best, self.best_stages = whole, stages
         return whole
+
+    def _scale(self, stage: int) -> float:
+        """What whole scores are, in scores of a stage."""
+        return statistics.median(row[-1] / row[stage] for row in self.checked)
 
 
 def _scaled(found: Score, scale: float, fidelity: Fidelity) -> Score:

@@ -98,7 +98,7 @@ def prepare(loaded: Loaded, folder: Path, options: SearchOptions, progress: Prog
     contexts = sorted({round(mean), max(round(mean) + 1, min(longest, most)), *options.contexts})
     costs = profile_or_load(
         folder / "costs.json", model, made_with, contexts=contexts, max_length=MAX_LENGTH, progress=progress,
-        compiled=compiled,
+        compiled=compiled, temperature=options.temperature,
     )  # fmt: skip
     return Prepared(
         prompts=prompts,

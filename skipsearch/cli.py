@@ -159,6 +159,7 @@ def generate(
     draft_model: Annotated[
         str | None, typer.Option(help="a smaller model that drafts for mtad instead of the mask: preset, id or folder")
     ] = None,
+    share: Annotated[float, typer.Option(min=0, max=0.99, help="of decoding's seconds, to search on the fly")] = 0.05,
     save: Annotated[Path | None, typer.Option(help="where to write the mask that was found on the fly")] = None,
     prompt: Annotated[str, typer.Option(help="text to continue")] = "def main(",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
@@ -195,25 +196,25 @@ def generate(
             mask, decoding="mtad", beam_width=beam_width, threshold=threshold, draft_model=small
         )
     elif on_the_fly:
-        methods["on the fly"] = self_speculative("auto", start=mask, seed=seed, backend=tuned)
+        methods["on the fly"] = self_speculative("auto", start=mask, seed=seed, share=share, backend=tuned)
     elif mask is not None:
         methods["mask"] = self_speculative(mask, backend=tuned)
     if len(methods) > 1 and not compare:
         del methods["plain"]
     results: dict[str, Any] = {}
+    tuner = None
     with stages(err, quiet=as_json) as progress:
         for method in methods.values():  # warm-up, so that the first arm pays for nothing alone
             few = {**settings, "max_new_tokens": min(16 if compare else 2, max_new_tokens)}
             continue_text(loaded, prompt, method, stream=False, progress=progress.stage, **few)
+    if on_the_fly:
+        tuner = methods["on the fly"].tuner_for(loaded.model)
     for name, method in methods.items():
         if not as_json and len(methods) > 1:
             out.rule(name)
         results[name] = continue_text(loaded, prompt, method, stream=not as_json, **settings)
-        if name == "on the fly":
-            tuner = method.tuner_for(loaded.model)
+        if tuner is not None and name == "on the fly":
             results[name]["search"] = tuner.report()
-            if save is not None:
-                tuner.save(save)
         if not as_json:
             out.print(generation_line(results[name]))
             if name == "on the fly":
@@ -225,6 +226,8 @@ def generate(
             out.print("same tokens as plain decoding" if equal else "tokens differ from plain decoding")
     if as_json:
         print(json.dumps({**results, "greedy_equal": equal}))
+    if save is not None and tuner is not None:
+        tuner.save(save)
     # In half precision verifying several rows at once may round differently: a difference is no failure there.
     raise typer.Exit(1 if equal is False and str(loaded.model.dtype) == "torch.float32" else 0)
 

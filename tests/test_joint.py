@@ -58,21 +58,21 @@ def test_the_longest_prefix_by_its_own_ratio() -> None:
     b = tree.add(a, 2)
     c = tree.add(b, 3)
     other = tree.add(0, 4)
-    target = logs(1, 0.1, 0.09, 0.001, 0.5)
-    draft = logs(1, 0.5, 0.1, 0.1, 0.4)
+    target = logs(1, 0.1, 0.09, 0.001, 0.5).tolist()
+    draft = logs(1, 0.5, 0.1, 0.1, 0.4).tolist()
     # ratios: a .2, b .9, c .01, other 1
     assert longest_prefix(tree, target, draft, 0.5) == b
     assert longest_prefix(tree, target, draft, 0.95) == other
     assert longest_prefix(tree, target, draft, 0.005) == c
-    assert longest_prefix(tree, logs(1, 0.1, 0.01, 0.001, 0.1), draft, 0.9) == 0
+    assert longest_prefix(tree, logs(1, 0.1, 0.01, 0.001, 0.1).tolist(), draft, 0.9) == 0
 
 
 def test_of_two_equally_deep_prefixes_the_likelier_one() -> None:
     """Prevents the order of beams from deciding."""
     tree = TokenTree(9)
     first, second = tree.add(0, 1), tree.add(0, 2)
-    assert longest_prefix(tree, logs(1, 0.2, 0.3), logs(1, 0.2, 0.2), 0.5) == second
-    assert longest_prefix(tree, logs(1, 0.3, 0.2), logs(1, 0.2, 0.2), 0.5) == first
+    assert longest_prefix(tree, logs(1, 0.2, 0.3).tolist(), logs(1, 0.2, 0.2).tolist(), 0.5) == second
+    assert longest_prefix(tree, logs(1, 0.3, 0.2).tolist(), logs(1, 0.2, 0.2).tolist(), 0.5) == first
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gpt_neox"])
@@ -149,7 +149,7 @@ def test_accepted_blocks_are_as_likely_as_promised(
     seen = 0
     for _ in range(8):
         before = decoder.ids
-        tokens, accepted, logits_NV = decoder.block(3)
+        tokens, accepted, logits_NV, _ = decoder.block(3)
         assert torch.equal(decoder.ids[0, before.shape[1] :], torch.tensor(tokens)) and len(tokens) == accepted + 1
         logp_TV = small(input_ids=decoder.ids).logits[0].double().log_softmax(-1)
         places = range(before.shape[1] - 1, before.shape[1] - 1 + accepted)
@@ -179,7 +179,7 @@ def test_wide_beams_of_the_model_itself_find_the_joint_mode(small: Any) -> None:
     reader = Reader(small, SharedCache(small, 600))
     decoder = JointDecoder(reader, reader, PROMPT, Joint(width=64, length=3), LogitsProcessorList(), None)
     rows, likelihood = joint_log_probs(small, PROMPT, 3)
-    tokens, accepted, _ = decoder.block(3)
+    tokens, accepted, *_ = decoder.block(3)
     assert accepted == 3 and tokens[:3] == rows[likelihood.argmax()].tolist()
 
 
@@ -200,7 +200,7 @@ def test_the_error_against_exact_joint_decoding_is_bounded(small: Any) -> None:
         )  # fmt: skip
         # One beam, which is the mode of the draft: as an exact search over the draft would propose it.
         decoder._beams = lambda _length, d=decoder: _path(rows[drafted].tolist(), view, d)  # type: ignore[method-assign]
-        tokens, accepted, _ = decoder.block(3)
+        tokens, accepted, *_ = decoder.block(3)
         if accepted == 3:
             error = float(target[best] - target[drafted])
             assert error <= float(target[best] - draft[best]) - math.log(threshold) + 1e-6
@@ -245,6 +245,13 @@ def test_what_joint_decoding_refuses(small: Any, tiny: Any) -> None:
         self_speculative(MASK, decoding="beam")
     with pytest.raises(DecodingError, match="draft_model"):
         self_speculative(MASK, draft_model=small)
+    for one, other in ((MASK, small), (None, None)):
+        with pytest.raises(DecodingError, match="one of the two"):
+            self_speculative(one, decoding="mtad", draft_model=other)
+    with pytest.raises(DecodingError, match="deterministic, ngram"):
+        self_speculative(MASK, decoding="mtad", deterministic=True, ngram=4)
+    with pytest.raises(DecodingError, match="tune"):
+        self_speculative("auto", start=MASK, decoding="mtad")
     other = self_speculative(None, decoding="mtad", draft_model=tiny("llama"))
     with pytest.raises(DecodingError, match="draft_model has"):
         small.generate(PROMPT, custom_generate=other, max_new_tokens=4, do_sample=False)

@@ -154,16 +154,13 @@ def test_drift_of_acceptance_wakes_a_search_at_rest(demo: Any) -> None:
     """Prevents a search from resting for ever, and from being woken by noise."""
     tuner = tuner_of(demo.model)
     domain = tuner.domains.of(torch.tensor([5, 6, 7]))
-    domain.rejected = tuning.PATIENCE
-    for _ in range(60):
+    domain.rested_at, domain.tried = 0, {SkipMask(num_layers=20)}
+    for _ in range(180):
         tuner._watch(domain, 5, 4)
-    assert domain.expected == pytest.approx(0.8)
-    for _ in range(120):
-        tuner._watch(domain, 5, 4)
-    assert domain.expected is not None
+    assert domain.expected == pytest.approx(0.8) and domain.rested_at == 0
     for _ in range(60):
         tuner._watch(domain, 5, 2)
-    assert domain.expected is None and domain.rejected == 0
+    assert domain.rested_at is None and domain.expected is None and not domain.tried
 
 
 def test_domains_are_told_apart_and_recognised(demo: Any) -> None:

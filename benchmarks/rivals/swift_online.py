@@ -31,18 +31,18 @@ MOST = 1000
 
 class Swift:
     def __init__(self, model: Any, free: list[Any], layers: int, seed: int = 0) -> None:
-        self.model, self.layers, self.temperature = model, layers, 0.0
+        self.model, self.layers = model, layers
         self.free = [(kind, i) for kind, i in free if 0 < i < layers - 1]
         self.rng, self.policy = random.Random(seed), DraftPolicy(max_length=MAX_LENGTH, exit_threshold=0.8)
         self.best, self.match, self.tried, self.since = SkipMask(num_layers=layers), 0.0, 0, 0
         self.view: Any = None
-        self.searching, self.decoding, self._last = 0.0, 0.0, 0.0
+        self.searching, self.decoding, self.proposing, self._last = 0.0, 0.0, 0.0, 0.0
         self.space = {f"{kind}.{i}": optuna.distributions.FloatDistribution(0, 1) for kind, i in self.free}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self.study = optuna.create_study(direction="maximize", sampler=optuna.samplers.GPSampler(seed=seed))
 
-    def begin(self, sequences: Sequences) -> Drafter:
+    def begin(self, sequences: Sequences, temperature: float) -> Drafter:
         self._last, self.first = time.perf_counter(), sequences.lengths[0]
         sequences.draft_with(self.view)
         return Drafter(sequences, self.policy)
@@ -60,7 +60,9 @@ class Swift:
         self.tried, self.since = self.tried + 1, self.since + 1
         count, trial = int(RATIO * len(self.free)), None
         if self.tried % INTERVAL == 0:
+            begun = time.perf_counter()
             trial = self.study.ask(self.space)
+            self.proposing += time.perf_counter() - begun
             chosen = sorted(self.free, key=lambda sub: -trial.params[f"{sub[0]}.{sub[1]}"])[:count]
         else:
             chosen = self.rng.sample(self.free, count)
@@ -90,5 +92,5 @@ class Swift:
     def report(self) -> dict[str, Any]:
         return {
             "searching_s": round(self.searching, 3), "decoding_s": round(self.decoding, 3), "passes": self.tried,
-            "matchness": round(self.match, 3), "share": round(self.searching / max(self.decoding, 1e-9), 4),
+            "of_which_proposing_s": round(self.proposing, 3), "matchness": round(self.match, 3), "share": round(self.searching / max(self.decoding, 1e-9), 4),
         }  # fmt: skip

@@ -47,12 +47,14 @@ class Drafter:
 
     Args:
         pace: estimates to go on from, shared by sequences that follow each other.
+
+    Attributes:
+        seconds: of the last block.
     """
 
     def __init__(self, sequences: Sequences, policy: DraftPolicy, pace: Pace | None = None) -> None:
-        self.sequences, self.policy = sequences, policy
-        self.pace = pace or Pace()
-        self.rules = {row: ExitRule(policy) for row in sequences.rows}
+        self.sequences, self.pace, self.seconds = sequences, pace or Pace(), 0.0
+        self.adopt(policy)
         self.single = len(sequences.rows) == 1
         self.index: NgramIndex | None = None
         if policy.ngram and self.single:
@@ -63,9 +65,13 @@ class Drafter:
     def change(self, view: PreTrainedModel, policy: DraftPolicy) -> None:
         """From the next draft on, another mask: what was learnt of the one before is let go."""
         self.sequences.draft_with(view)
+        self.adopt(policy)
+        self.pace.forget_mask()
+
+    def adopt(self, policy: DraftPolicy) -> None:
+        """From the next draft on, another policy."""
         self.policy = policy
         self.rules = {row: ExitRule(policy) for row in self.sequences.rows}
-        self.pace.forget_mask()
 
     def draft(self, rooms: list[int]) -> Draft:
         """Draft at most rooms[b] tokens for each row."""
@@ -154,7 +160,7 @@ class Drafter:
 
     def learn(self, draft: Draft, blocks: list[Block]) -> None:
         """Take in what became of a draft. Called right after its verify."""
-        seconds = time.perf_counter() - self._begun
+        self.seconds = seconds = time.perf_counter() - self._begun
         if not self.single:
             for block in blocks:
                 self.rules[block.row].learn(block.drafted, block.accepted)

@@ -113,7 +113,7 @@ class SelfSpeculative:
         """
         if self._tune is None:
             raise DecodingError("this method has one mask, nothing is searched; make it with self_speculative('auto')")
-        state = state_of(model)
+        state = hash((state_of(model), compiled is None))
         if model not in self._tuners or self._tuners[model][0] != state:
             self._tuners[model] = state, self._tune(model, compiled, self.policy, self.mask, progress)
         return self._tuners[model][1]
@@ -144,14 +144,18 @@ class SelfSpeculative:
         assert self.joint is not None
         if sequences.offset < 0 or sequences.cache.committed[0]:
             raise DecodingError("past_key_values was given, which joint decoding does not take; pass the whole prompt")
-        ids, pad = sequences.ids[:1, sequences.offset : sequences.lengths[0]], sequences.offset
+        if not rows_may_differ(model):
+            raise DecodingError(f"{type(model).__name__} cannot read a tree of tokens; decode losslessly")
+        ids = sequences.ids[:1, : sequences.lengths[0]]
         target = Reader(model, sequences.cache)
         drafter = Reader(draft or model, sequences.cache)
         if self._draft_model is not None:
             check_draft_model(self._draft_model, model)
             drafter = Reader(self._draft_model, SharedCache(self._draft_model, ids.shape[1] + 64))
-        decoder = JointDecoder(target, drafter, ids, self.joint, processors, sampling)
-        return decode_jointly(decoder, **{**ends, "row": sequences.rows[0], "max_length": ends["max_length"] - pad})
+        decoder = JointDecoder(
+            target, drafter, ids, self.joint, processors, sampling, sequences.offset, sequences.rows[0]
+        )  # fmt: skip
+        return decode_jointly(decoder, **ends)
 
     def _warn(self, text: str) -> None:
         if text not in self._said:
@@ -208,8 +212,7 @@ class SelfSpeculative:
             warm_draft(compiled, draft)
         pace = self._pace_for(model, bool(config.do_sample))
         tuner = self.tuner_for(model, compiled) if self._tune and batch == 1 and not self.deterministic else None
-        if tuner is not None:
-            tuner.temperature = float(config.temperature or 1.0) if config.do_sample else 0.0
+        temperature = float(config.temperature or 1.0) if config.do_sample else 0.0
         together = batch == 1 or (not (self.deterministic or self.joint) and rows_may_differ(model))
         for group in [list(range(batch))] if together else [[b] for b in range(batch)]:
             seed = int(torch.randint(2**62, ())) if config.do_sample else None
@@ -235,7 +238,7 @@ class SelfSpeculative:
             if self.joint is not None:
                 blocks = self._jointly(model, draft, sequences, logits_processor, sampling, ends)
             else:
-                blocks = decode(sequences, policy=self.policy, pace=pace, tuner=tuner, **ends)
+                blocks = decode(sequences, policy=self.policy, pace=pace, tuner=tuner, temperature=temperature, **ends)
             for block in blocks:
                 row = rows[block.row]
                 row.tokens += block.tokens
@@ -340,11 +343,20 @@ def self_speculative(
     policy = replace(policy, **changes)
     joint = None
     if decoding == "mtad":
+        given = {"deterministic": deterministic, "tune": tune, "backend": backend if backend == "compiled" else None,
+                 **{name: value for name, value in changes.items() if name != "max_length"}}  # fmt: skip
+        if unheeded := sorted(name for name, value in given.items() if value):
+            raise DecodingError(f"joint decoding was given {', '.join(unheeded)}, which it cannot honour; leave it out")
+        if (mask is None) == (draft_model is None):
+            raise DecodingError(
+                f"mask_or_path is {mask_or_path!r} and draft_model {'given' if draft_model is not None else 'None'}; "
+                f"joint decoding drafts with one of the two"
+            )
         joint = Joint(width=beam_width, length=policy.max_length, threshold=threshold)
         backend = "eager"  # trees of tokens have no compiled pieces
     elif decoding != "lossless" or draft_model is not None:
         raise DecodingError(
-            f"decoding is {decoding!r} and draft_model {'given' if draft_model is not None else 'not given'}; "
+            f"decoding is {decoding!r} and draft_model {'given' if draft_model is not None else 'None'}; "
             f"must be 'lossless' without a draft_model, or 'mtad'"
         )
     return SelfSpeculative(

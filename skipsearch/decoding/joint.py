@@ -11,8 +11,9 @@ Shapes: B beams, V vocabulary, N nodes of the tree.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,9 +49,6 @@ class Joint:
             raise DecodingError(f"threshold is {self.threshold}, must be at least 0 and below 1; try 0.5")
 
 
-Scores = Callable[[Tensor, TokenTree, list[int]], Tensor]
-
-
 def beam_step(joint_B: Tensor, step_BV: Tensor, width: int, generator: torch.Generator | None) -> list[tuple[int, int]]:
     """The next beams, as (beam, token), from joint log-likelihoods and those of the next token.
 
@@ -67,23 +65,26 @@ def beam_step(joint_B: Tensor, step_BV: Tensor, width: int, generator: torch.Gen
     return [divmod(place, step_BV.shape[1]) for place in chosen.tolist()]
 
 
-def longest_prefix(
-    tree: TokenTree, target_joint_N: Tensor, draft_joint_N: Tensor, threshold: float
-) -> int:  # fmt: skip
+def longest_prefix(tree: TokenTree, target_joint: list[float], draft_joint: list[float], threshold: float) -> int:
     """The deepest node whose joint likelihood ratio min(1, target / draft) is above the threshold.
 
     Among equally deep ones the likeliest under the target. The root (nothing accepted) always clears it.
+
+    Args:
+        target_joint, draft_joint: joint log-likelihoods of each node.
     """
-    ratio_N = (target_joint_N - draft_joint_N).clamp(max=0).exp()
-    clear = [node for node in range(len(tree)) if node == 0 or float(ratio_N[node]) > threshold]
-    return max(clear, key=lambda node: (tree.depths[node], float(target_joint_N[node])))
+    ratios = [math.exp(min(0.0, a - b)) for a, b in zip(target_joint, draft_joint, strict=True)]
+    clear = [node for node in range(len(tree)) if node == 0 or ratios[node] > threshold]
+    return max(clear, key=lambda node: (tree.depths[node], target_joint[node]))
 
 
 def check_draft_model(draft: PreTrainedModel, target: PreTrainedModel) -> None:
-    """Raise DecodingError if their vocabularies differ in size."""
+    """Raise DecodingError if their vocabularies differ in size, or they lie on different devices."""
     sizes = [model.config.get_text_config(decoder=True).vocab_size for model in (draft, target)]
     if sizes[0] != sizes[1]:
         raise DecodingError(f"draft_model has {sizes[0]} tokens, the model {sizes[1]}; choose one with its tokenizer")
+    if draft.device != target.device:
+        raise DecodingError(f"draft_model lies on {draft.device}, the model on {target.device}; move one of them")
 
 
 class JointDecoder:
@@ -91,111 +92,121 @@ class JointDecoder:
 
     Args:
         target, draft: readers; a draft view's shares the target's cache, a separate model's has its own.
+        ids: the prompt [1, T]; `pad` tokens of it are padding, which processors see and models do not.
         processors: applied to both; "likelihood" is of what they leave.
         sampling: generators; None takes the likeliest beams and tokens.
+        row: which one of the batch that the processors were made for.
+
+    Raises:
+        DecodingError: no tree of tokens can be read through the model.
     """
 
     def __init__(
         self, target: Reader, draft: Reader, ids: Tensor, settings: Joint, processors: LogitsProcessorList,
-        sampling: Sampling | None,
+        sampling: Sampling | None, pad: int = 0, row: int = 0,
     ) -> None:  # fmt: skip
         self.target, self.draft, self.settings = target, draft, settings
-        self.processors, self.sampling = processors, sampling
-        self.ids = ids  # [1, T], the last one not yet read
-        if any(target.cache.windows) or any(draft.cache.windows):
-            raise DecodingError(
-                "the model has sliding windows, through which no tree of tokens can be read; decode losslessly"
-            )
+        self.processors, self.sampling, self.ids, self.pad, self.row = processors, sampling, ids, pad, row
+        for reader in (target, draft):
+            if any(reader.cache.windows) or not reader.takes_positions:
+                why = "sliding windows" if any(reader.cache.windows) else "no position_ids"
+                name = type(reader.model).__name__
+                raise DecodingError(f"{name} has {why}, so no tree of tokens can be read; decode losslessly")
 
     @property
-    def shared(self) -> bool:
-        return self.draft.cache is self.target.cache
+    def readers(self) -> list[Reader]:
+        """Those with a cache of their own."""
+        return [self.target] if self.draft.cache is self.target.cache else [self.target, self.draft]
 
-    def block(self, length: int) -> tuple[list[int], int, Tensor]:
-        """Draft so many tokens, verify, commit; returns the tokens, how many were accepted, and logits behind them."""
-        self.target.catch_up(self.ids[:, :-1])
-        if not self.shared:
-            self.draft.catch_up(self.ids[:, :-1])
+    def block(self, length: int) -> tuple[list[int], int, Tensor, Tensor]:
+        """Draft so many tokens, verify, commit.
+
+        Returns:
+            the tokens, how many of them were accepted, and the target's logits and scores [N, V] behind each.
+        """
+        for reader in self.readers:
+            reader.catch_up(self.ids[:, self.pad : -1])
         tree, joint, leaves = self._beams(length)
         small, names = tree.of(leaves)
         logits_NV = self.target.read(small)
-        scores_NV = self._log_probs(logits_NV, small, list(range(len(small))))
-        target_joint = torch.zeros(len(small), dtype=torch.float64)
-        for node in range(1, len(small)):
-            parent = small.parents[node]
-            target_joint[node] = target_joint[parent] + float(scores_NV[parent, small.tokens[node]])
-        draft_joint = torch.tensor([joint[name] for name in names], dtype=torch.float64)
-        last = longest_prefix(small, target_joint, draft_joint, self.settings.threshold)
-        path = small.path(last)
+        scores_NV = self._scores(logits_NV, small, list(range(len(small))))
+        logp_NV = probabilities(scores_NV).log()
+        parents, tokens = torch.tensor(small.parents[1:]), torch.tensor(small.tokens[1:])
+        steps = logp_NV[parents.long(), tokens.long()].tolist()
+        target_joint = [0.0]
+        for parent, step in zip(small.parents[1:], steps, strict=True):
+            target_joint.append(target_joint[parent] + step)
+        last = longest_prefix(small, target_joint, [joint[name] for name in names], self.settings.threshold)
+        path = [0, *small.path(last)]
         if self.sampling is None:
-            token = int(scores_NV[last].argmax())
+            token = int(logp_NV[last].argmax())
         else:
-            token = int(draw(scores_NV[last : last + 1].exp(), self.sampling.accept))
-        self.target.keep([0, *path])
-        if not self.shared:
-            read = [names[node] for node in [0, *path]]
-            self.draft.keep([node for node in read if node < self._read])
-        tokens = [*(small.tokens[node] for node in path), token]
-        self.ids = torch.cat([self.ids, torch.tensor([tokens], device=self.ids.device)], 1)
-        return tokens, len(path), logits_NV[[0, *path]]
+            token = int(draw(logp_NV[last : last + 1].exp(), self.sampling.accept))
+        self.target.keep(path)
+        if self.draft is not self.target and self.draft.cache is not self.target.cache:
+            self.draft.keep([names[node] for node in path if names[node] < self._read])
+        found = [*(small.tokens[node] for node in path[1:]), token]
+        self.ids = torch.cat([self.ids, torch.tensor([found], device=self.ids.device)], 1)
+        return found, len(path) - 1, logits_NV[path], scores_NV[path]
+
+    def cut(self, length: int) -> None:
+        """Forget all tokens behind the first `length`; the last one left is read again."""
+        self.ids = self.ids[:, :length]
+        for reader in self.readers:
+            reader.cache.committed[0] = min(reader.committed, length - self.pad - 1)
 
     def _beams(self, length: int) -> tuple[TokenTree, list[float], list[int]]:
         """Draft beams: the tree of all that was looked at, joint log-likelihoods of its nodes, and the beams' ends."""
         tree, joint, beams = TokenTree(int(self.ids[0, -1])), [0.0], [0]
-        self._read = 0
+        self._read = 0  # nodes whose keys the draft has
         generator = None if self.sampling is None else self.sampling.draft
         for _ in range(length):
             first = self._read
             logits_NV = self.draft.read(tree, first)
             self._read = len(tree)
-            step_BV = self._log_probs(logits_NV[[beam - first for beam in beams]], tree, beams)
+            step_BV = probabilities(self._scores(logits_NV[[beam - first for beam in beams]], tree, beams)).log()
             joint_B = torch.tensor([joint[beam] for beam in beams], dtype=torch.float64, device=step_BV.device)
             chosen, before = beam_step(joint_B, step_BV, self.settings.width, generator), beams
-            beams = []
-            for beam, token in chosen:
-                beams.append(tree.add(before[beam], token))
-                joint.append(joint[before[beam]] + float(step_BV[beam, token]))
+            steps = step_BV[[beam for beam, _ in chosen], [token for _, token in chosen]].tolist()
+            beams = [tree.add(before[beam], token) for beam, token in chosen]
+            joint += [joint[before[beam]] + step for (beam, _), step in zip(chosen, steps, strict=True)]
         return tree, joint, beams
 
-    def _log_probs(self, logits_NV: Tensor, tree: TokenTree, nodes: list[int]) -> Tensor:
-        """Log-probabilities [N, V] behind these nodes, after the processors."""
+    def _scores(self, logits_NV: Tensor, tree: TokenTree, nodes: list[int]) -> Tensor:
+        """What the processors leave [N, V] behind these nodes."""
         if not self.processors:
-            return logits_NV.float().log_softmax(-1)
+            return logits_NV
         scores = []
         for logits_V, node in zip(logits_NV, nodes, strict=True):
             path = [[tree.tokens[n] for n in tree.path(node)]]
             prefix = torch.cat([self.ids, torch.tensor(path, dtype=torch.long, device=self.ids.device)], 1)
-            scores.append(process(self.processors, [0], prefix, logits_V[None])[0])
-        return probabilities(torch.stack(scores)).log()
+            scores.append(process(self.processors, [self.row], prefix, logits_V[None])[0])
+        return torch.stack(scores)
 
 
 def decode_jointly(
-    decoder: JointDecoder, *, max_length: int, row: int = 0, eos_ids: frozenset[int] = frozenset(),
+    decoder: JointDecoder, *, max_length: int, eos_ids: frozenset[int] = frozenset(),
     should_stop: Callable[[Block, int, Tensor], bool] | None = None, stats: DecodeStats | None = None,
 ) -> Iterator[Block]:  # fmt: skip
     """Yield block after block until an end-of-sequence token, `should_stop`, or `max_length`; as `loop.decode`."""
     stats = stats if stats is not None else DecodeStats()
-    stats.lossy = True
-    while (length := decoder.ids.shape[1]) < max_length:
+    stats.lossy, ended = True, False
+    while not ended and (length := decoder.ids.shape[1]) < max_length:
         drafted = min(decoder.settings.length, max_length - length - 1)
-        tokens, accepted, logits_NV = decoder.block(drafted)
+        tokens, accepted, logits_NV, scores_NV = decoder.block(drafted)
         block = Block(
-            row=row, tokens=tokens, drafted=drafted, accepted=accepted, _place=0, _logits_BKV=logits_NV[None],
-            _scores_BKV=logits_NV[None],
+            row=decoder.row, tokens=tokens, drafted=drafted, accepted=accepted, _place=0,
+            _logits_BKV=logits_NV[None], _scores_BKV=scores_NV[None],
         )  # fmt: skip
-        end = next(
-            (
-                i for i, token in enumerate(tokens)
-                if token in eos_ids or (should_stop and should_stop(block, i, decoder.ids[:, : length + i + 1]))
-            ), None,
-        )  # fmt: skip
-        if end is not None:
-            del block.tokens[end + 1 :]
-        stats.count(drafted, accepted, "mask", drafted)
+        for i, token in enumerate(tokens):
+            if token in eos_ids or (should_stop and should_stop(block, i, decoder.ids[:, : length + i + 1])):
+                ended = True
+                decoder.cut(length + i + 1)
+                block = replace(block, tokens=tokens[: i + 1], accepted=min(accepted, i + 1))
+                break
+        stats.count(drafted, block.accepted, "mask", drafted)
         stats.committed += len(block.tokens)
         yield block
-        if end is not None:
-            return
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ def decode(
     sequences: Sequences, *, max_length: int, policy: DraftPolicy | None,
     eos_ids: frozenset[int] = frozenset(), should_stop: Callable[[Block, int, Tensor], bool] | None = None,
     stats: DecodeStats | None = None, pace: Pace | None = None, tuner: Tuner | None = None,
+    temperature: float = 0.0,
 ) -> Iterator[Block]:  # fmt: skip
     """Yield block after block until each row meets an end-of-sequence token, `should_stop`, or `max_length`.
 
@@ -35,6 +36,7 @@ def decode(
         stats: counts are added to it; the prefill is no block.
         pace: estimates of earlier sequences to go on from, and to add to.
         tuner: of a single sequence: chooses in place of `policy` and `pace`, and may change its mind after each block.
+        temperature: what the tuner is told that the sequence is sampled at.
     """
     stats = stats if stats is not None else DecodeStats()
     drafter, prefilled = None, False
@@ -69,7 +71,7 @@ def decode(
             if tuner is not None and drafter is not None:
                 tuner.after(drafter, draft, block, bool(ended))
         if not prefilled and tuner is not None:
-            drafter = tuner.begin(sequences)
+            drafter = tuner.begin(sequences, temperature)
         elif not prefilled and policy is not None:
             drafter = Drafter(sequences, policy, pace)
         prefilled = True

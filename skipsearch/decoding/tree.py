@@ -78,7 +78,7 @@ class Reader:
 
     def __init__(self, model: PreTrainedModel, cache: SharedCache) -> None:
         self.model, self.cache = model, cache
-        self.takes_positions = takes_positions(model)
+        self.takes_positions, self.few_logits = takes_positions(model), model._supports_logits_to_keep()
 
     @property
     def committed(self) -> int:
@@ -90,7 +90,8 @@ class Reader:
         missing_1T = ids_1T[:, self.committed :]
         if missing_1T.shape[1]:
             self.cache.seek([self.committed])
-            self._forward(missing_1T, torch.arange(self.committed, ids_1T.shape[1], device=ids_1T.device)[None], None)
+            positions_1T = torch.arange(self.committed, ids_1T.shape[1], device=ids_1T.device)[None]
+            self._forward(missing_1T, positions_1T, None, {"logits_to_keep": 1} if self.few_logits else {})
             self.cache.committed[0] = ids_1T.shape[1]
 
     @torch.no_grad()
@@ -107,12 +108,13 @@ class Reader:
         mask = attention_masks(
             self.model, self.cache.windows, position_1N, lambda _window: keys_1T, only_RQK=only_1NT
         )  # fmt: skip
-        return self._forward(ids_1N, position_1N, mask)[0]
+        return self._forward(ids_1N, position_1N, mask, {})[0]
 
-    def _forward(self, ids_1N: Tensor, position_1N: Tensor, mask: Any) -> Tensor:
-        given: dict[str, Any] = {"position_ids": position_1N} if self.takes_positions else {}
+    def _forward(self, ids_1N: Tensor, position_1N: Tensor, mask: Any, given: dict[str, Any]) -> Tensor:
+        if self.takes_positions:
+            given = {**given, "position_ids": position_1N}
         if mask is not None:
-            given["attention_mask"] = mask
+            given = {**given, "attention_mask": mask}
         out = self.model(input_ids=ids_1N, past_key_values=self.cache.cache, use_cache=True, **given)
         logits: Tensor = out.logits
         return logits

@@ -11,16 +11,10 @@ from skipsearch.decoding.stats import Block
 
 
 class Tuner(Protocol):
-    """One model's. Told of single sequences alone.
+    """One model's. Told of single sequences alone; several may be under way at once."""
 
-    Attributes:
-        temperature: of the sequence that begins next; 0: greedy.
-    """
-
-    temperature: float
-
-    def begin(self, sequences: Sequences) -> Drafter:
-        """Who drafts for a sequence whose prompt has just been processed."""
+    def begin(self, sequences: Sequences, temperature: float) -> Drafter:
+        """Who drafts for a sequence whose prompt has just been processed; sampled at a temperature, greedy at 0."""
 
     def after(self, drafter: Drafter, draft: Draft, block: Block, ended: bool) -> None:
         """A block was committed, the sequence's last one if it ended. Drafts may change from here on."""

@@ -34,7 +34,8 @@ def self_speculative(
 
     Args:
         mask_or_path: a mask, a mask file or its path; None decodes plainly in the same loop; "auto" finds masks while
-            it serves single sequences, from what it generates (`OnTheFly`); keep the object for the whole stream.
+            it serves single sequences, from what it generates (`OnTheFly`); keep the object for the whole stream. With
+            sampling the output has the target's distribution, but the clock has a say in it beside the seed.
         start: with "auto", what to draft with until something better is found.
         share: with "auto", of decoding's seconds that the search may take.
         seed: with "auto", of what is random in the search.
@@ -58,7 +59,9 @@ def self_speculative(
     ) -> OnTheFly:  # fmt: skip
         return _tuner(model, compiled, policy, mask, progress, share, seed)
 
-    chosen: dict[str, Any] = {"ngram": NGRAM, "never_slower": True, "backend": "compiled", **settings}
+    chosen: dict[str, Any] = settings
+    if settings.get("decoding", "lossless") == "lossless":
+        chosen = {"ngram": NGRAM, "never_slower": True, "backend": "compiled", **settings}
     return generate.self_speculative(start, tune=tune, **chosen)
 
 

@@ -9,6 +9,7 @@ Shapes: D free sublayers.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,16 @@ def influence(model: PreTrainedModel, ids: Tensor) -> dict[tuple[Kind, int], flo
     entering, influences = {}, dict[tuple[Kind, int], float]()
     hooks = []
 
+    me = threading.get_ident()  # others may run the same layers
+
     def enter(number: int, args: Any, named: Any) -> None:
+        if threading.get_ident() != me:
+            return
         entering[number] = (args[0] if args else named["hidden_states"]).float().norm(dim=-1)
 
     def leave(sub: tuple[Kind, int], out: Any) -> None:
+        if threading.get_ident() != me:
+            return
         added = (out[0] if isinstance(out, tuple) else out).float().reshape(*entering[sub[1]].shape, -1)
         influences[sub] = float((added.norm(dim=-1) / entering[sub[1]].clamp(min=1e-9)).mean())
 

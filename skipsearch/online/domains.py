@@ -42,7 +42,7 @@ class Challenger:
     outlooks: Outlook = field(default_factory=list)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Domain:
     """Prompts that are alike, and how they are decoded.
 
@@ -53,7 +53,8 @@ class Domain:
         outlooks: what the incumbent's drafts looked like on the latest windows.
         challenger: what is being compared with the incumbent.
         rejected: proposals since the last that won.
-        expected: acceptance of the incumbent when the search came to rest; None while it goes on.
+        rested_at: tokens of all domains when the search came to rest; None while it goes on.
+        expected: acceptance of the incumbent since then, once that is known.
         recent: drafted and accepted tokens of late.
     """
 
@@ -67,6 +68,7 @@ class Domain:
     queue: list[SkipMask] = field(default_factory=list)
     tried: set[SkipMask] = field(default_factory=set)
     rejected: int = 0
+    rested_at: int | None = None
     expected: float | None = None
     recent: Counter[str] = field(default_factory=Counter)
 
@@ -105,8 +107,10 @@ class Domains:
             pace.step, pace.verify = near.pace.step, dict(near.pace.verify)  # seconds know no domain
             near = Domain(torch.zeros_like(feature), pace, near.policy, near.mask)
             if len(self.known) == MOST:
-                self.known.remove(min(self.known, key=lambda domain: domain.prompts))
+                self.known.remove(self.known[0])
             self.known.append(near)
+        self.known.remove(near)
+        self.known.append(near)  # in the order of their last prompts
         near.centre = near.centre + (feature - near.centre) / min(near.prompts + 1, REMEMBERED)
         near.prompts += 1
         return near

@@ -1,4 +1,4 @@
-"""Prices: what drafts and verifies cost, timed on a live sequence in a tenth of a second instead of a profile."""
+"""Prices: what drafts and verifies cost, timed on a live sequence in some twenty steps instead of a profile."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from skipsearch.mask import SkipMask
 from skipsearch.model.view import draft_view
 from skipsearch.search.cost import Point, timed
 
-STEPS, REPEATS = 2, 2  # drafted by an arm, and how often
-LENGTHS = (1, 3, 5, 8)  # of the verifies that are timed
+STEPS = 2  # drafted by an arm
+LENGTHS = (2, 8)  # of the verifies that are timed; decoding itself tells of the others
 
 
 def corner_views(model: PreTrainedModel, layers: int) -> dict[str, PreTrainedModel]:
@@ -30,32 +30,26 @@ def corner_views(model: PreTrainedModel, layers: int) -> dict[str, PreTrainedMod
 
 
 def measure(sequences: Sequences, views: dict[str, PreTrainedModel]) -> tuple[dict[str, float], dict[int, float]]:
-    """Seconds of a draft step of each view, and of verifying so many tokens. The sequence is left as it was.
-
-    The least of few: a disturbance only ever adds.
-    """
+    """Seconds of a draft step of each view, and of verifying so many tokens. The sequence is left as it was."""
     drafting, steps, verifies = sequences.draft_model, dict[str, float](), dict[int, float]()
-    for _ in range(REPEATS):
-        for name, view in views.items():
-            sequences.draft_with(view)
-            seconds = timed(sequences, partial(sequences.draft, [STEPS])) / STEPS
-            steps[name] = min(seconds, steps.get(name, seconds))
-        for length in (0, *LENGTHS):
-            probs: Any = None
-            if sequences.sampling is not None:
-                probs = torch.full((1, length, sequences.vocabulary), 1 / sequences.vocabulary)
-                probs = probs.to(sequences.ids.device)
-            seconds = timed(sequences, partial(sequences.verify, [length], probs))
-            verifies[length] = min(seconds, verifies.get(length, seconds))
+    for name, view in views.items():
+        sequences.draft_with(view)
+        steps[name] = timed(sequences, partial(sequences.draft, [STEPS])) / STEPS
+    for length in LENGTHS:
+        probs: Any = None
+        if sequences.sampling is not None:
+            probs = torch.full((1, length, sequences.vocabulary), 1 / sequences.vocabulary)
+            probs = probs.to(sequences.ids.device)
+        verifies[length] = timed(sequences, partial(sequences.verify, [length], probs))
     sequences.draft_with(drafting)
     return steps, verifies
 
 
-def point(steps: dict[str, float], pace: Pace, layers: int, longest: int, context: int) -> Point:
+def point(steps: dict[str, float], pace: Pace, layers: int, longest: int) -> Point:
     """The measured prices as the cost model's; a verify costs what decoding has seen since."""
     verify = itertools.accumulate((pace.verify_seconds(k) for k in range(longest + 1)), max)
     rest = min(steps.values())
     return Point(
-        context=context, rest=rest, exit_check=0.0, verify=tuple(verify),
+        context=0, rest=rest, exit_check=0.0, verify=tuple(verify),
         attention=((steps["attention"] - rest) / layers,) * layers, mlp=((steps["mlp"] - rest) / layers,) * layers,
     )  # fmt: skip

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 import statistics
+import threading
 import time
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from skipsearch.search.drafts import Outlook
 from skipsearch.search.objective import Score
 
 SHARE = 0.05  # of decoding's seconds that search may take
+BEFORE = 0.5  # of that share, while nothing that was found pays for it
 PAYS = 1.03  # speed-up on a window from which a first mask is served
 MARGIN = 0.06  # mean log-ratio from which a challenger takes over on one window; on n of them the n-th part will do
 LAST = 5  # windows that a challenger has
@@ -44,8 +47,21 @@ BEHIND = -0.01  # mean log-ratio below which it is given up
 KEPT = 4  # windows that an incumbent's policy is chosen on
 PATIENCE = 40  # proposals without a winner: the search comes to rest
 DRIFT, RECENT = 3.0, 240  # standard errors of acceptance that wake it, over so many drafted tokens
-FIRST_GUESS = {"prices": 60.0, "influence": 12.0, "pass": 8.0}  # seconds, in plain steps, before any was timed
+LONG_REST = 20_000  # tokens after which it looks again where no mask was found
+AGAIN = (8, 32, 128)  # passes after which prices are measured once more
+FIRST_GUESS = {"prices": 24.0, "influence": 12.0, "pass": 8.0}  # seconds, in plain steps, before any was timed
 GENERATED_FOR_INFLUENCE = 64
+SAME_FOR_ALL = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper")  # that scoring can do without
+
+
+@dataclass(slots=True)
+class _Served:
+    """A sequence under way: its domain, where its generated text begins, and what was looked at up to where."""
+
+    domain: Domain
+    first: int
+    seen: int
+    temperature: float
 
 
 class OnTheFly:
@@ -57,93 +73,118 @@ class OnTheFly:
         policy: how to draft; its length and exit are chosen anew for each mask.
         mask: where to start, if anything is known.
         share: of decoding's seconds that search may take at most.
-        seed: of what is random.
-        clock: seconds.
+        seed: of what is random in the search.
 
     Attributes:
-        temperature: of the sequence that begins next; 0: greedy.
         decoding, searching: seconds so far.
         events: what happened: (seconds of both, tokens, what).
     """
 
     def __init__(
         self, model: PreTrainedModel, free: list[Any], layers: int, policy: DraftPolicy, mask: SkipMask | None = None,
-        share: float = SHARE, seed: int = 0, clock: Callable[[], float] = time.perf_counter,
+        share: float = SHARE, seed: int = 0,
     ) -> None:  # fmt: skip
-        self.model, self.free, self.layers, self.share, self.seed = model, free, layers, share, seed
-        self.clock, self.temperature = clock, 0.0
-        self.domains = Domains(model.config.get_text_config(decoder=True).vocab_size, policy, mask)
+        self._model = weakref.ref(model)  # whoever keeps a tuner for a model does not keep the model
+        self.free, self.layers, self.share, self.seed = free, layers, share, seed
+        text = model.config.get_text_config(decoder=True)
+        self.context = int(getattr(text, "max_position_embeddings", None) or 1 << 30)
+        self.domains = Domains(text.vocab_size, policy, mask)
         self.corners = corner_views(model, layers)
         self.decoding, self.searching, self.tokens = 0.0, 0.0, 0
         self.events: list[tuple[float, int, str]] = []
         self.counts = Counter[str]()
         self.seconds: dict[str, float] = {}  # of a step of each kind
         self.steps: dict[str, float] = {}  # prices
-        self.candidates: Candidates | None = None
-        self._domain: Domain | None = None
-        self._length, self._since, self._last = 0, 0, 0.0
+        self.candidates: Candidates | None = None  # what flips bring is mostly the model's, not the domain's
+        self._served: weakref.WeakKeyDictionary[Drafter, _Served] = weakref.WeakKeyDictionary()
         self._views: dict[SkipMask, PreTrainedModel] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        model = self._model()
+        assert model is not None, "a tuner is used while its model serves"
+        return model
 
     # -- what decoding tells -----------------------------------------------------------------------------------
 
-    def begin(self, sequences: Sequences) -> Drafter:
+    def begin(self, sequences: Sequences, temperature: float) -> Drafter:
         """The domain's incumbent drafts."""
-        begun = self.clock()
-        self._length = self._since = sequences.lengths[0]
-        domain = self._domain = self.domains.of(sequences.ids[0, max(0, sequences.offset) : self._length])
-        sequences.draft_with(None if domain.mask is None else self._view(domain.mask))
-        self._last = self.clock()
-        self.searching += self._last - begun
-        return Drafter(sequences, domain.policy, domain.pace)
+        begun, length = time.perf_counter(), sequences.lengths[0]
+        with self._lock:
+            domain = self.domains.of(sequences.ids[0, max(0, sequences.offset) : length])
+            sequences.draft_with(None if domain.mask is None else self._view(domain.mask))
+            drafter = Drafter(sequences, domain.policy, domain.pace)
+            self._served[drafter] = _Served(domain, length, length, temperature)
+            self.searching += time.perf_counter() - begun
+        return drafter
 
     def after(self, drafter: Drafter, draft: Draft, block: Block, ended: bool) -> None:
         """Search, if there is a share of time left for it, and let the drafter have what was found."""
-        now = self.clock()
-        self.decoding += now - self._last
-        self.tokens += len(block.tokens)
-        domain, sequences = self._domain, drafter.sequences
-        assert domain is not None
-        if draft.of_mask:
-            self._watch(domain, min(draft.of_mask, block.drafted), min(draft.of_mask, block.accepted))
-        if sequences.offset >= 0 and domain.pace.knows and domain.expected is None:
-            fresh = sequences.lengths[0] - self._since
-            self._search(domain, drafter, now, fresh >= LONGEST or (ended and fresh >= SHORTEST))
-        after = self.clock()
-        self.searching += after - now
-        self._last = after
+        begun, served, sequences = time.perf_counter(), self._served[drafter], drafter.sequences
+        if not self._lock.acquire(blocking=False):
+            return  # another sequence's turn
+        try:
+            domain = served.domain
+            self.decoding += drafter.seconds
+            self.tokens += len(block.tokens)
+            if draft.of_mask:
+                self._watch(domain, min(draft.of_mask, block.drafted), min(draft.of_mask, block.accepted))
+            if domain.rested_at is not None and domain.mask is None and self.tokens > domain.rested_at + LONG_REST:
+                self._wake(domain, "looks again")
+            if domain.rested_at is None and domain.pace.knows and self._can_score(sequences):
+                fresh = sequences.lengths[0] - served.seen
+                self._search(served, drafter, begun, fresh if fresh >= LONGEST or ended else 0)
+            self.searching += time.perf_counter() - begun
+        finally:
+            self._lock.release()
+
+    def _can_score(self, sequences: Sequences) -> bool:
+        """Whether the text is known and says what the target alone would say, and passes stay within the context."""
+        return (
+            sequences.offset >= 0 and not any(sequences.pads) and not sequences.aligned
+            and sequences.lengths[0] - sequences.offset + LENGTH < self.context
+            and all(type(processor).__name__ in SAME_FOR_ALL for processor in sequences.processors)
+        )  # fmt: skip
 
     def _watch(self, domain: Domain, drafted: int, accepted: int) -> None:
         """Acceptance that is not what it was when the search came to rest wakes it."""
         domain.recent.update(drafted=drafted, accepted=accepted)
-        if domain.recent["drafted"] < RECENT:
+        if domain.rested_at is None or domain.recent["drafted"] < RECENT:
             return
         rate = domain.recent["accepted"] / domain.recent["drafted"]
-        if domain.expected is not None:
-            error = math.sqrt(max(domain.expected * (1 - domain.expected), 0.01) / domain.recent["drafted"])
-            if abs(rate - domain.expected) > DRIFT * error:
-                domain.expected, domain.rejected = None, 0
-                self._note("drift")
-        elif domain.rejected >= PATIENCE:
+        if domain.expected is None:
             domain.expected = rate
-            self._note("at rest")
+        error = math.sqrt(max(domain.expected * (1 - domain.expected), 0.01) / domain.recent["drafted"])
+        if abs(rate - domain.expected) > DRIFT * error:
+            self._wake(domain, "drift")
         domain.recent.clear()
+
+    def _wake(self, domain: Domain, why: str) -> None:
+        domain.rested_at, domain.expected, domain.rejected = None, None, 0
+        domain.tried.clear()  # what did not pay on other text may pay on this
+        self._note(why)
 
     # -- search ------------------------------------------------------------------------------------------------
 
-    def _search(self, domain: Domain, drafter: Drafter, begun: float, text: bool) -> None:
-        """The next steps that there is time for; those that score masks need text."""
-        sequences, plain = drafter.sequences, domain.pace.verify_seconds(0)
-        left = self.share * self.decoding - self.searching
+    def _search(self, served: _Served, drafter: Drafter, begun: float, fresh: int) -> None:
+        """The next steps that there is time for; those that score masks need fresh text."""
+        domain, sequences = served.domain, drafter.sequences
+        plain, share = domain.pace.verify_seconds(0), self.share * (BEFORE if domain.mask is None else 1)
+        left = share * self.decoding - self.searching
 
         def may(kind: str, times: int = 1) -> bool:
             wanted = self.seconds.get(kind, FIRST_GUESS[kind] * plain) * times
-            return self.clock() - begun + wanted <= left
+            return time.perf_counter() - begun + wanted <= left
 
-        if not self.steps:
+        times = self.counts["prices"]
+        if not times or (times <= len(AGAIN) and self.counts["pass"] >= AGAIN[times - 1]):
             if not may("prices"):
                 return
             with self._timed("prices"):
-                self.steps, verifies = measure(sequences, self.corners)
+                steps, verifies = measure(sequences, self.corners)
+            # A disturbance only ever adds.
+            self.steps = {name: min(seconds, self.steps.get(name, seconds)) for name, seconds in steps.items()}
             for known in self.domains.known:
                 known.pace.verify = {**verifies, **known.pace.verify}
         if self.candidates is None:
@@ -151,14 +192,12 @@ class OnTheFly:
                 return
             with self._timed("influence"):
                 self.candidates = self._candidates(sequences)
-        if not text:
+        if fresh < SHORTEST or not may("pass", 1 if domain.mask is None else 2):
             return
         if domain.mask is None and not domain.queue and not domain.tried:
             domain.queue = self.candidates.nested()
-        if not may("pass", 1 if domain.mask is None else 2):
-            return
-        window = Window(self.model, sequences, sequences.lengths[0] - self._length, self.temperature)
-        self._since = sequences.lengths[0]
+        window = Window(self.model, sequences, fresh, served.temperature)
+        served.seen = sequences.lengths[0]
         before = domain.mask
         if before is None:
             while domain.mask is None and may("pass"):
@@ -167,13 +206,19 @@ class OnTheFly:
             held, outlook = self._score(domain, window, before)
             domain.outlooks = [*domain.outlooks[1 - KEPT :], *outlook]
             self._compare(domain, window, held)
-            while domain.mask is before and domain.challenger is None and may("pass"):
+            while domain.mask == before and domain.challenger is None and may("pass"):
                 self._compare(domain, window, held)
         if domain.mask is not None and domain.mask != before:
             drafter.change(self._view(domain.mask), domain.policy)
         elif domain.mask is not None and len(domain.outlooks) == KEPT and not domain.policy.curve:
-            domain.policy = self._policy(domain, score(domain.outlooks, domain.mask, self._point(domain)))
-            drafter.policy = domain.policy
+            policy = self._policy(domain, score(domain.outlooks, domain.mask, self._point(domain)))
+            if policy != domain.policy:
+                domain.policy = policy
+                drafter.adopt(policy)
+        if domain.rejected >= PATIENCE:
+            domain.rested_at = self.tokens
+            domain.recent.clear()
+            self._note("at rest")
 
     def _first(self, domain: Domain, window: Window) -> None:
         """No mask is served yet: one that pays on this window is."""
@@ -236,7 +281,7 @@ class OnTheFly:
             return score(outlook, mask, self._point(domain)), outlook
 
     def _point(self, domain: Domain) -> Any:
-        return point(self.steps, domain.pace, self.layers, LENGTH, self._since)
+        return point(self.steps, domain.pace, self.layers, LENGTH)
 
     def _candidates(self, sequences: Sequences) -> Candidates:
         first = max(sequences.offset, 0, sequences.lengths[0] - GENERATED_FOR_INFLUENCE)
@@ -250,9 +295,9 @@ class OnTheFly:
     @contextmanager
     def _timed(self, kind: str) -> Iterator[None]:
         """Note what a kind of step takes, so that the next one is begun only if there is time for it."""
-        begun = self.clock()
+        begun = time.perf_counter()
         yield
-        seconds = self.clock() - begun
+        seconds = time.perf_counter() - begun
         self.seconds[kind] = 0.7 * self.seconds.get(kind, seconds) + 0.3 * seconds
         self.counts[kind] += 1
 

@@ -73,8 +73,9 @@ def timed_decode(
     start = 0.0
     ids: list[int] = []
     for block in decode(
-        sequences, max_length=limit, policy=policy, eos_ids=eos_ids(model), stats=stats, pace=pace, tuner=tuner
-    ):
+        sequences, max_length=limit, policy=policy, eos_ids=eos_ids(model), stats=stats, pace=pace, tuner=tuner,
+        temperature=temperature,
+    ):  # fmt: skip
         if not ids:
             synchronize(device)
             start = time.perf_counter()

@@ -5,8 +5,8 @@
 FOLDER holds humaneval.jsonl, spec_bench.jsonl and gsm8k_test.jsonl. Every arm decodes every prompt of the stream, in
 this order and interleaved prompt by prompt, and keeps its state as a server would; each one's own searching is inside
 its seconds. Arms: plain; n-grams; an offline mask alone and as served; SWIFT's own search after the paper; ours from
-nothing and from the offline mask, alone (no n-grams, no fallback, as SWIFT) and as served. Writes prompts.csv, table.csv and summary.json; the
-last line is JSON. `notebooks/stream.ipynb` draws it.
+nothing and from the offline mask, alone (no n-grams, no fallback, as SWIFT) and as served. Writes prompts.csv,
+table.csv and summary.json; the last line is JSON. `notebooks/stream.ipynb` draws it.
 """
 
 from __future__ import annotations

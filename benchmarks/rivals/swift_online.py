@@ -92,5 +92,6 @@ class Swift:
     def report(self) -> dict[str, Any]:
         return {
             "searching_s": round(self.searching, 3), "decoding_s": round(self.decoding, 3), "passes": self.tried,
-            "of_which_proposing_s": round(self.proposing, 3), "matchness": round(self.match, 3), "share": round(self.searching / max(self.decoding, 1e-9), 4),
+            "of_which_proposing_s": round(self.proposing, 3), "matchness": round(self.match, 3),
+            "share": round(self.searching / max(self.decoding, 1e-9), 4),
         }  # fmt: skip

@@ -49,6 +49,8 @@ class Point:
         exit_check: what a confidence exit adds to a draft step.
         verify: of verifying k drafted tokens, rollback and commit included; index k = 0 is plain decoding.
         first: what beginning a draft costs beside its steps, in steps: what it reads has left the cache.
+        crowding: of a draft step that runs everything, in excess of its parts; with the square of the share that runs:
+            what fits into a cache costs less than its share.
     """
 
     context: int
@@ -58,6 +60,7 @@ class Point:
     exit_check: float
     verify: tuple[float, ...]
     first: float = 0.0
+    crowding: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +102,7 @@ def merged(points: Sequence[Point], of: Callable[[Sequence[float]], float]) -> P
 
     return Point(
         context=round(one("context")), attention=each("attention"), mlp=each("mlp"), rest=one("rest"),
-        exit_check=one("exit_check"), verify=each("verify"), first=one("first"),
+        exit_check=one("exit_check"), verify=each("verify"), first=one("first"), crowding=one("crowding"),
     )  # fmt: skip
 
 
@@ -107,7 +110,12 @@ def draft_step(point: Point, mask: SkipMask, exit_check: bool) -> float:
     """Seconds of one draft step under a mask."""
     attention = sum(s for i, s in enumerate(point.attention) if i not in mask.attention)
     mlp = sum(s for i, s in enumerate(point.mlp) if i not in mask.mlp)
-    return point.rest + attention + mlp + exit_check * point.exit_check
+    return point.rest + attention + mlp + point.crowding * crowd(mask) + exit_check * point.exit_check
+
+
+def crowd(mask: SkipMask) -> float:
+    """The square of the share of sublayers that run."""
+    return (1 - len(mask) / (2 * mask.num_layers)) ** 2
 
 
 def device_name(device: torch.device) -> str:
@@ -147,9 +155,9 @@ class _Arm:
         return DraftPolicy(max_length=self.length, exit_threshold=NEVER if self.asks else None)
 
     def steps(self, masks: list[SkipMask], groups: list[list[tuple[Kind, int]]], first: float) -> list[float]:
-        """How often it takes the rest of a step, a look at the confidence, and a sublayer of each group."""
+        """How often it takes the rest of a step, a look at the confidence, crowding, and a sublayer of each group."""
         run = [sum(not masks[self.mask].skips(*sub) for sub in group) for group in groups]
-        return [(self.length + first) * count for count in (1, int(self.asks), *run)]
+        return [(self.length + first) * count for count in (1, int(self.asks), crowd(masks[self.mask]), *run)]
 
     def verify(self, max_length: int) -> list[int]:
         """How often it takes a verify of one token, and what each further token adds: never less than nothing."""
@@ -212,13 +220,13 @@ def profile(
             rows = np.array([[*arm.steps(masks, groups, first), *arm.verify(max_length)] for arm in arms], float)
             found, error = nnls(rows * weights[:, None], np.ones(len(arms)))
             solved.append((error, first, found.tolist()))
-        _, first, (rest, exit_check, *found) = min(solved)
+        _, first, (rest, exit_check, crowding, *found) = min(solved)
         price = {sub: seconds for group, seconds in zip(groups, found, strict=False) for sub in group}
         points.append(
             Point(
                 context=context, rest=rest, attention=tuple(price["attention", i] for i in range(layers)),
                 mlp=tuple(price["mlp", i] for i in range(layers)), exit_check=exit_check,
-                verify=(plain, *itertools.accumulate(found[len(groups) :])), first=first,
+                verify=(plain, *itertools.accumulate(found[len(groups) :])), first=first, crowding=crowding,
             )
         )  # fmt: skip
     return Costs(identity=identity, points=tuple(points))
@@ -281,7 +289,7 @@ def profile_or_load(
     compiled: CompiledModel | None = None, temperature: float = 0.0,
 ) -> Costs:  # fmt: skip
     """The costs in `path` if they were measured for this model and set-up at these lengths; else new ones, saved."""
-    key = f"{identity} | contexts {contexts} | K <= {max_length} | whole blocks, rising, from nothing skipped"
+    key = f"{identity} | contexts {contexts} | K <= {max_length} | whole blocks, rising, crowding"
     key += f" | temperature {temperature}" * bool(temperature)
     try:
         known = Costs.of(json.loads(path.read_text()))

@@ -114,7 +114,7 @@ def main() -> None:
     write_text(args.out / "table.csv", table.to_csv(index=False))
     data = {
         "benchmark": "on_the_fly", "model": loaded.name, "backend": backend_name(compiled), "prompts": len(prompts),
-        "device": device_name(model.device), "rows": table.to_dict("records"),
+        "device": device_name(model.device), "rows": json.loads(table.to_json(orient="records")),
         "targets": _targets(frame, table.set_index("arm")),
         "search": {name: tuner.report() for name, tuner in tuners.items()},
     }  # fmt: skip

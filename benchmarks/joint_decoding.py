@@ -115,7 +115,8 @@ def main() -> None:
     write_text(args.out / "table.csv", table.to_csv(index=False))
     targets = _targets(table)
     data = {"benchmark": "joint_decoding", "model": loaded.name, "device": device_name(model.device),
-            "dtype": str(model.dtype), "targets": targets, "rows": json.loads(table.to_json(orient="records"))}  # fmt: skip
+            "dtype": str(model.dtype), "targets": targets,
+            "rows": json.loads(table.to_json(orient="records"))}  # fmt: skip
     write_json(args.out / "summary.json", data)
     print(table.to_string(index=False))
     print(json.dumps(data))

@@ -384,6 +384,15 @@ def test_drafts_side_by_side_are_those_run_alone(tiny: Any, data: Any) -> None:
         assert drafts[0].drafts[start].confidence == pytest.approx(drafts[1].drafts[start].confidence, abs=1e-4)
 
 
+def test_crowding_makes_sparse_masks_dear() -> None:
+    """Prevents a term that is solved for and then priced for no mask, or for all alike."""
+    point = replace(POINT, crowding=8.0)
+    every = SkipMask(attention=range(4), mlp=range(4), num_layers=4)
+    half = SkipMask(attention=range(4), num_layers=4)
+    for mask, extra in ((SkipMask(num_layers=4), 8.0), (half, 2.0), (every, 0.0)):
+        assert draft_step(point, mask, False) - draft_step(POINT, mask, False) == pytest.approx(extra)
+
+
 def test_giving_up_early_needs_evidence_and_keeps_the_best(tiny: Any, monkeypatch: Any) -> None:
     """Prevents screening by a partial score that does not rank as the whole one does, and a screened-out winner."""
     from skipsearch.search import objective

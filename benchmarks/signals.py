@@ -38,7 +38,7 @@ from skipsearch.search.objective import exact
 from skipsearch.search.options import SearchOptions
 from skipsearch.search.prepare import prepare
 from skipsearch.search.replay import Replay
-from skipsearch.search.seeds import layer_states
+from skipsearch.search.states import layer_states
 from skipsearch.search.validate import our_arm
 
 K = 5
@@ -50,8 +50,8 @@ class Passes:
 
     def __init__(self, model: Any, trace: Any) -> None:
         self.model, self.path = model, find_sublayers(model).path
-        self.ids, _ = trace.padded(model.device)
-        self.states = layer_states(model, trace)
+        self.ids, generated = trace.padded(model.device)
+        self.states = layer_states(model, self.ids, generated)
         self.seen = self.states.seen[:, 1:]
         self.full = self.run(model)[0]
 

@@ -27,6 +27,7 @@ from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.mask import KINDS
 from skipsearch.model.preset import presets
+from skipsearch.model.view import draft_view
 from skipsearch.search.cost import Costs, Point, alike, draft_step, profile, profile_or_load
 from skipsearch.search.objective import Scorer, join, plain_score, score, standard_error
 from skipsearch.search.prepare import Prepared
@@ -37,7 +38,6 @@ from skipsearch.search.seeds import (
     block_influence,
     by_sensitivity,
     knapsack,
-    layer_states,
     nearest_states,
     published,
     saves,
@@ -45,6 +45,7 @@ from skipsearch.search.seeds import (
     uniform,
 )
 from skipsearch.search.space import Space
+from skipsearch.search.states import layer_states, nearest, sublayer_states
 from skipsearch.search.trace import Trace, record, record_or_load
 
 POINT = Point(
@@ -289,12 +290,38 @@ def test_seeds_from_hidden_states_find_the_idle_layer(family: str) -> None:
         if "norm" not in name and "ln_" not in name:
             weight.data.zero_()  # both branches add nothing
     space = Space(num_layers=4, fixed=SkipMask(num_layers=4))
-    states = layer_states(model, make_trace(model))
+    states = layer_states(model, *make_trace(model).padded(model.device))
     for i in range(4):
         assert torch.equal(states.run(i, states.hidden[i]), states.hidden[i + 1])
     idle = SkipMask(attention=[2], mlp=[2], num_layers=4)
     assert idle in [mask for _, mask in block_influence(space, states)]
     assert idle in [mask for _, mask in nearest_states(space, states)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
+def test_sublayers_as_units_make_up_the_model(family: str) -> None:
+    """Prevents halves of layers that compute something else than the layer does, and an idle one from being kept."""
+    from conftest import make_tiny
+
+    model = make_tiny(family, seed=1)
+    layers = next(m for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList))
+    for name, weight in layers[2].named_parameters():
+        if ("mlp" in name or "ffn" in name) and "norm" not in name:
+            weight.data.zero_()
+    every = range(4)
+    halves = [draft_view(model, SkipMask(**{other: every}, num_layers=4)) for other in reversed(KINDS)]
+    ids = torch.randint(0, 90, (1, 12), generator=torch.Generator().manual_seed(0))
+    states = layer_states(model, ids, torch.ones_like(ids, dtype=torch.bool))
+    halved = sublayer_states(states, halves)
+    assert len(halved.units) == 8 and len(halved.hidden) == 9
+    assert [torch.equal(a, b) for a, b in zip(halved.hidden[::2], states.hidden, strict=True)] == [True] * 5
+    through = torch.stack([halved.hidden[4]] * 3)
+    ran = halved.run_all(5, halved.run_all(4, through))
+    if family != "gpt_neox":  # there the MLP does not read what attention adds
+        torch.testing.assert_close(ran[1], halved.hidden[6])
+    chosen = nearest(halved, [True] * 8, 5)
+    assert [len(units) for units in chosen] == [0, 1, 2, 3, 4, 5] and chosen[1] == {5}
+    assert all(3 not in units for units in nearest(halved, [unit != 3 for unit in range(8)], 7))
 
 
 def test_every_seed_is_a_mask_of_the_space(tiny: Any) -> None:

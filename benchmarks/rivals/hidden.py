@@ -18,14 +18,16 @@ import torch
 from skipsearch.mask import SkipMask
 from skipsearch.model.view import draft_view
 from skipsearch.search.cost import draft_step
-from skipsearch.search.seeds import knapsack, layer_states, nearest_states
+from skipsearch.search.seeds import knapsack, nearest_states
+from skipsearch.search.states import layer_states
 
 PROMPTS, TOKENS = 8, 36
 BUDGETS = [level / 64 for level in range(1, 64)]  # of all harm
 
 
 def clasp(bench: Any, seed: int, evaluations: int) -> Iterator[tuple[int, SkipMask, float]]:
-    states = layer_states(bench.model, bench.prepared.trace.head(PROMPTS, TOKENS))
+    part = bench.prepared.trace.head(PROMPTS, TOKENS)
+    states = layer_states(bench.model, *part.padded(bench.model.device))
     ((_, mask),) = nearest_states(bench.space, states, shares=(1 / 2,))
     yield 1, mask, 0.0
 
@@ -44,8 +46,8 @@ def last_states(model: Any, path: str, ids: torch.Tensor) -> tuple[torch.Tensor,
 
 def knapspec(bench: Any, seed: int, evaluations: int) -> Iterator[tuple[int, SkipMask, float]]:
     part, point = bench.prepared.trace.head(PROMPTS, TOKENS), bench.prepared.point
-    states = layer_states(bench.model, part)
-    ids, _ = part.padded(bench.model.device)
+    ids, generated = part.padded(bench.model.device)
+    states = layer_states(bench.model, ids, generated)
 
     def cosine(mask: SkipMask) -> float:
         return states.cosine(last_states(draft_view(bench.model, mask), bench.path, ids)[1], states.hidden[-1])

@@ -1,15 +1,15 @@
 """Candidates: which mask to try next, on little evidence.
 
-Three sources: nested masks by influence, to begin with; flips of the incumbent, drawn by influence; and flips that a
-Bayesian linear model of what flips brought so far holds for the best (Thompson sampling). SWIFT (arXiv 2410.06916,
-section 4.2) mixes random masks with Bayesian ones in the same way, at a fixed skip ratio.
+Three sources: masks that keep hidden states near, to begin with; flips of the incumbent, drawn by how many of those
+masks skip a sublayer; and flips that a Bayesian linear model of what flips brought so far holds for the best (Thompson
+sampling). SWIFT (arXiv 2410.06916, section 4.2) mixes random masks with Bayesian ones too, at a fixed skip ratio.
 
 Shapes: D free sublayers.
 """
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,51 +18,37 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from skipsearch.mask import Kind, SkipMask
-from skipsearch.model.sublayers import find_sublayers
+from skipsearch.mask import KINDS, Kind, SkipMask
+from skipsearch.search.states import layer_states, nearest, sublayer_states
 
 Array = NDArray[Any]
-NESTED = (0.5, 0.35, 0.65, 0.2, 0.8)  # shares of sublayers skipped in the first masks, likely ones first
+Sub = tuple[Kind, int]
+FIRST = (0.5, 0.65, 0.35, 0.8, 0.2)  # shares of sublayers skipped in the first masks, likely ones first
+NESTED_MOST = 0.85  # no mask skips more to begin with
+UNSEEN = 4  # tokens at the beginning whose states are like no others
 PRIOR, NOISE = 0.03, 0.06  # log-speed that a flip moves, and that a window's reading of it is off
 BAYESIAN_FROM = 8  # comparisons; from then on every other proposal
 WIDEST = 6  # flips at once
 
 
 @torch.no_grad()
-def influence(model: PreTrainedModel, ids: Tensor) -> dict[tuple[Kind, int], float]:
-    """How much each sublayer adds to its layer's input: the ratio of norms, mean over ids [1, T]; one pass."""
-    found = find_sublayers(model)
-    layers = list(model.get_submodule(found.path).children())
-    entering, influences = {}, dict[tuple[Kind, int], float]()
-    hooks = []
+def nearest_masks(
+    model: PreTrainedModel, halves: Sequence[PreTrainedModel], ids: Tensor, free: list[Sub], layers: int
+) -> list[SkipMask]:
+    """For 0, 1, 2, ... skipped sublayers, the mask that changes the hidden states least.
 
-    me = threading.get_ident()  # others may run the same layers
+    CLaSp's dynamic programming (arXiv 2505.24196) over sublayers in place of layers.
 
-    def enter(number: int, args: Any, named: Any) -> None:
-        if threading.get_ident() != me:
-            return
-        entering[number] = (args[0] if args else named["hidden_states"]).float().norm(dim=-1)
-
-    def leave(sub: tuple[Kind, int], out: Any) -> None:
-        if threading.get_ident() != me:
-            return
-        added = (out[0] if isinstance(out, tuple) else out).float().reshape(*entering[sub[1]].shape, -1)
-        influences[sub] = float((added.norm(dim=-1) / entering[sub[1]].clamp(min=1e-9)).mean())
-
-    for number, layer in enumerate(layers):
-        hooks.append(
-            layer.register_forward_pre_hook(lambda _m, a, k, n=number: enter(n, a, k), with_kwargs=True)
-        )  # fmt: skip
-        for kind, names in found.child.items():
-            branch = getattr(layer, names[-1], None)
-            if branch is not None:
-                hooks.append(branch.register_forward_hook(lambda _m, _a, out, s=(kind, number): leave(s, out)))
-    try:
-        model(input_ids=ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return influences
+    Args:
+        halves: views that keep one kind of sublayer each, attention's first.
+        ids: text [1, T] of the model's own.
+    """
+    seen = torch.arange(ids.shape[1], device=ids.device)[None] >= min(UNSEEN, ids.shape[1] - 1)
+    states = sublayer_states(layer_states(model, ids, seen), halves)
+    units = [(kind, i) for i in range(layers) for kind in KINDS]
+    may_skip = set(free)
+    found = nearest(states, [sub in may_skip for sub in units], round(NESTED_MOST * len(free)))
+    return [SkipMask.from_sublayers([units[u] for u in chosen], layers) for chosen in found]
 
 
 class Candidates:
@@ -70,25 +56,24 @@ class Candidates:
 
     Args:
         free: sublayers that may be skipped.
-        harm: what skipping each costs beside what it saves; any scale.
+        near: masks that skip 0, 1, 2, ... of them.
         seed: of what is random.
     """
 
-    def __init__(
-        self, free: list[tuple[Kind, int]], layers: int, harm: dict[tuple[Kind, int], float], seed: int
-    ) -> None:
-        self.free, self.layers, self.rng = free, layers, np.random.default_rng(seed)
-        order = sorted(range(len(free)), key=lambda d: harm.get(free[d], 0.0))
-        self.order = order
-        self.rank_D = np.empty(len(free))  # 0: the least harmful, 1: the most
+    def __init__(self, free: list[Sub], layers: int, near: list[SkipMask], seed: int) -> None:
+        self.free, self.layers, self.near, self.rng = free, layers, near, np.random.default_rng(seed)
+        skipped_D = np.array([sum(mask.skips(*sub) for mask in near) for sub in free])
+        order = np.argsort(-skipped_D, kind="stable")
+        self.rank_D = np.empty(len(free))  # 0: the first to be skipped, 1: the last
         self.rank_D[order] = np.linspace(0, 1, len(free))
         self.changes: list[Array] = []
         self.gains: list[float] = []
         self.turn = 0
 
-    def nested(self) -> list[SkipMask]:
-        """The least harmful sublayers, so many shares of them."""
-        return [self._mask(self.order[: round(share * len(self.free))]) for share in NESTED]
+    def first(self) -> list[SkipMask]:
+        """What to try before anything is known, likely ones first."""
+        counts = dict.fromkeys(round(share * len(self.free)) for share in FIRST)
+        return [self.near[count] for count in counts if 0 < count < len(self.near)]
 
     def propose(self, incumbent: SkipMask, tried: set[SkipMask]) -> SkipMask:
         """A mask near the incumbent that was not tried."""

@@ -28,10 +28,10 @@ from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import Block
 from skipsearch.errors import DecodingError
-from skipsearch.mask import SkipMask
+from skipsearch.mask import KINDS, SkipMask
 from skipsearch.model.load import model_card
 from skipsearch.model.view import draft_view
-from skipsearch.online.candidates import Candidates, influence
+from skipsearch.online.candidates import Candidates, nearest_masks
 from skipsearch.online.domains import Challenger, Domain, Domains
 from skipsearch.online.prices import corner_views, measure, point
 from skipsearch.online.window import LENGTH, LONGEST, SHORTEST, Window, score
@@ -49,8 +49,8 @@ PATIENCE = 40  # proposals without a winner: the search comes to rest
 DRIFT, RECENT = 3.0, 240  # standard errors of acceptance that wake it, over so many drafted tokens
 LONG_REST = 20_000  # tokens after which it looks again where no mask was found
 AGAIN = (8, 32, 128)  # passes after which prices are measured once more
-FIRST_GUESS = {"prices": 24.0, "influence": 12.0, "pass": 8.0}  # seconds, in plain steps, before any was timed
-GENERATED_FOR_INFLUENCE = 64
+FIRST_GUESS = {"prices": 24.0, "states": 24.0, "pass": 8.0}  # seconds, in plain steps, before any was timed
+STATES_OF = 32  # tokens whose hidden states tell what to skip first
 SAME_FOR_ALL = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper")  # that scoring can do without
 
 
@@ -188,14 +188,14 @@ class OnTheFly:
             for known in self.domains.known:
                 known.pace.verify = {**verifies, **known.pace.verify}
         if self.candidates is None:
-            if not may("influence"):
+            if not may("states"):
                 return
-            with self._timed("influence"):
+            with self._timed("states"):
                 self.candidates = self._candidates(sequences)
         if fresh < SHORTEST or not may("pass", 1 if domain.mask is None else 2):
             return
         if domain.mask is None and not domain.queue and not domain.tried:
-            domain.queue = self.candidates.nested()
+            domain.queue = self.candidates.first()
         window = Window(self.model, sequences, fresh, served.temperature)
         served.seen = sequences.lengths[0]
         before = domain.mask
@@ -284,13 +284,10 @@ class OnTheFly:
         return point(self.steps, domain.pace, self.layers, LENGTH)
 
     def _candidates(self, sequences: Sequences) -> Candidates:
-        first = max(sequences.offset, 0, sequences.lengths[0] - GENERATED_FOR_INFLUENCE)
-        harm = influence(self.model, sequences.ids[:1, first : sequences.lengths[0]])
-        rest = min(self.steps.values())
-        saved = {kind: max(self.steps[kind] - rest, 1e-9) for kind in ("attention", "mlp")}
-        return Candidates(
-            self.free, self.layers, {sub: value / saved[sub[0]] for sub, value in harm.items()}, self.seed
-        )
+        first = max(sequences.offset, 0, sequences.lengths[0] - STATES_OF)
+        ids, halves = sequences.ids[:1, first : sequences.lengths[0]], [self.corners[kind] for kind in KINDS]
+        near = nearest_masks(self.model, halves, ids, self.free, self.layers)
+        return Candidates(self.free, self.layers, near, self.seed)
 
     @contextmanager
     def _timed(self, kind: str) -> Iterator[None]:

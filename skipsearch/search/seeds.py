@@ -1,26 +1,22 @@
-"""Seeds: masks worth trying before any sampler has seen a score. A heuristic is one function here.
-
-Shapes: N tokens of the trace, H hidden size.
-"""
+"""Seeds: masks worth trying before any sampler has seen a score. A heuristic is one function here."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from skipsearch.mask import Kind, SkipMask
 from skipsearch.model.preset import Preset
-from skipsearch.model.sublayers import find_sublayers, input_device
+from skipsearch.model.sublayers import input_device
 from skipsearch.model.view import draft_view
 from skipsearch.search.cost import Point
 from skipsearch.search.space import Space
+from skipsearch.search.states import States, layer_states, nearest
 from skipsearch.search.trace import Progress, Trace
 
 Seed = tuple[str, SkipMask]
@@ -35,7 +31,7 @@ def all_seeds(
     """What a study tries first, the most promising in front, so that giving up early has something to compare with."""
     loss = single_skip_loss(model, trace, space, progress)
     before = [] if earlier is None else [("earlier", earlier)]
-    states = layer_states(model, trace)
+    states = layer_states(model, *trace.padded(input_device(model)))
     return [
         ("empty", SkipMask(num_layers=space.num_layers)), *before, *published(preset, space),
         *by_sensitivity(space, loss, point), *knapsack(space, loss, point), *nearest_states(space, states),
@@ -123,87 +119,18 @@ def knapsack(
     return seeds
 
 
-@dataclass(frozen=True, slots=True)
-class LayerStates:
-    """One forward over the trace, seen from its layers.
+def nearest_states(space: Space, states: States, shares: Sequence[float] = SHARES) -> list[Seed]:
+    """Whole layers whose absence leaves the hidden states nearest the full model's (CLaSp, arXiv 2505.24196).
 
-    Attributes:
-        layers: the decoder's.
-        calls: arguments of each behind the hidden states.
-        hidden: what goes into each layer [P, T, H], and what comes out of the last.
-        seen: places [P, T] of generated tokens: what counts.
+    On many tokens at once, where the paper takes the last one.
     """
-
-    layers: list[nn.Module]
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
-    hidden: list[Tensor]
-    seen: Tensor
-
-    def run(self, layer: int, hidden: Tensor) -> Tensor:
-        args, named = self.calls[layer]
-        out: Tensor | tuple[Tensor, ...] = self.layers[layer](hidden, *args, **named)
-        return out[0] if isinstance(out, tuple) else out
-
-    def cosine(self, a: Tensor, b: Tensor) -> float:
-        """Mean over the tokens that count."""
-        return float(nn.functional.cosine_similarity(a[self.seen].float(), b[self.seen].float(), dim=-1).mean())
+    free = {i for _, i in space.free}
+    counts = [max(1, round(share * space.num_layers)) for share in shares]
+    chosen = nearest(states, [i in free for i in range(space.num_layers)], max(counts))
+    return [(f"states:{count}", _whole(chosen[count], space)) for count in counts if count < len(chosen)]
 
 
-@torch.no_grad()
-def layer_states(model: PreTrainedModel, trace: Trace) -> LayerStates:
-    """Run the model once and keep what its layers were called with."""
-    ids, generated = trace.padded(input_device(model))
-    layers = list(model.get_submodule(find_sublayers(model).path).children())
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    hidden: list[Tensor] = []
-
-    def keep(_layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        named = dict(named)
-        hidden.append(args[0] if args else named.pop("hidden_states"))
-        calls.append((args[1:], named))
-
-    def keep_last(_layer: nn.Module, _args: Any, out: Any) -> None:
-        hidden.append(out[0] if isinstance(out, tuple) else out)
-
-    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
-    hooks.append(layers[-1].register_forward_hook(keep_last))
-    try:
-        model(input_ids=ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return LayerStates(layers, calls, hidden, generated)
-
-
-@torch.no_grad()
-def nearest_states(space: Space, states: LayerStates, shares: Sequence[float] = SHARES) -> list[Seed]:
-    """Whole layers by dynamic programming: at each depth and number of skips, keep the states nearest the full ones.
-
-    CLaSp (arXiv 2505.24196), on many tokens at once instead of the last one.
-    """
-    most = max(1, round(shares[-1] * space.num_layers))
-    found: list[tuple[Tensor, frozenset[int]] | None] = [(states.hidden[0], frozenset()), *([None] * most)]
-    free = set(space.free)
-    for i in range(space.num_layers):
-        target, after = states.hidden[i + 1], list(found)
-        may_skip = ("attention", i) in free or ("mlp", i) in free
-        for skips in range(most + 1):
-            options: list[tuple[Tensor, frozenset[int]]] = []
-            if (same := found[skips]) is not None:
-                options.append((states.run(i, same[0]), same[1]))
-            if may_skip and skips and (fewer := found[skips - 1]) is not None:
-                options.append((fewer[0], fewer[1] | {i}))
-            after[skips] = max(options, key=lambda o: states.cosine(o[0], target)) if options else None
-        found = after
-    seeds = []
-    for share in shares:
-        state = found[max(1, round(share * space.num_layers))]
-        if state is not None:
-            seeds.append((f"states:{len(state[1])}", _whole(state[1], space)))
-    return seeds
-
-
-def block_influence(space: Space, states: LayerStates) -> list[Seed]:
+def block_influence(space: Space, states: States) -> list[Seed]:
     """Whole layers whose output is most like their input (ShortGPT, arXiv 2403.03853)."""
     free = {i for _, i in space.free}
     likeness = {i: states.cosine(states.hidden[i], states.hidden[i + 1]) for i in free}

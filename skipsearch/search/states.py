@@ -1,0 +1,124 @@
+"""States: one forward seen from its layers or sublayers, and which of them leave least behind when they are skipped.
+
+Shapes: U units (layers or sublayers); S numbers of skips; P rows; T positions; H hidden size.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+from transformers import PreTrainedModel
+
+from skipsearch.model.sublayers import find_sublayers
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """What units were called with, and what went through them.
+
+    Attributes:
+        units: modules with the arguments of their call behind the hidden states.
+        hidden: what goes into each unit [P, T, H], and what comes out of the last.
+        seen: places [P, T] that count.
+    """
+
+    units: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]
+    hidden: list[Tensor]
+    seen: Tensor
+
+    def run(self, unit: int, hidden_PTH: Tensor) -> Tensor:
+        module, args, named = self.units[unit]
+        out: Tensor | tuple[Tensor, ...] = module(hidden_PTH, *args, **named)
+        return out[0] if isinstance(out, tuple) else out
+
+    def run_all(self, unit: int, hidden_SPTH: Tensor) -> Tensor:
+        if hidden_SPTH.shape[1] == 1:  # arguments of one row go with any number of rows
+            return self.run(unit, hidden_SPTH.flatten(0, 1))[:, None]
+        return torch.stack([self.run(unit, hidden_PTH) for hidden_PTH in hidden_SPTH])
+
+    def cosine(self, a: Tensor, b: Tensor) -> float:
+        """Mean over the places that count."""
+        return float(cosine_similarity(a[self.seen].float(), b[self.seen].float(), dim=-1).mean())
+
+    def cosines(self, hidden_SPTH: Tensor, target_PTH: Tensor) -> list[float]:
+        near = cosine_similarity(hidden_SPTH[:, self.seen].float(), target_PTH[self.seen].float(), dim=-1)
+        return [float(value) for value in near.mean(-1)]
+
+
+@torch.no_grad()
+def layer_states(model: PreTrainedModel, ids: Tensor, seen: Tensor) -> States:
+    """Run the model once on ids [P, T], without a cache, and keep what its layers were called with."""
+    layers = list(model.get_submodule(find_sublayers(model).path).children())
+    units: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+    hidden: list[Tensor] = []
+
+    me = threading.get_ident()  # others may run the same layers
+
+    def keep(layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if threading.get_ident() != me:
+            return
+        named = dict(named)
+        hidden.append(args[0] if args else named.pop("hidden_states"))
+        units.append((layer, args[1:], named))
+
+    def keep_last(_layer: nn.Module, _args: Any, out: Any) -> None:
+        if threading.get_ident() == me:
+            hidden.append(out[0] if isinstance(out, tuple) else out)
+
+    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
+    hooks.append(layers[-1].register_forward_hook(keep_last))
+    try:
+        model(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return States(units, hidden, seen)
+
+
+@torch.no_grad()
+def sublayer_states(states: States, halves: Sequence[PreTrainedModel]) -> States:
+    """The same with sublayers as units: those of each layer in the order of `halves`, views that keep one kind each.
+
+    Where both kinds of a layer read the same input (parallel residual), the second reads what the first has added.
+    """
+    path = find_sublayers(halves[0]).path
+    lists = [list(half.get_submodule(path).children()) for half in halves]
+    units, hidden = [], [states.hidden[0]]
+    for i, (_, args, named) in enumerate(states.units):
+        units += [(layers[i], args, named) for layers in lists]
+        for number in range(len(lists) - 1):
+            hidden.append(States(units, hidden, states.seen).run(len(units) - len(lists) + number, hidden[-1]))
+        hidden.append(states.hidden[i + 1])
+    return States(units, hidden, states.seen)
+
+
+@torch.no_grad()
+def nearest(states: States, may_skip: Sequence[bool], most: int) -> list[frozenset[int]]:
+    """For 0, 1, ... at most `most` skips: the units whose absence leaves the hidden states nearest the full ones.
+
+    Dynamic programming: behind each unit and for each number of skips, the state of largest cosine is kept (CLaSp,
+    arXiv 2505.24196, with layers as units).
+    """
+    held_SPTH, chosen = states.hidden[0][None], [frozenset[int]()]
+    for u, free in enumerate(may_skip):
+        ran_SPTH = states.run_all(u, held_SPTH)
+        if not free:
+            held_SPTH = ran_SPTH
+            continue
+        count = len(chosen)
+        both = torch.cat([ran_SPTH, held_SPTH])
+        near = states.cosines(both, states.hidden[u + 1])
+        picks = []
+        for skips in range(min(count, most) + 1):
+            options = [skips] if skips < count else []
+            options += [count + skips - 1] if skips else []
+            picks.append(max(options, key=near.__getitem__))
+        held_SPTH = both[picks]
+        chosen = [chosen[p] if p < count else chosen[p - count] | {u} for p in picks]
+    return chosen

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from rivals.swift_online import Swift
 
-from skipsearch import load_mask, load_model, self_speculative
+from skipsearch import draft_view, load_mask, load_model, self_speculative
 from skipsearch.decoding.backend import backend_name, compiled_for, warm_mask
 from skipsearch.decoding.pace import Pace
 from skipsearch.decoding.policy import DraftPolicy
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--longest", type=int, default=256, help="tokens of a prompt")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--arm", nargs="*", help="of the table, beside plain; default: all")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     loaded, file = load_model(args.model), load_mask(args.mask)
@@ -82,17 +83,21 @@ def main() -> None:
     }  # fmt: skip
     tuners: dict[str, Any] = {name: method.tuner_for(model, compiled) for name, method in ours.items()}
     tuners["SWIFT"] = Swift(model, [(kind, i) for i in range(layers) for kind in KINDS], layers, args.seed)
-    fixed = {"plain": (None, None), "n-grams": (None, NGRAMS), "offline mask alone": (mask, alone),
-             "offline mask": (mask, served)}  # fmt: skip
+    view = draft_view(model, mask)
+    fixed = {"plain": (None, None), "n-grams": (None, NGRAMS), "offline mask alone": (view, alone),
+             "offline mask": (view, served)}  # fmt: skip
     paces = {name: Pace(policy.costs if policy else ()) for name, (_, policy) in fixed.items()}
-    names, rows = [*fixed, *tuners], []
+    names = [name for name in (*fixed, *tuners) if not args.arm or name in ("plain", *args.arm)]
+    rows: list[dict[str, Any]] = []
     prompts = stream(args.data, loaded.tokenizer, args.each, args.longest, args.seed)
 
     def run(name: str, ids: tuple[int, ...]) -> Any:
         if name in tuners:
             return timed_decode(model, ids, args.new_tokens, None, None, compiled=compiled, tuner=tuners[name])
-        skipped, policy = fixed[name]
-        return timed_decode(model, ids, args.new_tokens, skipped, policy, compiled=compiled, pace=paces[name])
+        draft, policy = fixed[name]
+        return timed_decode(
+            model, ids, args.new_tokens, None, policy, draft=draft, compiled=compiled, pace=paces[name]
+        )  # fmt: skip
 
     for _ in range(2):
         timed_decode(model, prompts[0][1], args.new_tokens, mask, alone, compiled=compiled)
@@ -107,7 +112,11 @@ def main() -> None:
         if number % WINDOW == WINDOW - 1:
             part = pd.DataFrame(rows[-WINDOW * len(names) :]).groupby("arm")[["tokens", "seconds"]].sum()
             rate = part["tokens"] / part["seconds"]
-            print(f"{number + 1:4} {domain:8}", {k: round(v / rate["plain"], 2) for k, v in rate.items()}, flush=True)
+            print(
+                f"{number + 1:4} {domain:8}",
+                {k: round(float(v / rate["plain"]), 2) for k, v in rate.items()},
+                flush=True,
+            )
     frame = pd.DataFrame(rows)
     table = summary(frame, names, tuners)
     write_text(args.out / "prompts.csv", frame.to_csv(index=False))
@@ -116,7 +125,7 @@ def main() -> None:
         "benchmark": "on_the_fly", "model": loaded.name, "backend": backend_name(compiled), "prompts": len(prompts),
         "device": device_name(model.device), "rows": json.loads(table.to_json(orient="records")),
         "targets": _targets(frame, table.set_index("arm")),
-        "search": {name: tuner.report() for name, tuner in tuners.items()},
+        "search": {name: tuner.report() for name, tuner in tuners.items() if name in names},
     }  # fmt: skip
     write_json(args.out / "summary.json", data)
     print(table.to_string(index=False))
@@ -171,6 +180,8 @@ def _targets(frame: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
     for ours, fixed in (("ours, mask alone", "offline mask alone"), ("ours", "offline mask"),
                         ("ours from the offline mask, alone", "offline mask alone"),
                         ("ours from the offline mask", "offline mask")):  # fmt: skip
+        if not {ours, fixed, "SWIFT"} <= set(rates):
+            continue
         over_swift = (rates[ours] / rates["SWIFT"]).dropna()
         found[ours] = {
             "windows_ahead_of_swift": round(float((over_swift > 1).mean()), 3),

@@ -319,9 +319,10 @@ def test_sublayers_as_units_make_up_the_model(family: str) -> None:
     ran = halved.run_all(5, halved.run_all(4, through))
     if family != "gpt_neox":  # there the MLP does not read what attention adds
         torch.testing.assert_close(ran[1], halved.hidden[6])
-    chosen = nearest(halved, [True] * 8, 5)
+    chosen = nearest(halved, [True] * 8, 0, 5)
     assert [len(units) for units in chosen] == [0, 1, 2, 3, 4, 5] and chosen[1] == {5}
-    assert all(3 not in units for units in nearest(halved, [unit != 3 for unit in range(8)], 7))
+    assert nearest(halved, [True] * 8, 3, 5) == chosen[3:]
+    assert all(3 not in units for units in nearest(halved, [unit != 3 for unit in range(8)], 2, 8))
 
 
 def test_every_seed_is_a_mask_of_the_space(tiny: Any) -> None:

@@ -62,8 +62,8 @@ class Drafter:
             self.index.extend(sequences.ids[0, : sequences.lengths[0]].tolist())
         self._begun, self._drafted = 0.0, 0.0
 
-    def change(self, view: PreTrainedModel, policy: DraftPolicy) -> None:
-        """From the next draft on, another mask: what was learnt of the one before is let go."""
+    def change(self, view: PreTrainedModel | None, policy: DraftPolicy) -> None:
+        """From the next draft on, another mask, or none: what was learnt of the one before is let go."""
         self.sequences.draft_with(view)
         self.adopt(policy)
         self.pace.forget_mask()
@@ -161,6 +161,10 @@ class Drafter:
     def learn(self, draft: Draft, blocks: list[Block]) -> None:
         """Take in what became of a draft. Called right after its verify."""
         self.seconds = seconds = time.perf_counter() - self._begun
+        if self.single and self.index is None and self.sequences.draft_model is None:
+            if self.pace.clock:
+                self.pace.price(0, seconds)
+            return
         if not self.single:
             for block in blocks:
                 self.rules[block.row].learn(block.drafted, block.accepted)

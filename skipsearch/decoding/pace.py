@@ -65,6 +65,16 @@ class Pace:
         part = (drafted - below) / (above - below)
         return (1 - part) * self.verify[below] + part * self.verify[above]
 
+    def price(self, drafted: int, seconds: float) -> None:
+        """Take in what verifying so many tokens has cost."""
+        old = self.verify.get(drafted)
+        if old is None:
+            self.verify[drafted] = seconds
+            return
+        # Disturbances only ever add: what is faster is believed sooner.
+        seconds = min(seconds, FAR_OFF * old)
+        self.verify[drafted] = old + (0.3 if seconds < old else 0.1) * (seconds - old)
+
     @property
     def plain_rate(self) -> float:
         return 1 / self.verify_seconds(0)
@@ -134,11 +144,7 @@ class Pace:
             # A block in which something was compiled or captured says nothing of the next one.
             seconds = min(seconds, FAR_OFF * (of_mask * self.step + self.verify_seconds(drafted)))
         if self.clock and verify_seconds is not None:
-            old = self.verify.get(drafted)
-            verify_seconds = verify_seconds if old is None else min(verify_seconds, FAR_OFF * old)
-            # Disturbances only ever add: what is faster is believed sooner.
-            trust = 0.3 if old is None or verify_seconds < old else 0.1
-            self.verify[drafted] = verify_seconds if old is None else old + trust * (verify_seconds - old)
+            self.price(drafted, verify_seconds)
         if source == "mask":
             self.tokens = MEMORY_OF_MASK * self.tokens + accepted + 1
             self.seconds = MEMORY_OF_MASK * self.seconds + seconds

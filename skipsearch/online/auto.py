@@ -14,16 +14,18 @@ from skipsearch.decoding.backend import Progress, warm_mask
 from skipsearch.decoding.compiled import CompiledModel
 from skipsearch.decoding.generate import SelfSpeculative
 from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.decoding.sequences import Sequences
 from skipsearch.errors import BackendWarning, DecodingError
 from skipsearch.mask import KINDS, SkipMask
 from skipsearch.maskfile import MaskFile
-from skipsearch.model.sublayers import find_sublayers
+from skipsearch.model.sublayers import find_sublayers, input_device
 from skipsearch.online.tuner import SHARE, OnTheFly
 from skipsearch.search.options import NGRAM
 from skipsearch.search.replay import Replay
 from skipsearch.search.trace import Trace
 
 TRIED_WITH = 24  # tokens that show whether drafts may be scored side by side
+ROOM, PRICED = 64, 3  # places behind them, and times that steps are timed there
 
 
 def self_speculative(
@@ -83,4 +85,10 @@ def _tuner(
         )  # fmt: skip
         share = 0.0
     free = [(kind, i) for i in range(layers) for kind in KINDS]
-    return OnTheFly(model, free, layers, policy, mask, share, seed)
+    tuner = OnTheFly(model, free, layers, policy, mask, share, seed)
+    prompt = torch.tensor([ids], device=input_device(model))
+    sequences = Sequences(model, prompt, capacity=len(ids) + ROOM, compiled=compiled)
+    for _ in range(PRICED if share else 0):
+        sequences.verify([0])
+        tuner.measure(sequences)
+    return tuner

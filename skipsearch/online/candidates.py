@@ -23,8 +23,7 @@ from skipsearch.search.states import layer_states, nearest, sublayer_states
 
 Array = NDArray[Any]
 Sub = tuple[Kind, int]
-FIRST = (0.5, 0.65, 0.35, 0.8, 0.2)  # shares of sublayers skipped in the first masks, likely ones first
-NESTED_MOST = 0.85  # no mask skips more to begin with
+FIRST = (0.65, 0.8, 0.5)  # shares of sublayers skipped in the first masks, likely ones first
 UNSEEN = 4  # tokens at the beginning whose states are like no others
 PRIOR, NOISE = 0.03, 0.06  # log-speed that a flip moves, and that a window's reading of it is off
 BAYESIAN_FROM = 8  # comparisons; from then on every other proposal
@@ -35,7 +34,7 @@ WIDEST = 6  # flips at once
 def nearest_masks(
     model: PreTrainedModel, halves: Sequence[PreTrainedModel], ids: Tensor, free: list[Sub], layers: int
 ) -> list[SkipMask]:
-    """For 0, 1, 2, ... skipped sublayers, the mask that changes the hidden states least.
+    """For each number of skipped sublayers that is likely, the mask that changes the hidden states least.
 
     CLaSp's dynamic programming (arXiv 2505.24196) over sublayers in place of layers.
 
@@ -47,8 +46,15 @@ def nearest_masks(
     states = sublayer_states(layer_states(model, ids, seen), halves)
     units = [(kind, i) for i in range(layers) for kind in KINDS]
     may_skip = set(free)
-    found = nearest(states, [sub in may_skip for sub in units], round(NESTED_MOST * len(free)))
+    least, most = (round(share * len(free)) for share in (min(FIRST), max(FIRST)))
+    found = nearest(states, [sub in may_skip for sub in units], least, most)
     return [SkipMask.from_sublayers([units[u] for u in chosen], layers) for chosen in found]
+
+
+def opening(free: list[Sub], layers: int) -> SkipMask:
+    """What costs nothing to think of: every second layer, the first and the last kept."""
+    middle = range(1, layers - 1, 2)
+    return SkipMask.from_sublayers([(kind, i) for kind, i in free if i in middle], layers)
 
 
 class Candidates:
@@ -56,7 +62,7 @@ class Candidates:
 
     Args:
         free: sublayers that may be skipped.
-        near: masks that skip 0, 1, 2, ... of them.
+        near: masks that skip more and more of them.
         seed: of what is random.
     """
 
@@ -72,8 +78,9 @@ class Candidates:
 
     def first(self) -> list[SkipMask]:
         """What to try before anything is known, likely ones first."""
+        known = {len(mask): mask for mask in self.near}
         counts = dict.fromkeys(round(share * len(self.free)) for share in FIRST)
-        return [self.near[count] for count in counts if 0 < count < len(self.near)]
+        return [known[count] for count in counts if count in known]
 
     def propose(self, incumbent: SkipMask, tried: set[SkipMask]) -> SkipMask:
         """A mask near the incumbent that was not tried."""

@@ -3,7 +3,7 @@
 A prompt's feature is which tokens it holds, as a vector of length 1: no forward is needed, and code, prose and sums lie
 apart (means of embeddings do not: a few frequent tokens make them all alike). The nearest known domain serves a prompt,
 as in KNN-SSD (nearest stored mask by prompt features); one that is too far away is rejected, and founds a new one,
-which begins with the nearest one's mask.
+which begins with the nearest one's contest.
 
 Shapes: V vocabulary; T tokens.
 """
@@ -18,28 +18,13 @@ import torch
 from torch import Tensor
 
 from skipsearch.decoding.pace import Pace
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.mask import SkipMask
-from skipsearch.search.drafts import Outlook
+from skipsearch.online.contest import Contest
 
 MOST, REMEMBERED = 12, 64  # domains, and prompts of each, that are remembered
 # Cosine from which a prompt belongs to a domain; of few prompts less will do, since their mean is not yet the domain's.
 # Measured on code, instructions and sums: 0.42 to 0.62 within, 0.33 to 0.43 without.
 NEAR, YOUNG = 0.44, 4
-
-
-@dataclass
-class Challenger:
-    """A mask that was faster than the incumbent once, and has to show it again.
-
-    Attributes:
-        gains: log-ratios of speeds on later windows.
-        outlooks: what drafts with it look like there.
-    """
-
-    mask: SkipMask
-    gains: list[float] = field(default_factory=list)
-    outlooks: Outlook = field(default_factory=list)
 
 
 @dataclass(eq=False, slots=True)
@@ -48,28 +33,17 @@ class Domain:
 
     Attributes:
         centre: the mean feature [V].
-        mask, policy: the incumbent; no mask drafts with n-grams alone.
         pace: estimates of what its sources of drafts bring.
-        outlooks: what the incumbent's drafts looked like on the latest windows.
-        challenger: what is being compared with the incumbent.
-        rejected: proposals since the last that won.
-        rested_at: tokens of all domains when the search came to rest; None while it goes on.
-        expected: acceptance of the incumbent since then, once that is known.
+        contest: whose incumbent serves it; domains share one until they prove to be different.
+        served_with: the mask that `pace` knows.
         recent: drafted and accepted tokens of late.
     """
 
     centre: Tensor
     pace: Pace
-    policy: DraftPolicy
-    mask: SkipMask | None = None
+    contest: Contest
+    served_with: SkipMask | None = None
     prompts: int = 0
-    outlooks: Outlook = field(default_factory=list)
-    challenger: Challenger | None = None
-    queue: list[SkipMask] = field(default_factory=list)
-    tried: set[SkipMask] = field(default_factory=set)
-    rejected: int = 0
-    rested_at: int | None = None
-    expected: float | None = None
     recent: Counter[str] = field(default_factory=Counter)
 
     def likeness(self, feature: Tensor) -> float:
@@ -84,8 +58,8 @@ class Domain:
 class Domains:
     """All domains met so far."""
 
-    def __init__(self, vocabulary: int, policy: DraftPolicy, mask: SkipMask | None = None) -> None:
-        self.vocabulary, self.first, self.known = vocabulary, (policy, mask), list[Domain]()
+    def __init__(self, vocabulary: int, contest: Contest) -> None:
+        self.vocabulary, self.first, self.known = vocabulary, contest, list[Domain]()
 
     def feature(self, ids_T: Tensor) -> Tensor:
         """Of a prompt [V], of length 1."""
@@ -99,13 +73,12 @@ class Domains:
         feature = self.feature(ids_T)
         near = max(self.known, key=lambda domain: domain.likeness(feature), default=None)
         if near is None:
-            policy, mask = self.first
-            near = Domain(torch.zeros_like(feature), Pace(policy.costs), policy, mask)
+            near = Domain(torch.zeros_like(feature), Pace(self.first.policy.costs), self.first)
             self.known.append(near)
         elif near.likeness(feature) < near.least_likeness():
             pace = Pace()
             pace.step, pace.verify = near.pace.step, dict(near.pace.verify)  # seconds know no domain
-            near = Domain(torch.zeros_like(feature), pace, near.policy, near.mask)
+            near = Domain(torch.zeros_like(feature), pace, near.contest)
             if len(self.known) == MOST:
                 self.known.remove(self.known[0])
             self.known.append(near)

@@ -21,6 +21,7 @@ from skipsearch.search.trace import Trace
 
 LENGTH = 8  # tokens that each draft of a window runs; then the next one begins
 LONGEST, SHORTEST = 96, 24  # tokens of a window
+EXIT, EXITS = 0.4, (0.3, 0.4, 0.5, 0.6, 0.7)  # confidence: what suits most masks, and what there is to choose from
 
 
 class Window:
@@ -65,6 +66,11 @@ class Window:
         return [(right[: self.tokens], sure[: self.tokens], max(1, self.tokens - LENGTH))]
 
 
-def score(outlook: Outlook, mask: SkipMask, point: Point) -> Score:
-    """The best policy on one or several windows, and what it reaches."""
-    return foreseen(outlook, mask, point, lengths=[k for k in (1, 2, 3, 4, 6, 8) if k < len(point.verify)])
+def score(outlook: Outlook, mask: SkipMask, point: Point, choose: bool = False) -> Score:
+    """What a mask reaches on one or several windows, with the exit of most masks.
+
+    Args:
+        choose: the best policy instead: of many windows only, since what suits one seldom suits the next.
+    """
+    lengths = [k for k in (1, 2, 3, 4, 6, 8) if k < len(point.verify)]
+    return foreseen(outlook, mask, point, lengths if choose else lengths[-1:], EXITS if choose else [EXIT])

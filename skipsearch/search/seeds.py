@@ -126,8 +126,10 @@ def nearest_states(space: Space, states: States, shares: Sequence[float] = SHARE
     """
     free = {i for _, i in space.free}
     counts = [max(1, round(share * space.num_layers)) for share in shares]
-    chosen = nearest(states, [i in free for i in range(space.num_layers)], max(counts))
-    return [(f"states:{count}", _whole(chosen[count], space)) for count in counts if count < len(chosen)]
+    chosen = {len(layers): layers for layers in nearest(
+        states, [i in free for i in range(space.num_layers)], min(counts), max(counts)
+    )}  # fmt: skip
+    return [(f"states:{count}", _whole(chosen[count], space)) for count in counts if count in chosen]
 
 
 def block_influence(space: Space, states: States) -> list[Seed]:

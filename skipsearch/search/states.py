@@ -99,26 +99,26 @@ def sublayer_states(states: States, halves: Sequence[PreTrainedModel]) -> States
 
 
 @torch.no_grad()
-def nearest(states: States, may_skip: Sequence[bool], most: int) -> list[frozenset[int]]:
-    """For 0, 1, ... at most `most` skips: the units whose absence leaves the hidden states nearest the full ones.
+def nearest(states: States, may_skip: Sequence[bool], least: int, most: int) -> list[frozenset[int]]:
+    """For least..most skips: the units whose absence leaves the hidden states nearest the full ones.
 
     Dynamic programming: behind each unit and for each number of skips, the state of largest cosine is kept (CLaSp,
-    arXiv 2505.24196, with layers as units).
+    arXiv 2505.24196, with layers as units). No more skips are listed than units may be skipped.
     """
-    held_SPTH, chosen = states.hidden[0][None], [frozenset[int]()]
+    # by number of skips, from `fewest` on: those that can no longer reach the least are let go
+    held_SPTH, chosen, fewest = states.hidden[0][None], [frozenset[int]()], 0
     for u, free in enumerate(may_skip):
+        left = sum(may_skip[u + 1 :])
         ran_SPTH = states.run_all(u, held_SPTH)
-        if not free:
-            held_SPTH = ran_SPTH
-            continue
-        count = len(chosen)
-        both = torch.cat([ran_SPTH, held_SPTH])
+        both, count = torch.cat([ran_SPTH, held_SPTH]), len(chosen)
         near = states.cosines(both, states.hidden[u + 1])
+        first, last = max(fewest, least - left), min(fewest + count - (not free), most)
         picks = []
-        for skips in range(min(count, most) + 1):
-            options = [skips] if skips < count else []
-            options += [count + skips - 1] if skips else []
+        for skips in range(min(first, last), last + 1):
+            place = skips - fewest
+            options = [place] if place < count else []
+            options += [count + place - 1] if place and free else []
             picks.append(max(options, key=near.__getitem__))
-        held_SPTH = both[picks]
+        held_SPTH, fewest = both[picks], min(first, last)
         chosen = [chosen[p] if p < count else chosen[p - count] | {u} for p in picks]
     return chosen

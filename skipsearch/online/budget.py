@@ -1,0 +1,52 @@
+"""Budget: how much of the time search has taken, and whether its next step may begin."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+FIRST_GUESS = {"prices": 12.0, "states": 22.0, "pass": 6.0}  # seconds, in plain steps, before any was timed
+
+
+class Budget:
+    """Time is spent on decoding and on searching; of the former's seconds the latter may take a share.
+
+    Attributes:
+        decoding, searching: seconds so far.
+        counts: steps of each kind that were taken.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share, self.decoding, self.searching = share, 0.0, 0.0
+        self.seconds: dict[str, float] = {}  # of a step of each kind
+        self.counts = Counter[str]()
+        self._begun = 0.0
+
+    @contextmanager
+    def search(self) -> Iterator[None]:
+        """Whatever is done here is searching."""
+        self._begun = time.perf_counter()
+        yield
+        self.searching += time.perf_counter() - self._begun
+
+    def may(self, kind: str, plain_seconds: float, part: float = 1.0, times: int = 1) -> bool:
+        """Whether so many steps of a kind fit into that part of the share, with what was searched since `search`."""
+        wanted = self.seconds.get(kind, FIRST_GUESS[kind] * plain_seconds) * times
+        searching = self.searching + time.perf_counter() - self._begun
+        return searching + wanted <= self.share * part * self.decoding
+
+    @contextmanager
+    def step(self, kind: str) -> Iterator[None]:
+        """Note what a step of a kind takes."""
+        begun = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - begun
+        self.seconds[kind] = 0.7 * self.seconds.get(kind, seconds) + 0.3 * seconds
+        self.counts[kind] += 1
+
+    @property
+    def spent(self) -> float:
+        """Searching over decoding seconds."""
+        return self.searching / self.decoding if self.decoding else 0.0

@@ -15,8 +15,11 @@ from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.errors import DecodingError
 from skipsearch.mask import KINDS
+from skipsearch.online import contest as contests
 from skipsearch.online import tuner as tuning
-from skipsearch.online.candidates import Candidates, influence
+from skipsearch.online.budget import Budget
+from skipsearch.online.candidates import Candidates, nearest_masks, opening
+from skipsearch.online.contest import KEPT, PATIENCE, Contest
 from skipsearch.online.domains import Domains
 from skipsearch.online.prices import corner_views, measure
 from skipsearch.online.tuner import OnTheFly
@@ -79,8 +82,8 @@ def test_prices_leave_the_sequence_as_it_was(tiny: Any, ids: torch.Tensor) -> No
 @pytest.mark.parametrize("sampled", [False, True])
 def test_output_stays_the_targets_while_masks_change(demo: Any, sampled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents scratch keys of scoring, or a change of masks inside a sequence, from reaching the output."""
-    monkeypatch.setattr(tuning, "PAYS", 0.0)  # whatever is tried is served
-    monkeypatch.setattr(tuning, "MARGIN", -9.0)
+    monkeypatch.setattr(contests, "PAYS", 0.0)  # whatever is tried is served
+    monkeypatch.setattr(contests, "SURE", -9.0)
     method = self_speculative("auto", share=0.9, backend="eager", never_slower=False)
     for text in ("def read_config(path):\n", "import os\n\nclass Walker:\n", "for name in names:\n"):
         inputs = demo.tokenizer(text, return_tensors="pt")
@@ -108,73 +111,119 @@ def test_search_keeps_to_its_share(demo: Any) -> None:
         demo.model.generate(
             **inputs, custom_generate=method, max_new_tokens=200, do_sample=False, eos_token_id=None, pad_token_id=0
         )  # fmt: skip
-    assert tuner.counts["pass"] >= 1
-    longest = max(tuner.seconds.values())  # what is begun is finished
-    assert tuner.searching <= 0.5 * tuner.decoding + 3 * longest
+    budget = tuner.budget
+    assert budget.counts["pass"] >= 1
+    longest = max(budget.seconds.values())  # what is begun is finished
+    assert budget.searching <= 0.5 * budget.decoding + 3 * longest
     nothing = self_speculative("auto", share=0.0, backend="eager")
     inputs = demo.tokenizer("import os\n", return_tensors="pt")
     demo.model.generate(**inputs, custom_generate=nothing, max_new_tokens=120, do_sample=False)
-    assert nothing.tuner_for(demo.model).counts["pass"] == 0
+    assert nothing.tuner_for(demo.model).budget.counts["pass"] == 0
 
 
-def test_a_challenger_has_to_win_on_other_windows(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prevents a mask from being chosen for the window that it was picked on."""
-    tuner = tuner_of(demo.model)
-    free, layers = free_of(demo.model)
-    domain = tuner.domains.of(torch.tensor([5, 6, 7]))
-    tuner.candidates = Candidates(free, layers, {}, 0)
-    domain.mask = SkipMask(mlp=[3], num_layers=layers)
+OUTLOOK = [([True] * 9, [1.0] * 9, 4)]
+
+
+def reader(model: Any, speeds: list[float]) -> Any:
+    """Reads that bring these speeds, one after the other."""
+    _, layers = free_of(model)
     point = Point(context=9, attention=(1.0,) * layers, mlp=(1.0,) * layers, rest=1.0, exit_check=0.0, verify=(1, 2))
-    plain = plain_score(layers, point)
-    speeds = iter([1.5, 1.04, 1.03, 1.2, 0.5, 1.2, 0.9])
-    outlook = [([True] * 9, [1.0] * 9, 4)]
-    monkeypatch.setattr(
-        tuner, "_score", lambda d, w, mask: (replace(plain, mask=mask, tokens_per_second=next(speeds)), outlook)
-    )
-    monkeypatch.setattr(tuner, "_point", lambda d: point)
-    held = replace(plain, mask=domain.mask, tokens_per_second=1.0)
-    before = domain.mask
-    window: Any = None
-    tuner._compare(domain, window, held)
-    assert domain.challenger is not None and not domain.challenger.gains  # where it was picked counts for nothing
-    tuner._compare(domain, window, held)
-    assert domain.mask == before
-    tuner._compare(domain, window, held)
-    assert domain.mask != before and domain.challenger is None and tuner.events[-1][2] == "better mask"
-    before = domain.mask
-    for _ in range(2):  # wins once, then loses by far
-        tuner._compare(domain, window, held)
-    assert domain.mask == before and domain.challenger is None and domain.rejected == 1
-    for _ in range(2):  # wins once, then loses
-        tuner._compare(domain, window, held)
-    assert domain.mask == before and domain.rejected == 2
+    plain, following = plain_score(layers, point), iter(speeds)
+
+    def read(mask: SkipMask) -> Any:
+        speed = next(following)
+        return replace(plain, mask=mask, tokens_per_second=speed, speedup=speed), list(OUTLOOK)
+
+    return read
+
+
+def test_a_challenger_has_to_win_on_other_windows(demo: Any) -> None:
+    """Prevents a mask from being chosen for the window that it was picked on, or for being the best of several."""
+    free, layers = free_of(demo.model)
+    near = [opening(free, layers)]
+    candidates, first = Candidates(free, layers, near, 0), SkipMask(mlp=[3], num_layers=layers)
+
+    def look(contest: Contest, *speeds: float) -> str | None:
+        """The incumbent's speed first."""
+        left = iter(range(len(speeds) - 2))
+        return contest.look(reader(demo.model, list(speeds)), candidates, lambda: next(left, None) is not None)
+
+    contest = Contest(POLICY, first)
+    assert look(contest, 1.0, 1.02, 0.8, 1.05, 0.9) is None and contest.mask == first
+    assert contest.challenger is not None and not contest.challenger.gains  # where it was picked counts for nothing
+    chosen = contest.challenger.mask
+    assert look(contest, 1.0, 1.04) is None and contest.mask == first
+    assert look(contest, 1.0, 1.03) == "better mask" and contest.mask == chosen and contest.challenger is None
+    assert contest.policy.max_length == LENGTH and contest.policy.ngram == POLICY.ngram
+    assert look(contest, 1.0, 1.05, 0.9) is None  # wins once, then loses by far
+    assert look(contest, 1.0, 0.9) is None and contest.mask == chosen and contest.challenger is None
+    assert look(contest, 1.0, 0.9, 1.3) == "better mask" and contest.mask != chosen  # by far: no luck
+    rejected = contest.rejected
+    assert look(contest, 1.0, 0.9, 0.8, 0.7) is None and contest.challenger is None
+    assert contest.rejected == rejected + 3
+
+
+def test_a_mask_is_served_only_while_it_pays(demo: Any) -> None:
+    """Prevents a first mask that is slower than none, and one that text has turned against from being kept."""
+    free, layers = free_of(demo.model)
+    contest = Contest(POLICY, queue=[opening(free, layers), SkipMask(mlp=[3], num_layers=layers)])
+    always = lambda: True
+    assert contest.look(reader(demo.model, [0.9, 1.01]), None, always) is None and contest.mask is None
+    assert contest.look(reader(demo.model, []), None, always) is None  # nothing to try yet
+    contest.queue = [SkipMask(mlp=[4], num_layers=layers)]
+    assert contest.look(reader(demo.model, [1.2]), None, always) == "first mask" and contest.mask is not None
+    slow = Point(context=9, attention=(1.0,) * layers, mlp=(1.0,) * layers, rest=1.0, exit_check=0.0, verify=(1, 2))
+    assert contest.reconsider(slow) is None  # of one window nothing is concluded
+    contest.outlooks = OUTLOOK * KEPT
+    served = contest.mask
+    assert contest.reconsider(slow) == "no longer pays" and contest.mask is None and served in contest.tried
 
 
 def test_drift_of_acceptance_wakes_a_search_at_rest(demo: Any) -> None:
-    """Prevents a search from resting for ever, and from being woken by noise."""
+    """Prevents a search from resting for ever, from being woken by noise, and one domain from deciding for all."""
     tuner = tuner_of(demo.model)
-    domain = tuner.domains.of(torch.tensor([5, 6, 7]))
-    domain.rested_at, domain.tried = 0, {SkipMask(num_layers=20)}
+    one, other = (tuner.domains.of(torch.tensor(ids)) for ids in ([5, 6, 7], [50, 60, 70]))
+    shared = one.contest
+    assert other is not one and other.contest is shared
+    shared.rejected = PATIENCE
+    assert shared.rest(100) and shared.rested_at == 100
     for _ in range(180):
-        tuner._watch(domain, 5, 4)
-    assert domain.expected == pytest.approx(0.8) and domain.rested_at == 0
+        tuner._watch(one, 5, 4)
+    assert shared.expected == pytest.approx(0.8) and shared.rested_at == 100
     for _ in range(60):
-        tuner._watch(domain, 5, 2)
-    assert domain.rested_at is None and domain.expected is None and not domain.tried
+        tuner._watch(other, 5, 2)
+    assert other.contest is not shared and other.contest.rested_at is None and one.contest is shared
+    for _ in range(60):
+        tuner._watch(one, 5, 2)
+    assert one.contest is shared and shared.rested_at is None and shared.expected is None and not shared.tried
+
+
+def test_a_budget_lets_a_step_begin_only_if_it_ends_within_the_share() -> None:
+    """Prevents steps of unknown length from being free, and a part of the share from being taken for all of it."""
+    budget = Budget(0.1)
+    budget.decoding, budget.improvable = 20.0, 10.0
+    with budget.search():
+        assert budget.may("pass", 0.1) and not budget.may("pass", 0.2)  # six plain steps, it is thought
+        budget.seconds["pass"] = 0.4
+        assert budget.may("pass", 9.9, times=2) and not budget.may("pass", 9.9, times=3)
+        assert budget.may("pass", 9.9, part=0.5) and not budget.may("pass", 9.9, part=0.3)
+    with budget.step("pass"):
+        pass
+    assert budget.counts["pass"] == 1 and budget.seconds["pass"] < 0.4 and 0 < budget.spent < 0.01
 
 
 def test_domains_are_told_apart_and_recognised(demo: Any) -> None:
     """Prevents a returning domain from being searched anew, and a new one from being served as an old one."""
-    domains = Domains(4096, POLICY)
+    domains = Domains(4096, Contest(POLICY))
     encode = lambda text: demo.tokenizer(text, return_tensors="pt")["input_ids"][0]
     code = "def read_config(path):\n    with open(path) as file:\n        return json.load(file)\n"
     sums = "12 + 34 * 56 = 78; 90 / 12 - 34 = 56, 7 times 89 is 623 and 623 minus 12 is 611\n"
     first = domains.of(encode(code))
-    first.mask = SkipMask(mlp=[2], num_layers=20)
+    first.contest.mask = SkipMask(mlp=[2], num_layers=20)
     for name in ("load", "parse", "check"):
         assert domains.of(encode(code.replace("read", name))) is first
     second = domains.of(encode(sums))
-    assert second is not first and second.mask == first.mask  # the nearest one's, to begin with
+    assert second is not first and second.contest is first.contest  # the nearest one's, to begin with
     assert domains.of(encode(sums.replace("12", "31"))) is second
     assert domains.of(encode(code.replace("read", "write"))) is first
 
@@ -184,11 +233,12 @@ def test_candidates_learn_which_flips_help(demo: Any) -> None:
     free, layers = free_of(demo.model)
     rng = np.random.default_rng(0)
     worth = dict(zip(free, rng.normal(0, 0.03, len(free)), strict=True))
-    candidates = Candidates(free, layers, {sub: float(rng.random()) for sub in free}, 0)
-    nested = candidates.nested()
-    assert len({len(mask) for mask in nested}) == len(nested)
+    near = [SkipMask.from_sublayers(free[:count], layers) for count in range(len(free))]
+    candidates = Candidates(free, layers, near, 0)
+    first = candidates.first()
+    assert len({len(mask) for mask in first}) == len(first) == 3
     value = lambda mask: sum(worth[sub] for sub in free if mask.skips(*sub))
-    incumbent, tried = nested[0], set[SkipMask]()
+    incumbent, tried = first[0], set[SkipMask]()
     begin = value(incumbent)
     for _ in range(150):
         mask = candidates.propose(incumbent, tried)
@@ -202,16 +252,21 @@ def test_candidates_learn_which_flips_help(demo: Any) -> None:
     assert value(incumbent) > begin + 0.6 * (best - begin)
 
 
-def test_influence_is_of_each_sublayer(tiny: Any, ids: torch.Tensor) -> None:
-    """Prevents a sublayer that does nothing from looking useful."""
+def test_first_masks_skip_what_does_nothing(tiny: Any, ids: torch.Tensor) -> None:
+    """Prevents sublayers that do nothing from being kept, and fixed ones from being skipped."""
     import copy
 
     model = copy.deepcopy(tiny("llama"))
+    free, layers = free_of(model)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.zero_()
-    found = influence(model, ids)
-    assert found.keys() == {(kind, i) for kind in KINDS for i in range(model.config.num_hidden_layers)}
-    assert found["mlp", 1] == 0 and all(value > 0 for sub, value in found.items() if sub != ("mlp", 1))
+    corners = corner_views(model, layers)
+    halves = [corners[kind] for kind in KINDS]
+    for mask in nearest_masks(model, halves, ids[:1], free, layers):
+        assert mask.skips("mlp", 1)
+    kept = [sub for sub in free if sub != ("attention", 0)]
+    masks = nearest_masks(model, halves, ids[:1], kept, layers)
+    assert masks and not any(mask.skips("attention", 0) for mask in masks)
 
 
 def test_what_was_found_can_be_saved(demo: Any, tmp_path: Any) -> None:
@@ -222,13 +277,14 @@ def test_what_was_found_can_be_saved(demo: Any, tmp_path: Any) -> None:
         tuner.save(tmp_path / "mask.json")
     assert isinstance(tuner, OnTheFly)
     domain = tuner.domains.of(torch.tensor([5, 6, 7]))
-    domain.mask = SkipMask(attention=[3], mlp=[2], num_layers=20)
-    domain.policy = replace(domain.policy, max_length=6, exit_threshold=0.4, adaptive=True)
+    found = domain.contest
+    found.mask = SkipMask(attention=[3], mlp=[2], num_layers=20)
+    found.policy = replace(found.policy, max_length=6, exit_threshold=0.4, adaptive=True)
     tuner.save(tmp_path / "mask.json")
     file = load_mask(tmp_path / "mask.json")
-    assert file.mask == domain.mask and file.draft.max_length == 6 and file.evidence is None
+    assert file.mask == found.mask and file.draft.max_length == 6 and file.evidence is None
     again = self_speculative("auto", start=tmp_path / "mask.json", backend="eager").tuner_for(demo.model)
-    assert isinstance(again, OnTheFly) and again.domains.first[1] == domain.mask
+    assert isinstance(again, OnTheFly) and again.domains.first.mask == found.mask
 
 
 def test_wrong_settings_are_named() -> None:

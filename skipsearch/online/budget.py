@@ -11,15 +11,16 @@ FIRST_GUESS = {"prices": 12.0, "states": 22.0, "pass": 6.0}  # seconds, in plain
 
 
 class Budget:
-    """Time is spent on decoding and on searching; of the former's seconds the latter may take a share.
+    """Time is spent on decoding and on searching; of the seconds that masks can shorten the latter may take a share.
 
     Attributes:
         decoding, searching: seconds so far.
+        improvable: those of decoding that no n-gram drafted for, which a mask could have made fewer.
         counts: steps of each kind that were taken.
     """
 
     def __init__(self, share: float) -> None:
-        self.share, self.decoding, self.searching = share, 0.0, 0.0
+        self.share, self.decoding, self.improvable, self.searching = share, 0.0, 0.0, 0.0
         self.seconds: dict[str, float] = {}  # of a step of each kind
         self.counts = Counter[str]()
         self._begun = 0.0
@@ -35,7 +36,7 @@ class Budget:
         """Whether so many steps of a kind fit into that part of the share, with what was searched since `search`."""
         wanted = self.seconds.get(kind, FIRST_GUESS[kind] * plain_seconds) * times
         searching = self.searching + time.perf_counter() - self._begun
-        return searching + wanted <= self.share * part * self.decoding
+        return searching + wanted <= self.share * part * self.improvable
 
     @contextmanager
     def step(self, kind: str) -> Iterator[None]:

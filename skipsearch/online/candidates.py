@@ -28,6 +28,7 @@ UNSEEN = 4  # tokens at the beginning whose states are like no others
 PRIOR, NOISE = 0.03, 0.06  # log-speed that a flip moves, and that a window's reading of it is off
 BAYESIAN_FROM = 8  # comparisons; from then on every other proposal
 WIDEST = 6  # flips at once
+SWAPS = 0.5  # of the random proposals leave as many sublayers as there were
 
 
 @torch.no_grad()
@@ -92,6 +93,9 @@ class Candidates:
                 gain_D = np.where(skipped_D > 0, -1, 1) * self._draw()
                 best = np.argsort(-gain_D)[: max(1, int(self.rng.integers(1, WIDEST)))]
                 flips = [d for d in best if gain_D[d] > 0] or list(best[:1])
+            elif self.rng.random() < SWAPS and 0 < skipped_D.sum() < len(self.free):
+                of_D = [weights_D * side for side in (skipped_D, 1 - skipped_D)]
+                flips = [int(self.rng.choice(len(self.free), p=side_D / side_D.sum())) for side_D in of_D]
             else:
                 count = min(len(self.free), 1 + int(self.rng.exponential(1.5)), WIDEST)
                 flips = list(self.rng.choice(len(self.free), count, replace=False, p=weights_D / weights_D.sum()))

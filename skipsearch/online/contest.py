@@ -60,6 +60,7 @@ class Contest:
         rejected: proposals since the last that won.
         rested_at: tokens served in all when the search came to rest; None while it goes on.
         expected: acceptance since then, once that is known from `recent` tokens.
+        won: the incumbent was found here.
     """
 
     policy: DraftPolicy
@@ -71,6 +72,7 @@ class Contest:
     rejected: int = 0
     rested_at: int | None = None
     expected: float | None = None
+    won: bool = False
     recent: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -107,7 +109,7 @@ class Contest:
             self.tried.add(self.mask)
             self._hold(None, [])
             return "no longer pays"
-        if not self.policy.curve:
+        if self.won:  # a given policy was chosen on more than this
             self._draft(found.policy.max_length, found.policy.exit_threshold)
         return None
 
@@ -126,7 +128,7 @@ class Contest:
 
     def apart(self) -> Contest:
         """Another with the same incumbent, to be searched for on its own."""
-        return Contest(self.policy, self.mask)
+        return Contest(self.policy, self.mask, won=self.won)
 
     def drifts(self, drafted: int, accepted: int) -> bool:
         """Whether a domain's acceptance is below what it was when the search came to rest, and that is no chance."""
@@ -199,7 +201,7 @@ class Contest:
         return candidates.propose(self.mask or emptiest, self.tried)
 
     def _hold(self, mask: SkipMask | None, outlooks: Outlook) -> None:
-        self.mask, self.challenger, self.rejected = mask, None, 0
+        self.mask, self.challenger, self.rejected, self.won = mask, None, 0, True
         self.outlooks = outlooks[-KEPT:]
         self.recent.clear()
         self._draft(LENGTH, EXIT)

@@ -50,7 +50,7 @@ class _Served(Drafter):
 
     Attributes:
         seen: up to where it was looked at.
-        blocks: counts and seconds since then.
+        decoding, improvable, tokens, drafted, accepted: of the blocks since the last look.
     """
 
     def __init__(self, sequences: Sequences, domain: Domain, temperature: float) -> None:
@@ -60,7 +60,7 @@ class _Served(Drafter):
         self.forget()
 
     def forget(self) -> None:
-        self.decoding, self.tokens, self.drafted, self.accepted = 0.0, 0, 0, 0
+        self.decoding, self.improvable, self.tokens, self.drafted, self.accepted = 0.0, 0.0, 0, 0, 0
 
 
 class OnTheFly:
@@ -128,6 +128,8 @@ class OnTheFly:
         assert isinstance(drafter, _Served)
         served, sequences = drafter, drafter.sequences
         served.decoding += served.seconds
+        if draft.source != "ngram":
+            served.improvable += served.seconds
         served.tokens += len(block.tokens)
         if draft.of_mask:
             served.drafted += min(draft.of_mask, block.drafted)
@@ -145,9 +147,9 @@ class OnTheFly:
     def _look(self, served: _Served) -> None:
         domain, sequences = served.domain, served.sequences
         self.budget.decoding += served.decoding
+        self.budget.improvable += served.improvable
         self.tokens += served.tokens
-        if served.drafted and domain.contest.rested_at is not None:
-            self._watch(domain, served.drafted, served.accepted)
+        self._watch(domain, served.drafted, served.accepted)
         served.forget()
         rested = domain.contest.rested_at
         if rested is not None and domain.contest.mask is None and self.tokens > rested + LONG_REST:
@@ -166,6 +168,8 @@ class OnTheFly:
 
     def _watch(self, domain: Domain, drafted: int, accepted: int) -> None:
         """Acceptance below what it was when the search came to rest wakes it, for this domain alone."""
+        if domain.contest.rested_at is None:
+            return
         domain.recent.update(drafted=drafted, accepted=accepted)
         if domain.recent["drafted"] < RECENT:
             return

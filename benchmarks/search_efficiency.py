@@ -51,7 +51,8 @@ from skipsearch.search.validate import Timing, our_arm, race
 Stream = Iterator[tuple[int, SkipMask, float]]
 EVALUATIONS = {
     "ours": 200, "gp": 100, "tpe": 100, "nsga2": 100, "our seeds": 100, "random": 100, "flips": 120, "self-sd": 45,
-    "swift": 1000, "clasp": 1, "knapspec": 63, "uniform": 4, "ours, 10 times": 2000, "self-sd, 10 times": 450,
+    "swift": 1000, "clasp": 1, "clasp by sublayers": 3, "knapspec": 63, "uniform": 4, "ours, 10 times": 2000,
+    "self-sd, 10 times": 450,
 }  # fmt: skip
 
 
@@ -205,7 +206,8 @@ ARMS: dict[str, Callable[[Bench, int, int], list[dict[str, Any]]]] = {
     "our seeds": lambda b, s, n: ours(b, s, n, "random"),
     "random": streamed(drawn), "flips": streamed(flips),
     "self-sd": streamed(selfsd.search), "swift": streamed(swift.search),
-    "clasp": streamed(hidden.clasp), "knapspec": streamed(hidden.knapspec), "uniform": streamed(strides),
+    "clasp": streamed(hidden.clasp), "clasp by sublayers": streamed(hidden.by_sublayers),
+    "knapspec": streamed(hidden.knapspec), "uniform": streamed(strides),
     "ours, 10 times": ours, "self-sd, 10 times": streamed(selfsd.search),
 }  # fmt: skip
 PROFILES = 3  # before the race and after it; figure by figure, their medians price all
@@ -220,7 +222,7 @@ def thinned(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [steps[i] for i in sorted(kept | {len(steps) - 1})]
 
 
-ONCE = {"clasp", "knapspec", "uniform"}  # deterministic: one run says all
+ONCE = {"clasp", "clasp by sublayers", "knapspec", "uniform"}  # deterministic: one run says all
 LONG = {"ours, 10 times", "self-sd, 10 times"}  # once as well, and when asked for
 
 

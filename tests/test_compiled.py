@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from skipsearch import SkipMask, self_speculative
+from skipsearch import SkipMask, load_mask, self_speculative
 from skipsearch.decoding import backend
 from skipsearch.decoding.backend import compile_and_prove, compiled_for
 from skipsearch.decoding.compiled import CompiledModel
@@ -21,6 +21,7 @@ from skipsearch.decoding.sequences import GUESS, Sequences
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.errors import BackendError, BackendWarning, DecodingError
 from skipsearch.model.view import draft_view
+from skipsearch.online import contest
 
 MASK = SkipMask(attention=[0, 2], mlp=[1, 2], num_layers=4)
 
@@ -87,6 +88,27 @@ def test_another_mask_compiles_nothing_new(llama: Any, ids: Any) -> None:
     everything = SkipMask(attention=range(4), mlp=range(4), num_layers=4)
     assert decoded(model, ids, 30, everything, POLICIES[0], compiled)[0] == greedy(model, ids, 30)
     assert len(compiled.pieces._compiled) == known
+
+
+def test_masks_are_found_and_saved_while_the_compiled_backend_serves(
+    llama: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Prevents another tuner than the one that served from being asked, and compiled drafts of new masks from lying."""
+    model, _ = llama
+    monkeypatch.setattr(contest, "PAYS", 0.0)  # whatever is tried is served
+    monkeypatch.setattr(contest, "SURE", -9.0)
+    method = self_speculative("auto", share=0.9, ngram=0, never_slower=False)
+    for start in range(4):
+        ids = torch.arange(start, start + 20)[None] % 90 + 3
+        out = model.generate(
+            ids, custom_generate=method, attention_mask=torch.ones_like(ids), max_new_tokens=100, do_sample=False,
+            eos_token_id=None,
+        )  # fmt: skip
+        assert out[0, 20:].tolist() == greedy(model, ids, 100)
+    tuner = method.tuner_for(model)
+    assert tuner.report()["passes"] >= 1 and tuner.report()["decoding_s"] > 0
+    tuner.save(tmp_path / "found.json")
+    assert load_mask(tmp_path / "found.json").mask.num_layers == 4
 
 
 def test_two_sequences_at_once_have_buffers_of_their_own(llama: Any) -> None:

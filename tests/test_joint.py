@@ -188,23 +188,43 @@ def test_the_error_against_exact_joint_decoding_is_bounded(small: Any) -> None:
     """An accepted mode of the draft is less likely than the target's by no more than the draft misjudges that one, and
     the threshold: log p(p*) - log p(q*) <= log p(p*) - log q(p*) - log threshold, since q(q*) >= q(p*).
     """
-    view = draft_view(small, MASK)
-    rows, target = joint_log_probs(small, PROMPT, 3)
-    _, draft = joint_log_probs(view, PROMPT, 3)
-    best, drafted = int(target.argmax()), int(draft.argmax())
-    for threshold in (0.05, 0.2, 0.5, 0.8):
-        cache = SharedCache(view, 600)
-        decoder = JointDecoder(
-            Reader(small, SharedCache(small, 600)), Reader(view, cache), PROMPT,
-            Joint(width=1, length=3, threshold=threshold), LogitsProcessorList(), None,
-        )  # fmt: skip
-        # One beam, which is the mode of the draft: as an exact search over the draft would propose it.
-        decoder._beams = lambda _length, d=decoder: _path(rows[drafted].tolist(), view, d)  # type: ignore[method-assign]
-        tokens, accepted, *_ = decoder.block(3)
-        if accepted == 3:
-            error = float(target[best] - target[drafted])
-            assert error <= float(target[best] - draft[best]) - math.log(threshold) + 1e-6
-            assert tokens[:3] == rows[drafted].tolist()
+    view, looked_at = draft_view(small, MASK), 0
+    for seed in range(12):
+        prompt = torch.randint(0, 8, (1, 4), generator=torch.Generator().manual_seed(seed))
+        rows, target = joint_log_probs(small, prompt, 3)
+        _, draft = joint_log_probs(view, prompt, 3)
+        best, drafted = int(target.argmax()), int(draft.argmax())
+        for threshold in (0.02, 0.2, 0.5, 0.8):
+            decoder = JointDecoder(
+                Reader(small, SharedCache(small, 600)), Reader(view, SharedCache(view, 600)), prompt,
+                Joint(width=1, length=3, threshold=threshold), LogitsProcessorList(), None,
+            )  # fmt: skip
+            # One beam, which is the mode of the draft: as an exact search over the draft would propose it.
+            only = _path(rows[drafted].tolist(), view, decoder)
+            decoder._beams = lambda _length, _eos, beam=only: beam  # type: ignore[method-assign]
+            tokens, accepted, *_ = decoder.block(3)
+            assert (accepted == 3) == (float(target[drafted] - draft[drafted]) > math.log(threshold))
+            if accepted == 3:
+                error = float(target[best] - target[drafted])
+                assert error <= float(target[best] - draft[best]) - math.log(threshold) + 1e-6
+                assert tokens[:3] == rows[drafted].tolist()
+                looked_at += drafted != best
+    assert looked_at >= 3  # cases in which there is an error at all
+
+
+@torch.no_grad()
+def test_no_beam_goes_on_behind_the_end(small: Any) -> None:
+    """Prevents tokens behind an end-of-sequence token from deciding whether it is accepted."""
+    reader = Reader(small, SharedCache(small, 600))
+    free = JointDecoder(reader, reader, PROMPT, Joint(width=8, length=3), LogitsProcessorList(), None)
+    tree, _, leaves = free._beams(3, frozenset())
+    second = tree.tokens[tree.path(leaves[0])[1]]
+    reader = Reader(small, SharedCache(small, 600))
+    decoder = JointDecoder(reader, reader, PROMPT, Joint(width=8, length=3), LogitsProcessorList(), None)
+    tree, joint, leaves = decoder._beams(3, frozenset({second}))
+    paths = [[tree.tokens[node] for node in tree.path(leaf)] for leaf in leaves]
+    assert any(path[-1] == second and len(path) < 3 for path in paths) and len(joint) == len(tree)
+    assert all(second not in path[:-1] for path in paths) and any(len(path) == 3 for path in paths)
 
 
 def _path(tokens: list[int], view: PreTrainedModel, decoder: JointDecoder) -> Any:

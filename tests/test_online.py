@@ -207,9 +207,13 @@ def test_a_budget_lets_a_step_begin_only_if_it_ends_within_the_share() -> None:
         budget.seconds["pass"] = 0.4
         assert budget.may("pass", 9.9, times=2) and not budget.may("pass", 9.9, times=3)
         assert budget.may("pass", 9.9, part=0.5) and not budget.may("pass", 9.9, part=0.3)
+        budget.improvable = 1000.0  # what was not spent is not saved up
+        assert budget.may("pass", 0.01, times=2) and not budget.may("states", 0.5, times=99)
+        budget.searching += 0.6
+        assert not budget.may("pass", 0.01)
     with budget.step("pass"):
         pass
-    assert budget.counts["pass"] == 1 and budget.seconds["pass"] < 0.4 and 0 < budget.spent < 0.01
+    assert budget.counts["pass"] == 1 and budget.seconds["pass"] < 0.4 and budget.spent > 0
 
 
 def test_domains_are_told_apart_and_recognised(demo: Any) -> None:

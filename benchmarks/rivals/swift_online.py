@@ -30,8 +30,8 @@ MOST = 1000
 
 
 class Swift:
-    def __init__(self, model: Any, free: list[Any], layers: int, seed: int = 0) -> None:
-        self.model, self.layers = model, layers
+    def __init__(self, model: Any, free: list[Any], layers: int, seed: int = 0, enough: float = ENOUGH) -> None:
+        self.model, self.layers, self.enough = model, layers, enough
         self.free = [(kind, i) for kind, i in free if 0 < i < layers - 1]
         self.rng, self.policy = random.Random(seed), DraftPolicy(max_length=MAX_LENGTH, exit_threshold=0.8)
         self.best, self.match, self.tried, self.since = SkipMask(num_layers=layers), 0.0, 0, 0
@@ -50,7 +50,7 @@ class Swift:
     def after(self, drafter: Drafter, draft: Draft, block: Block, ended: bool) -> None:
         now = time.perf_counter()
         self.decoding += now - self._last
-        resting = self.match >= ENOUGH or self.since >= PATIENCE or self.tried >= MOST
+        resting = self.match >= self.enough or self.since >= PATIENCE or self.tried >= MOST
         if not resting and drafter.sequences.lengths[0] - self.first >= CONTEXT:
             self._try(drafter)
         self._last = time.perf_counter()
@@ -85,6 +85,11 @@ class Swift:
         reference = sequences.cache.shown(len(text) + 2 * CONTEXT)
         right_SK, _ = Replay(self.model, trace, CONTEXT, reference=reference).of(mask).look([(0, start)])
         return float(right_SK.float().mean())
+
+    @property
+    def prepared(self) -> float:
+        """Seconds before it serves."""
+        return 0.0
 
     def save(self, path: str | Path) -> None:
         raise NotImplementedError

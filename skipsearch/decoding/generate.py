@@ -6,6 +6,7 @@ sampling: the same distribution). Options that a callable cannot honour are refu
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -74,6 +75,7 @@ class SelfSpeculative:
     ) -> None:  # fmt: skip
         self._tune, self.joint, self._draft_model = tune, joint, draft_model
         self._tuners: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, Tuner]] = weakref.WeakKeyDictionary()
+        self._tuning = threading.Lock()  # two first calls at once have one tuner
         self.mask, self.policy, self.deterministic, self.stats = mask, policy, deterministic, DecodeStats()
         self.backend, self._file, self._streamer, self._said = backend, file, streamer, set[str]()
         self._paces: weakref.WeakKeyDictionary[PreTrainedModel, Pace] = weakref.WeakKeyDictionary()
@@ -106,17 +108,22 @@ class SelfSpeculative:
     def tuner_for(
         self, model: PreTrainedModel, compiled: CompiledModel | None = None, progress: Progress | None = None
     ) -> Tuner:
-        """Who changes the mask while this model serves, and what it has found.
+        """Who changes the mask while this model serves, and what it has found: one a model.
+
+        Args:
+            compiled: what runs forwards, of a tuner that is not there yet; None: as decoding of one sequence will.
 
         Raises:
             DecodingError: nobody does: this object was made with a mask.
         """
         if self._tune is None:
             raise DecodingError("this method has one mask, nothing is searched; make it with self_speculative('auto')")
-        state = hash((state_of(model), compiled is None))
-        if model not in self._tuners or self._tuners[model][0] != state:
-            self._tuners[model] = state, self._tune(model, compiled, self.policy, self.mask, progress)
-        return self._tuners[model][1]
+        state = state_of(model)
+        with self._tuning:
+            if model not in self._tuners or self._tuners[model][0] != state:
+                compiled = compiled or self._compiled_for(model, 1, progress=progress)
+                self._tuners[model] = state, self._tune(model, compiled, self.policy, self.mask, progress)
+            return self._tuners[model][1]
 
     def _compiled_for(
         self, model: PreTrainedModel, rows: int, padded_past: bool = False, progress: Progress | None = None

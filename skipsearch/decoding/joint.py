@@ -118,15 +118,15 @@ class JointDecoder:
         """Those with a cache of their own."""
         return [self.target] if self.draft.cache is self.target.cache else [self.target, self.draft]
 
-    def block(self, length: int) -> tuple[list[int], int, Tensor, Tensor]:
-        """Draft so many tokens, verify, commit.
+    def block(self, length: int, eos_ids: frozenset[int] = frozenset()) -> tuple[list[int], int, Tensor, Tensor]:
+        """Draft so many tokens, or fewer where a beam ends with one of `eos_ids`, verify, commit.
 
         Returns:
             the tokens, how many of them were accepted, and the target's logits and scores [N, V] behind each.
         """
         for reader in self.readers:
             reader.catch_up(self.ids[:, self.pad : -1])
-        tree, joint, leaves = self._beams(length)
+        tree, joint, leaves = self._beams(length, eos_ids)
         small, names = tree.of(leaves)
         logits_NV = self.target.read(small)
         scores_NV = self._scores(logits_NV, small, list(range(len(small))))
@@ -155,22 +155,27 @@ class JointDecoder:
         for reader in self.readers:
             reader.cache.committed[0] = min(reader.committed, length - self.pad - 1)
 
-    def _beams(self, length: int) -> tuple[TokenTree, list[float], list[int]]:
+    def _beams(self, length: int, eos_ids: frozenset[int]) -> tuple[TokenTree, list[float], list[int]]:
         """Draft beams: the tree of all that was looked at, joint log-likelihoods of its nodes, and the beams' ends."""
-        tree, joint, beams = TokenTree(int(self.ids[0, -1])), [0.0], [0]
+        tree, joint, beams, ended = TokenTree(int(self.ids[0, -1])), [0.0], [0], list[int]()
         self._read = 0  # nodes whose keys the draft has
         generator = None if self.sampling is None else self.sampling.draft
         for _ in range(length):
+            if not beams:
+                break
             first = self._read
             logits_NV = self.draft.read(tree, first)
             self._read = len(tree)
             step_BV = probabilities(self._scores(logits_NV[[beam - first for beam in beams]], tree, beams)).log()
             joint_B = torch.tensor([joint[beam] for beam in beams], dtype=torch.float64, device=step_BV.device)
-            chosen, before = beam_step(joint_B, step_BV, self.settings.width, generator), beams
+            width = max(1, self.settings.width - len(ended))
+            chosen, before = beam_step(joint_B, step_BV, width, generator), beams
             steps = step_BV[[beam for beam, _ in chosen], [token for _, token in chosen]].tolist()
-            beams = [tree.add(before[beam], token) for beam, token in chosen]
+            added = [tree.add(before[beam], token) for beam, token in chosen]
+            ended += [node for node in added if tree.tokens[node] in eos_ids]
+            beams = [node for node in added if tree.tokens[node] not in eos_ids]
             joint += [joint[before[beam]] + step for (beam, _), step in zip(chosen, steps, strict=True)]
-        return tree, joint, beams
+        return tree, joint, ended + beams
 
     def _scores(self, logits_NV: Tensor, tree: TokenTree, nodes: list[int]) -> Tensor:
         """What the processors leave [N, V] behind these nodes."""
@@ -193,7 +198,7 @@ def decode_jointly(
     stats.lossy, ended = True, False
     while not ended and (length := decoder.ids.shape[1]) < max_length:
         drafted = min(decoder.settings.length, max_length - length - 1)
-        tokens, accepted, logits_NV, scores_NV = decoder.block(drafted)
+        tokens, accepted, logits_NV, scores_NV = decoder.block(drafted, eos_ids)
         block = Block(
             row=decoder.row, tokens=tokens, drafted=drafted, accepted=accepted, _place=0,
             _logits_BKV=logits_NV[None], _scores_BKV=scores_NV[None],

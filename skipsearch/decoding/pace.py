@@ -57,13 +57,19 @@ class Pace:
         """Seconds of a verify, between those known: linear, beyond them: as the nearest."""
         if drafted in self.verify:
             return self.verify[drafted]
-        below = max((k for k in self.verify if k < drafted), default=None)
-        above = min((k for k in self.verify if k > drafted), default=None)
+        lengths = list(self.verify)  # other sequences may add to them meanwhile
+        below = max((k for k in lengths if k < drafted), default=None)
+        above = min((k for k in lengths if k > drafted), default=None)
         if below is None or above is None:
             known = below if above is None else above
             return self.verify[known] if known is not None else 1.0
         part = (drafted - below) / (above - below)
         return (1 - part) * self.verify[below] + part * self.verify[above]
+
+    def knows_of(self, verify: dict[int, float]) -> None:
+        """Take over what verifies cost that are not known yet."""
+        for drafted, seconds in verify.items():
+            self.verify.setdefault(drafted, seconds)
 
     def price(self, drafted: int, seconds: float) -> None:
         """Take in what verifying so many tokens has cost."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from skipsearch.search.replay import Replay
 from skipsearch.search.trace import Trace
 
 TRIED_WITH = 24  # tokens that show whether drafts may be scored side by side
-ROOM, PRICED = 64, 3  # places behind them, and times that steps are timed there
+PRICED_AT, PRICED, ROOM = 128, 3, 64  # tokens behind which steps are timed, how often, and places behind them
 
 
 def self_speculative(
@@ -74,9 +75,10 @@ def _tuner(
     layers = find_sublayers(model).num_layers
     for half in KINDS:  # whatever is found later compiles nothing more
         warm_mask(compiled, model, SkipMask(**{half: range(layers)}, num_layers=layers), progress)  # type: ignore[arg-type]
+    begun = time.perf_counter()
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    ids = torch.randint(vocabulary, (TRIED_WITH,), generator=torch.Generator().manual_seed(0)).tolist()
-    half_way = TRIED_WITH // 2
+    prompt = torch.randint(vocabulary, (1, PRICED_AT), generator=torch.Generator().manual_seed(0))
+    ids, half_way = prompt[0, :TRIED_WITH].tolist(), TRIED_WITH // 2
     trial = Trace(prompts=(tuple(ids[:half_way]),), continuations=(tuple(ids[half_way:]),), new_tokens=half_way)
     if not Replay(model, trial).together:
         warnings.warn(
@@ -86,9 +88,10 @@ def _tuner(
         share = 0.0
     free = [(kind, i) for i in range(layers) for kind in KINDS]
     tuner = OnTheFly(model, free, layers, policy, mask, share, seed)
-    prompt = torch.tensor([ids], device=input_device(model))
-    sequences = Sequences(model, prompt, capacity=len(ids) + ROOM, compiled=compiled)
+    prompt = prompt[:, : max(1, tuner.context - ROOM)].to(input_device(model))
+    sequences = Sequences(model, prompt, capacity=prompt.shape[1] + ROOM, compiled=compiled)
     for _ in range(PRICED if share else 0):
         sequences.verify([0])
         tuner.measure(sequences)
+    tuner.prepared = time.perf_counter() - begun
     return tuner

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+SAVED = 48  # plain steps
 FIRST_GUESS = {"prices": 12.0, "states": 22.0, "pass": 6.0}  # seconds, in plain steps, before any was timed
 
 
@@ -23,26 +24,35 @@ class Budget:
         self.share, self.decoding, self.improvable, self.searching = share, 0.0, 0.0, 0.0
         self.seconds: dict[str, float] = {}  # of a step of each kind
         self.counts = Counter[str]()
-        self._begun = 0.0
+        self._begun = self._forgone = 0.0
 
     @contextmanager
     def search(self) -> Iterator[None]:
         """Whatever is done here is searching."""
         self._begun = time.perf_counter()
-        yield
-        self.searching += time.perf_counter() - self._begun
+        try:
+            yield
+        finally:
+            self.searching += time.perf_counter() - self._begun
 
     def may(self, kind: str, plain_seconds: float, part: float = 1.0, times: int = 1) -> bool:
-        """Whether so many steps of a kind fit into that part of the share, with what was searched since `search`."""
+        """Whether so many steps of a kind fit into that part of the share, with what was searched since `search`.
+
+        What was not spent is not saved up beyond `SAVED` plain steps, so that no request pays for many others' rest.
+        """
         wanted = self.seconds.get(kind, FIRST_GUESS[kind] * plain_seconds) * times
-        searching = self.searching + time.perf_counter() - self._begun
-        return searching + wanted <= self.share * part * self.improvable
+        searching = self.searching + self._forgone + time.perf_counter() - self._begun
+        allowed = self.share * part * self.improvable
+        if (more := allowed - searching - max(wanted, SAVED * plain_seconds)) > 0:
+            self._forgone += more
+            searching += more
+        return searching + wanted <= allowed
 
     @contextmanager
     def step(self, kind: str) -> Iterator[None]:
         """Note what a step of a kind takes."""
         begun = time.perf_counter()
-        yield
+        yield  # one that fails is not counted
         seconds = time.perf_counter() - begun
         self.seconds[kind] = 0.7 * self.seconds.get(kind, seconds) + 0.3 * seconds
         self.counts[kind] += 1

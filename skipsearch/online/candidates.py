@@ -1,8 +1,8 @@
 """Candidates: which mask to try next, on little evidence.
 
-Three sources: masks that keep hidden states near, to begin with; flips of the incumbent, drawn by how many of those
-masks skip a sublayer; and flips that a Bayesian linear model of what flips brought so far holds for the best (Thompson
-sampling). SWIFT (arXiv 2410.06916, section 4.2) mixes random masks with Bayesian ones too, at a fixed skip ratio.
+Sources: every second layer, to open; masks that keep hidden states near; flips and swaps of the incumbent, drawn by how
+many of those masks skip a sublayer; and flips that a Bayesian linear model of what flips brought so far holds for the
+best (Thompson sampling). SWIFT (arXiv 2410.06916, section 4.2) mixes random and Bayesian masks at a fixed skip ratio.
 
 Shapes: D free sublayers.
 """
@@ -83,8 +83,8 @@ class Candidates:
         counts = dict.fromkeys(round(share * len(self.free)) for share in FIRST)
         return [known[count] for count in counts if count in known]
 
-    def propose(self, incumbent: SkipMask, tried: set[SkipMask]) -> SkipMask:
-        """A mask near the incumbent that was not tried."""
+    def propose(self, incumbent: SkipMask, tried: set[SkipMask]) -> SkipMask | None:
+        """A mask near the incumbent that was not tried, if there seem to be any."""
         self.turn += 1
         skipped_D = self._bits(incumbent)
         weights_D = np.where(skipped_D > 0, self.rank_D, 1 - self.rank_D) + 0.05
@@ -104,7 +104,7 @@ class Candidates:
             mask = self._mask(np.flatnonzero(bits_D))
             if mask not in tried and mask != incumbent:
                 return mask
-        return mask
+        return None
 
     def learn(self, incumbent: SkipMask, challenger: SkipMask, gain: float) -> None:
         """The challenger was faster by this much, as a logarithm, on the same window."""

@@ -27,8 +27,8 @@ MARGIN = 0.06  # mean log-ratio from which a challenger takes over on one window
 LAST = 5  # windows that a challenger has
 BEHIND = -0.01  # mean log-ratio below which it is given up
 KEPT = 4  # windows that an incumbent's policy is chosen on
-PATIENCE = 60  # proposals without a winner: the search comes to rest
-DRIFT, RECENT = 3.0, 240  # standard errors of acceptance that are no chance, over so many drafted tokens
+PATIENCE = 40  # proposals without a winner: the search comes to rest
+DRIFT, RECENT = 4.0, 240  # standard errors of acceptance that are no chance, over so many drafted tokens
 
 Read = Callable[[SkipMask], tuple[Score, Outlook]]
 
@@ -115,7 +115,7 @@ class Contest:
 
     def rest(self, tokens: int) -> bool:
         """Whether it is time to, and then do."""
-        if self.rejected < PATIENCE:
+        if self.rejected < PATIENCE or self.challenger is not None:
             return False
         self.rested_at = tokens
         self.recent.clear()
@@ -142,7 +142,9 @@ class Contest:
 
     def _first(self, read: Read, candidates: Candidates | None, may: Callable[[], bool]) -> str | None:
         """No mask is served yet: one that pays on this window is."""
-        while may() and (mask := self._next(candidates)) is not None:
+        for _ in range(GROUP):
+            if not may() or (mask := self._next(candidates)) is None:
+                break
             found, outlook = read(mask)
             self.tried.add(mask)
             if found.speedup >= PAYS:
@@ -156,12 +158,15 @@ class Contest:
         assert self.mask is not None
         gains, outlooks = dict[SkipMask, float](), dict[SkipMask, Outlook]()
         while len(gains) < GROUP and (not gains or may()):
-            mask = self._next(candidates)
-            assert mask is not None
+            if (mask := self._next(candidates)) is None:
+                break
             found, outlooks[mask] = read(mask)
             gains[mask] = math.log(found.tokens_per_second / held.tokens_per_second)
             candidates.learn(self.mask, mask, gains[mask])
             self.tried.add(mask)
+        if not gains:
+            self.rejected = PATIENCE  # there is nothing left to try
+            return None
         best = max(gains, key=gains.__getitem__)
         if gains[best] > SURE:
             self._hold(best, outlooks[best])
@@ -190,7 +195,7 @@ class Contest:
         return None
 
     def _next(self, candidates: Candidates | None) -> SkipMask | None:
-        """What was put down to be tried, else a proposal; nothing before there are candidates."""
+        """What was put down to be tried, else a proposal; None before there are candidates, or after all were tried."""
         while self.queue:
             mask = self.queue.pop(0)
             if mask not in self.tried and mask != self.mask:

@@ -80,7 +80,7 @@ class Domains:
             pace.step, pace.verify = near.pace.step, dict(near.pace.verify)  # seconds know no domain
             near = Domain(torch.zeros_like(feature), pace, near.contest)
             if len(self.known) == MOST:
-                self.known.remove(self.known[0])
+                self.known.remove(min(self.known, key=lambda domain: domain.prompts))
             self.known.append(near)
         self.known.remove(near)
         self.known.append(near)  # in the order of their last prompts

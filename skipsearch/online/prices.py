@@ -32,16 +32,18 @@ def corner_views(model: PreTrainedModel, layers: int) -> dict[str, PreTrainedMod
 def measure(sequences: Sequences, views: dict[str, PreTrainedModel]) -> tuple[dict[str, float], dict[int, float]]:
     """Seconds of a draft step of each view, and of verifying so many tokens. The sequence is left as it was."""
     drafting, steps, verifies = sequences.draft_model, dict[str, float](), dict[int, float]()
-    for name, view in views.items():
-        sequences.draft_with(view)
-        steps[name] = timed(sequences, partial(sequences.draft, [STEPS])) / STEPS
+    try:
+        for name, view in views.items():
+            sequences.draft_with(view)
+            steps[name] = timed(sequences, partial(sequences.draft, [STEPS])) / STEPS
+    finally:
+        sequences.draft_with(drafting)
     for length in LENGTHS:
         probs: Any = None
         if sequences.sampling is not None:
             probs = torch.full((1, length, sequences.vocabulary), 1 / sequences.vocabulary)
             probs = probs.to(sequences.ids.device)
         verifies[length] = timed(sequences, partial(sequences.verify, [length], probs))
-    sequences.draft_with(drafting)
     return steps, verifies
 
 

@@ -9,6 +9,8 @@ share of the time that decoding took, on the clock. Kinds of prompts share an in
 from __future__ import annotations
 
 import threading
+import time
+import warnings
 import weakref
 from collections import Counter
 from dataclasses import asdict, replace
@@ -23,7 +25,7 @@ from skipsearch.decoding.drafter import Draft, Drafter
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import Block
-from skipsearch.errors import DecodingError
+from skipsearch.errors import BackendWarning, DecodingError
 from skipsearch.mask import KINDS, SkipMask
 from skipsearch.model.load import model_card
 from skipsearch.model.view import draft_view
@@ -41,6 +43,7 @@ BEFORE = 0.4  # of that share, while nothing that was found pays for it
 HALVED = 16  # proposals without a winner that halve its share
 LONG_REST = 20_000  # tokens after which it looks again where no mask was found
 AGAIN = (32, 256)  # passes after which prices are measured once more
+LONGER = 2  # and they are at contexts so many times as long
 STATES_OF = 16  # tokens whose hidden states tell what to skip first
 SAME_FOR_ALL = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper")  # that scoring can do without
 
@@ -55,8 +58,7 @@ class _Served(Drafter):
 
     def __init__(self, sequences: Sequences, domain: Domain, temperature: float) -> None:
         super().__init__(sequences, domain.contest.policy, domain.pace)
-        self.domain, self.contest, self.temperature = domain, domain.contest, temperature
-        self.seen = sequences.lengths[0]
+        self.domain, self.temperature, self.seen = domain, temperature, sequences.lengths[0]
         self.forget()
 
     def forget(self) -> None:
@@ -75,7 +77,7 @@ class OnTheFly:
         seed: of what is random in the search.
 
     Attributes:
-        budget: seconds so far.
+        budget: seconds so far; those at load, before anything was served, are `prepared`.
         events: what happened: (seconds, tokens, what).
     """
 
@@ -94,14 +96,14 @@ class OnTheFly:
             first.rejected = PATIENCE // 2  # there is little to find
         self.domains = Domains(text.vocab_size, first)
         self.corners = corner_views(model, layers)
-        self.tokens = 0
+        self.tokens, self.prepared = 0, 0.0
         self.events: list[tuple[float, int, str]] = []
         self.steps: dict[str, float] = {}  # prices, and those of verifies
         self.verifies: dict[int, float] = {}
         self.priced_at = 0  # tokens
         self.candidates: Candidates | None = None  # what flips bring is mostly the model's, not the domain's
         self._views: dict[SkipMask, PreTrainedModel] = {}
-        self._lock = threading.Lock()
+        self._lock, self._beginning = threading.Lock(), threading.Lock()
 
     @property
     def model(self) -> PreTrainedModel:
@@ -113,9 +115,11 @@ class OnTheFly:
 
     def begin(self, sequences: Sequences, temperature: float) -> Drafter:
         """The domain's incumbent drafts."""
-        with self._lock, self.budget.search():
+        with self._beginning:  # no waiting for another sequence's search
+            begun = time.perf_counter()
             domain = self.domains.of(sequences.ids[0, max(0, sequences.offset) : sequences.lengths[0]])
-            domain.pace.verify = {**self.verifies, **domain.pace.verify}
+            domain.pace.knows_of(self.verifies)
+            self.budget.searching += time.perf_counter() - begun
             mask = domain.contest.mask
             if mask != domain.served_with:  # found on other domains' text meanwhile
                 domain.pace.forget_mask()
@@ -141,6 +145,10 @@ class OnTheFly:
         try:
             with self.budget.search():
                 self._look(served)
+        except RuntimeError as error:  # out of memory, or a layer that cannot be called alone: the request goes on
+            self.budget.share = 0.0
+            sequences.draft_with(None if served.domain.contest.mask is None else self._view(served.domain.contest.mask))
+            warnings.warn(f"the search for masks has stopped: {error}", BackendWarning, stacklevel=2)
         finally:
             self._lock.release()
 
@@ -153,7 +161,7 @@ class OnTheFly:
         served.forget()
         rested = domain.contest.rested_at
         if rested is not None and domain.contest.mask is None and self.tokens > rested + LONG_REST:
-            domain.contest.wake()
+            self._wake(domain.contest)
             self._note("looks again")
         if domain.contest.rested_at is None and domain.pace.knows and self._can_score(sequences):
             self._search(served)
@@ -177,32 +185,44 @@ class OnTheFly:
             if any(other is not domain and other.contest is domain.contest for other in self.domains.known):
                 domain.contest = domain.contest.apart()
             else:
-                domain.contest.wake()
+                self._wake(domain.contest)
             self._note("drift")
         domain.recent.clear()
+
+    def _wake(self, contest: Contest) -> None:
+        contest.wake()
+        if contest.mask is None:
+            contest.queue += self._likely()
+
+    def _likely(self) -> list[SkipMask]:
+        """What to try where there is no mask."""
+        return [opening(self.free, self.layers), *(self.candidates.first() if self.candidates else [])]
 
     # -- search ------------------------------------------------------------------------------------------------
 
     def _search(self, served: _Served) -> None:
         """The next steps that there is time for: prices, states, and masks scored on the fresh text."""
-        sequences, counts, contest, pace = served.sequences, self.budget.counts, served.contest, served.pace
+        sequences, counts, contest, pace = served.sequences, self.budget.counts, served.domain.contest, served.pace
         fresh = sequences.lengths[0] - served.seen
         part = (BEFORE if contest.mask is None else 1) / (1 + contest.rejected / HALVED)
         may = partial(self.budget.may, plain_seconds=pace.verify_seconds(0), part=part)
         times = counts["prices"]
-        if not self.steps or (times < len(AGAIN) and counts["pass"] >= AGAIN[times]):
+        dearer = sequences.lengths[0] > LONGER * self.priced_at  # attention costs more by now
+        if dearer or (times < len(AGAIN) and counts["pass"] >= AGAIN[times]):
             if not may("prices"):
                 return
             with self.budget.step("prices"):
                 self.measure(sequences)
+        if fresh < SHORTEST:
+            return
         if self.candidates is None and (contest.mask is not None or not contest.queue):
             if not may("states"):
                 return
             with self.budget.step("states"):
                 self.candidates = self._candidates(sequences)
-            if counts["pass"]:  # a given mask is better than these
+            if contest.mask is None or contest.won:  # a given mask is better than these
                 contest.queue += self.candidates.first()
-        if fresh < SHORTEST or not may("pass", times=contest.passes):
+        if not may("pass", times=contest.passes):
             return
         window = Window(self.model, sequences, fresh, served.temperature)
         served.seen = sequences.lengths[0]
@@ -218,6 +238,8 @@ class OnTheFly:
         if what is not None:
             self._note(what)
         if contest.mask != before:
+            if contest.mask is None:
+                contest.queue += self._likely()
             served.change(None if contest.mask is None else self._view(contest.mask), contest.policy)
             served.domain.served_with = contest.mask
         elif contest.policy != policy:
@@ -228,13 +250,15 @@ class OnTheFly:
     def measure(self, sequences: Sequences) -> None:
         """Time steps on a sequence, which is left as it was."""
         steps, verifies = measure(sequences, self.corners)
-        if sequences.lengths[0] > 2 * self.priced_at:  # attention costs more by now
-            self.steps, self.priced_at = steps, sequences.lengths[0]
+        if sequences.lengths[0] > LONGER * self.priced_at:
+            self.steps, self.verifies, self.priced_at = steps, verifies, sequences.lengths[0]
+            for known in self.domains.known:
+                known.pace.verify.update(verifies)
         # A disturbance only ever adds.
         self.steps = {name: min(seconds, self.steps[name]) for name, seconds in steps.items()}
         self.verifies = {k: min(seconds, self.verifies.get(k, seconds)) for k, seconds in verifies.items()}
         for known in self.domains.known:
-            known.pace.verify = {**self.verifies, **known.pace.verify}
+            known.pace.knows_of(self.verifies)
 
     def _candidates(self, sequences: Sequences) -> Candidates:
         first = max(sequences.offset, 0, sequences.lengths[0] - STATES_OF)
@@ -280,7 +304,8 @@ class OnTheFly:
         """Plain figures of what was done."""
         return {
             "decoding_s": round(self.budget.decoding, 3), "searching_s": round(self.budget.searching, 3),
-            "share": round(self.budget.spent, 4), "passes": self.budget.counts["pass"],
-            "domains": len(self.domains.known), "contests": len({id(d.contest) for d in self.domains.known}),
+            "prepared_s": round(self.prepared, 3), "share": round(self.budget.spent, 4),
+            "passes": self.budget.counts["pass"], "domains": len(self.domains.known),
+            "contests": len({domain.contest for domain in self.domains.known}),
             "events": [(round(at, 3), tokens, what) for at, tokens, what in self.events],
         }  # fmt: skip

@@ -5,7 +5,6 @@ Shapes: U units (layers or sublayers); S numbers of skips; P rows; T positions; 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 from skipsearch.model.sublayers import find_sublayers
+from skipsearch.model.view import with_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,34 +51,30 @@ class States:
         return [float(value) for value in near.mean(-1)]
 
 
+class _Recorded(nn.Module):
+    """A layer that remembers its call. Nothing is hooked to the layer itself, which others may be running."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        if hasattr(layer, "attention_type"):  # some models choose the layer's mask by this attribute
+            self.attention_type = layer.attention_type
+
+    def forward(self, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
+        self.entering, self.args, self.named = hidden_states, args, named
+        out = self.layer(hidden_states, *args, **named)
+        self.leaving: Tensor = out[0] if isinstance(out, tuple) else out
+        return out
+
+
 @torch.no_grad()
 def layer_states(model: PreTrainedModel, ids: Tensor, seen: Tensor) -> States:
     """Run the model once on ids [P, T], without a cache, and keep what its layers were called with."""
-    layers = list(model.get_submodule(find_sublayers(model).path).children())
-    units: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
-    hidden: list[Tensor] = []
-
-    me = threading.get_ident()  # others may run the same layers
-
-    def keep(layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if threading.get_ident() != me:
-            return
-        named = dict(named)
-        hidden.append(args[0] if args else named.pop("hidden_states"))
-        units.append((layer, args[1:], named))
-
-    def keep_last(_layer: nn.Module, _args: Any, out: Any) -> None:
-        if threading.get_ident() == me:
-            hidden.append(out[0] if isinstance(out, tuple) else out)
-
-    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
-    hooks.append(layers[-1].register_forward_hook(keep_last))
-    try:
-        model(input_ids=ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return States(units, hidden, seen)
+    layers = [_Recorded(layer) for layer in model.get_submodule(find_sublayers(model).path).children()]
+    with_layers(model, layers)(input_ids=ids, use_cache=False)
+    return States(
+        [(r.layer, r.args, r.named) for r in layers], [*(r.entering for r in layers), layers[-1].leaving], seen
+    )
 
 
 @torch.no_grad()

@@ -52,13 +52,14 @@ class _Served(Drafter):
     """The drafter of a sequence under way.
 
     Attributes:
-        seen: up to where it was looked at.
+        seen, due: up to where it was looked at, and from which length on it is looked at again.
         decoding, improvable, tokens, drafted, accepted: of the blocks since the last look.
     """
 
     def __init__(self, sequences: Sequences, domain: Domain, temperature: float) -> None:
         super().__init__(sequences, domain.contest.policy, domain.pace)
         self.domain, self.temperature, self.seen = domain, temperature, sequences.lengths[0]
+        self.due = self.seen + LONGEST
         self.forget()
 
     def forget(self) -> None:
@@ -138,8 +139,9 @@ class OnTheFly:
         if draft.of_mask:
             served.drafted += min(draft.of_mask, block.drafted)
             served.accepted += min(draft.of_mask, block.accepted)
-        if not ended and sequences.lengths[0] - served.seen < LONGEST:
+        if not ended and sequences.lengths[0] < served.due:
             return
+        served.due = sequences.lengths[0] + SHORTEST
         if not self._lock.acquire(blocking=False):
             return  # another sequence's turn
         try:
@@ -226,6 +228,7 @@ class OnTheFly:
             return
         window = Window(self.model, sequences, fresh, served.temperature)
         served.seen = sequences.lengths[0]
+        served.due = served.seen + LONGEST
         prices = point(self.steps, pace, self.layers, LENGTH)
 
         def read(mask: SkipMask) -> tuple[Score, Outlook]:

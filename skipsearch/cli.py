@@ -154,12 +154,16 @@ def generate(
     decoding: Annotated[
         Literal["lossless", "mtad"], typer.Option(help="mtad: joint decoding of several tokens, LOSSY: likelier text")
     ] = "lossless",
-    beam_width: Annotated[int, typer.Option(min=1, help="beams of mtad")] = 4,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="joint likelihood ratio that mtad accepts from")] = 0.5,
+    beam_width: Annotated[int | None, typer.Option(min=1, help="beams of mtad (default 4)")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(min=0, max=0.99, help="joint likelihood ratio that mtad accepts from (default 0.5)")
+    ] = None,
     draft_model: Annotated[
         str | None, typer.Option(help="a smaller model that drafts for mtad instead of the mask: preset, id or folder")
     ] = None,
-    share: Annotated[float, typer.Option(min=0, max=0.99, help="of decoding's seconds, to search on the fly")] = 0.05,
+    share: Annotated[
+        float | None, typer.Option(min=0, max=0.99, help="of decoding's seconds, to search on the fly (default 0.05)")
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="where to write the mask that was found on the fly")] = None,
     prompt: Annotated[str, typer.Option(help="text to continue")] = "def main(",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
@@ -172,16 +176,26 @@ def generate(
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Continue a prompt with a mask (or plainly), streaming."""
-    if decoding == "mtad" and (on_the_fly or (mask is None) == (draft_model is None)):
+    if decoding == "mtad" and on_the_fly:
+        raise typer.BadParameter("mtad and --on-the-fly exclude each other", param_hint="--decoding")
+    if decoding == "mtad" and (mask is None) == (draft_model is None):
         raise typer.BadParameter("mtad drafts with either --mask or --draft-model", param_hint="--decoding")
+    of_mtad = {"--beam-width": beam_width, "--threshold": threshold, "--draft-model": draft_model}
+    for name, value in {} if decoding == "mtad" else of_mtad.items():
+        if value is not None:
+            raise typer.BadParameter("it goes with --decoding mtad alone", param_hint=name)
     if compare and mask is None and not (on_the_fly or draft_model):
         raise typer.BadParameter("it compares a mask with plain decoding, so it needs --mask", param_hint="--compare")
-    if save is not None and not on_the_fly:
-        raise typer.BadParameter("there is nothing to save without --on-the-fly", param_hint="--save")
+    for name, given in {"--save": save, "--share": share}.items():
+        if given is not None and not on_the_fly:
+            raise typer.BadParameter("nothing is searched without --on-the-fly", param_hint=name)
+    if save is not None and not save.absolute().parent.is_dir():
+        raise typer.BadParameter(f"folder {save.absolute().parent} does not exist; make it first", param_hint="--save")
     backend = "eager" if decoding == "mtad" else backend
     tuned = backend if backend != "auto" else "compiled" if on_the_fly else _backend_of(mask)
     loaded = _load(model, dtype, device, revision, trust)
-    from skipsearch.decoding.continuation import continue_text
+    from skipsearch.decoding.continuation import check_room, continue_text
+    from skipsearch.maskfile import load_mask
     from skipsearch.online.auto import self_speculative
     from skipsearch.report.progress import stages
     from skipsearch.report.tables import found_line, generation_line
@@ -196,13 +210,15 @@ def generate(
             mask, decoding="mtad", beam_width=beam_width, threshold=threshold, draft_model=small
         )
     elif on_the_fly:
-        methods["on the fly"] = self_speculative("auto", start=mask, seed=seed, share=share, backend=tuned)
+        searching = {} if share is None else {"share": share}
+        methods["on the fly"] = self_speculative("auto", start=mask, seed=seed, backend=tuned, **searching)
     elif mask is not None:
         methods["mask"] = self_speculative(mask, backend=tuned)
     if len(methods) > 1 and not compare:
         del methods["plain"]
     results: dict[str, Any] = {}
     tuner = None
+    check_room(loaded, prompt, max_new_tokens)
     with stages(err, quiet=as_json) as progress:
         for method in methods.values():  # warm-up, so that the first arm pays for nothing alone
             few = {**settings, "max_new_tokens": min(16 if compare else 2, max_new_tokens)}
@@ -224,10 +240,17 @@ def generate(
         equal = len({tuple(result["tokens"]) for result in results.values()}) == 1
         if not as_json:
             out.print("same tokens as plain decoding" if equal else "tokens differ from plain decoding")
+    elif len(results) > 1 and not as_json:
+        why = "lossy by design" if decoding == "mtad" else "sampled"
+        out.print(f"the two texts differ: {why}")
     if as_json:
         print(json.dumps({**results, "greedy_equal": equal}))
     if save is not None and tuner is not None:
-        tuner.save(save)
+        tuner.save(save, loaded.name)
+        if not as_json:
+            kept = mask is not None and load_mask(save).mask == load_mask(mask).mask
+            found = "the mask it began with, which nothing beat" if kept else "what was found"
+            out.print(f"saved {found}; next: skipsearch validate {save} --model {model}")
     # In half precision verifying several rows at once may round differently: a difference is no failure there.
     raise typer.Exit(1 if equal is False and str(loaded.model.dtype) == "torch.float32" else 0)
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from skipsearch import cli
 from skipsearch.mask import SkipMask
-from skipsearch.maskfile import MaskFile, ModelCard
+from skipsearch.maskfile import MaskFile, ModelCard, load_mask
 
 runner = CliRunner()
 COMMANDS = ["run", "generate", "validate", "show", "import", "models", "dashboard", "doctor"]
@@ -103,7 +103,16 @@ def test_generate_finds_masks_on_the_fly(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert data["greedy_equal"] is True and data["on the fly"]["search"]["share"] < 1
-    assert runner.invoke(cli.app, ["generate", "--model", "demo", "--save", str(tmp_path / "m.json")]).exit_code == 2
+    saving = ["--save", str(tmp_path / "m.json")]
+    for wrong in (saving, ["--share", "0.1"], ["--beam-width", "2"], ["--threshold", "0.1"], ["--draft-model", "demo"]):
+        assert runner.invoke(cli.app, ["generate", "--model", "demo", *wrong]).exit_code == 2, wrong
+    missing = ["--save", str(tmp_path / "missing" / "m.json")]
+    for wrong in (missing, ["--decoding", "mtad"]):
+        assert runner.invoke(cli.app, [*arguments, *wrong]).exit_code == 2, wrong
+    start = ["--mask", str(Path(__file__).parent.parent / "results/measured/demo.mask.json")]
+    result = runner.invoke(cli.app, [*arguments, *start, *saving])
+    assert result.exit_code == 0 and "which nothing beat" in " ".join(result.output.split())
+    assert load_mask(tmp_path / "m.json").model.model_id == "demo"
 
 
 def test_generate_says_that_joint_decoding_is_lossy(mask_path: Path) -> None:

@@ -295,6 +295,11 @@ def test_wrong_settings_are_named() -> None:
     """Prevents a start that is ignored, and a share that can never be kept."""
     with pytest.raises(DecodingError, match="start"):
         self_speculative(None, start="mask.json")
+    with pytest.raises(DecodingError, match=r"share is 0\.1"):
+        self_speculative(None, share=0.1)
+    for setting in ("beam_width", "threshold"):
+        with pytest.raises(DecodingError, match=f"{setting} was given"):
+            self_speculative(None, **{setting: 1})
     with pytest.raises(DecodingError, match="share is 1"):
         self_speculative("auto", share=1)
     with pytest.raises(DecodingError, match="nothing is searched"):

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import SUPPORTED, make_tiny
@@ -28,6 +29,7 @@ from skipsearch.decoding.stats import DecodeStats
 from skipsearch.mask import KINDS
 from skipsearch.model.preset import presets
 from skipsearch.model.view import draft_view
+from skipsearch.search import cost
 from skipsearch.search.cost import Costs, Point, alike, draft_step, profile, profile_or_load
 from skipsearch.search.objective import Scorer, join, plain_score, score, standard_error
 from skipsearch.search.prepare import Prepared
@@ -165,11 +167,37 @@ def test_profile_of_prompts_shorter_than_a_draft(tiny: Any) -> None:
     assert len(costs.points[0].verify) == 13
 
 
-def test_profile_prices_every_part(tiny: Any) -> None:
-    """Prevents a part from being priced at nothing."""
-    costs = profile(tiny("llama"), "x", contexts=[16], max_length=2, progress=quiet, repeats=5)
-    point = costs.points[0]
-    assert min(point.attention) > 0 and min(point.mlp) > 0 and min(point.verify) > 0
+def test_profile_prices_every_part(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a part from being priced at nothing, or another's seconds from being charged to it."""
+    true = replace(POINT, context=16, verify=(15.0, 16.0, 16.5, 18.0, 18.5), first=0.3, crowding=4.0)
+    masks: dict[int, SkipMask] = {}
+
+    def remember(model: Any, mask: SkipMask) -> Any:
+        view = draft_view(model, mask)
+        masks[id(view)] = mask
+        return view
+
+    def seconds(sequence: Any, run: Any, _before: Any = None) -> float:
+        """As if all took exactly what the model of costs says."""
+        mask, what = masks[id(sequence.draft_model)], run.func.__name__
+        if what == "verify":
+            return true.verify[0]
+        length = run.args[0][0] if what == "draft" else run.args[1].max_length
+        asks = what != "draft" and run.args[1].asks
+        verify = 0.0 if what == "draft" else true.verify[length]
+        return (length + true.first) * draft_step(true, mask, asks) + verify
+
+    monkeypatch.setattr(cost, "draft_view", remember)
+    monkeypatch.setattr(cost, "timed", seconds)
+    (found,) = profile(tiny("llama"), "x", contexts=[16], max_length=4, progress=quiet, repeats=1).points
+    for name in ("attention", "mlp", "rest", "exit_check", "verify", "first", "crowding"):
+        np.testing.assert_allclose(getattr(found, name), getattr(true, name), rtol=1e-6, err_msg=name)
+
+
+def test_a_profile_of_this_machine_is_made_of_seconds(tiny: Any) -> None:
+    """Prevents prices that are not seconds of this machine; which part is dear is not told by a busy one."""
+    (point,) = profile(tiny("llama"), "x", contexts=[16], max_length=2, progress=quiet, repeats=3).points
+    assert min(point.verify) > 0 and draft_step(point, SkipMask(num_layers=4), False) > 0
     assert len(set(point.attention)) == len(set(point.mlp)) == 1
 
 

@@ -91,7 +91,7 @@ class Swift:
         """Seconds before it serves."""
         return 0.0
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, name: str | None = None) -> None:
         raise NotImplementedError
 
     def report(self) -> dict[str, Any]:

@@ -28,16 +28,8 @@ def continue_text(
         DecodingError: an empty prompt, or one that leaves no room in the context.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
-    inputs = tokenizer(prompt, return_tensors="pt").to(input_device(model))
+    inputs = check_room(loaded, prompt, max_new_tokens).to(input_device(model))
     length = inputs["input_ids"].shape[1]
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 1 << 20)
-    if not length:
-        raise DecodingError(f"prompt {prompt!r} has no tokens; give some text with --prompt")
-    if length + max_new_tokens > context:
-        raise DecodingError(
-            f"the prompt's {length} tokens and max_new_tokens {max_new_tokens} exceed the model's context of "
-            f"{context}; pass --max-new-tokens {max(1, context - length)} or a shorter prompt"
-        )
     streamer = TextStreamer(tokenizer, skip_prompt=False) if stream else None
     method.warm_up(model, progress)
     if streamer is not None:
@@ -59,6 +51,25 @@ def continue_text(
         "verifies": stats.verifies, "lossy": stats.lossy,
         "accepted_from": dict(stats.accepted_from), "acceptance_rate": stats.acceptance_rate, "tau": stats.tau,
     }  # fmt: skip
+
+
+def check_room(loaded: Loaded, prompt: str, max_new_tokens: int) -> Any:
+    """What the tokenizer makes of a prompt.
+
+    Raises:
+        DecodingError: it is empty, or leaves no room in the context.
+    """
+    inputs = loaded.tokenizer(prompt, return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    context = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", 1 << 20)
+    if not length:
+        raise DecodingError(f"prompt {prompt!r} has no tokens; give some text with --prompt")
+    if length + max_new_tokens > context:
+        raise DecodingError(
+            f"the prompt's {length} tokens and max_new_tokens {max_new_tokens} exceed the model's context of "
+            f"{context}; pass --max-new-tokens {max(1, context - length)} or a shorter prompt"
+        )
+    return inputs
 
 
 def _known(inputs: Any) -> dict[str, Any]:

@@ -139,7 +139,7 @@ class SelfSpeculative:
             return None
         compiled = compiled_for(model, wanted, progress=progress)
         now = "eager" if compiled is None else "compiled"
-        if tuned is not None and tuned != now:
+        if tuned is not None and tuned != now and self.joint is None:  # which is eager in any case
             self._warn(f"the mask was tuned for backend {tuned!r}, decoding with {now!r}: another mask may be faster")
         return compiled
 
@@ -304,8 +304,8 @@ def self_speculative(
     backend: Backend = "auto",
     tune: Tune | None = None,
     decoding: Literal["lossless", "mtad"] = "lossless",
-    beam_width: int = 4,
-    threshold: float = 0.5,
+    beam_width: int | None = None,
+    threshold: float | None = None,
     draft_model: PreTrainedModel | None = None,
 ) -> SelfSpeculative:
     """A decoding method for `model.generate(..., custom_generate=...)`.
@@ -324,7 +324,7 @@ def self_speculative(
         tune: makes who may change the mask of single sequences while they are decoded.
         decoding: "lossless", or "mtad": joint decoding (`Joint`), which is LOSSY: output likelier under the target than
             its own samples, and not distributed as they are. Drafts of `max_length`, eager, row by row.
-        beam_width, threshold: of "mtad".
+        beam_width, threshold: of "mtad"; 4 and 0.5.
         draft_model: of "mtad": a smaller model with the same vocabulary drafts in place of the mask.
 
     Raises:
@@ -350,22 +350,24 @@ def self_speculative(
     policy = replace(policy, **changes)
     joint = None
     if decoding == "mtad":
-        given = {"deterministic": deterministic, "tune": tune, "backend": backend if backend == "compiled" else None,
+        given = {"deterministic": deterministic, "'auto'": tune, "backend": backend if backend == "compiled" else None,
                  **{name: value for name, value in changes.items() if name != "max_length"}}  # fmt: skip
         if unheeded := sorted(name for name, value in given.items() if value):
             raise DecodingError(f"joint decoding was given {', '.join(unheeded)}, which it cannot honour; leave it out")
         if (mask is None) == (draft_model is None):
             raise DecodingError(
                 f"mask_or_path is {mask_or_path!r} and draft_model {'given' if draft_model is not None else 'None'}; "
-                f"joint decoding drafts with one of the two"
+                f"joint decoding drafts with one of the two, pass None as the other"
             )
-        joint = Joint(width=beam_width, length=policy.max_length, threshold=threshold)
+        chosen = {"width": beam_width, "threshold": threshold}
+        joint = Joint(length=policy.max_length, **{k: v for k, v in chosen.items() if v is not None})  # type: ignore[arg-type]
         backend = "eager"  # trees of tokens have no compiled pieces
-    elif decoding != "lossless" or draft_model is not None:
-        raise DecodingError(
-            f"decoding is {decoding!r} and draft_model {'given' if draft_model is not None else 'None'}; "
-            f"must be 'lossless' without a draft_model, or 'mtad'"
-        )
+    elif decoding != "lossless":
+        raise DecodingError(f"decoding is {decoding!r}, must be 'lossless' or 'mtad'")
+    else:
+        of_mtad = {"draft_model": draft_model, "beam_width": beam_width, "threshold": threshold}
+        if unheeded := [name for name, value in of_mtad.items() if value is not None]:
+            raise DecodingError(f"{', '.join(unheeded)} was given, which goes with decoding='mtad' alone; leave it out")
     return SelfSpeculative(
         mask, policy, file, streamer, deterministic, backend, tune, joint, draft_model  # type: ignore[arg-type]
     )  # fmt: skip

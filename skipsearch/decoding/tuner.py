@@ -19,8 +19,8 @@ class Tuner(Protocol):
     def after(self, drafter: Drafter, draft: Draft, block: Block, ended: bool) -> None:
         """A block was committed, the sequence's last one if it ended. Drafts may change from here on."""
 
-    def save(self, path: str | Path) -> None:
-        """Write the mask that was found as a mask file."""
+    def save(self, path: str | Path, name: str | None = None) -> None:
+        """Write the mask that was found as a mask file; by this name of the model."""
 
     def report(self) -> dict[str, Any]:
         """Plain figures of what was done."""

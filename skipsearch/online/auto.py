@@ -31,7 +31,7 @@ PRICED_AT, PRICED, ROOM = 128, 3, 64  # tokens behind which steps are timed, how
 
 def self_speculative(
     mask_or_path: SkipMask | MaskFile | str | Path | None, *, start: SkipMask | MaskFile | str | Path | None = None,
-    share: float = SHARE, seed: int = 0, **settings: Any,
+    share: float | None = None, seed: int = 0, **settings: Any,
 ) -> SelfSpeculative:  # fmt: skip
     """A decoding method for `model.generate(..., custom_generate=...)`.
 
@@ -40,7 +40,7 @@ def self_speculative(
             it serves single sequences, from what it generates (`OnTheFly`); keep the object for the whole stream. With
             sampling the output has the target's distribution, but the clock has a say in it beside the seed.
         start: with "auto", what to draft with until something better is found.
-        share: with "auto", of decoding's seconds that the search may take.
+        share: with "auto", of decoding's seconds that the search may take; 0.05.
         seed: with "auto", of what is random in the search.
         settings: see `skipsearch.decoding.generate.self_speculative`. "auto" proposes n-grams as well, falls back to
             plain steps where nothing pays, and runs compiled where it can, unless they say otherwise.
@@ -52,7 +52,10 @@ def self_speculative(
     if mask_or_path != "auto":
         if start is not None:
             raise DecodingError(f"start is {start!r}, which goes with 'auto' alone; pass it as the first argument")
+        if share is not None:
+            raise DecodingError(f"share is {share}, which goes with 'auto' alone; leave it out")
         return generate.self_speculative(mask_or_path, **settings)
+    share = SHARE if share is None else share
     if not 0 <= share < 1:
         raise DecodingError(f"share is {share}, must be at least 0 and below 1; try 0.05")
 

@@ -286,7 +286,7 @@ class OnTheFly:
             prompts[domain.contest] += domain.prompts
         return max((c for c in prompts if c.mask is not None), key=prompts.__getitem__, default=None)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, name: str | None = None) -> None:
         """Write its mask and policy as a mask file, without evidence: `skipsearch validate` adds it.
 
         Raises:
@@ -295,10 +295,11 @@ class OnTheFly:
         found = self.best()
         if found is None or found.mask is None:
             raise DecodingError(
-                f"no mask was found to pay in {self.tokens} tokens and {self.budget.counts['pass']} passes; "
-                "generate more"
+                f"no mask was found to pay: {self.tokens} tokens, {self.budget.improvable:.1f} of "
+                f"{self.budget.decoding:.1f} s without n-grams, {self.budget.counts['pass']} masks scored; "
+                "serve more text, or raise share"
             )
-        card = model_card(self.model, self.model.config._name_or_path or "model")
+        card = model_card(self.model, name or self.model.config._name_or_path or "model")
         draft = maskfile.Draft(**asdict(replace(found.policy, costs=())))
         origin = maskfile.Provenance(study="on the fly", seed=self.seed)
         maskfile.MaskFile.of(found.mask, model=card, draft=draft, provenance=origin).save(path)

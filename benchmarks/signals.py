@@ -148,7 +148,7 @@ def main() -> None:
     write_text(args.out / "table.csv", result.to_csv(index=False))
     print(result.to_string(index=False))
     print(json.dumps({
-        "benchmark": "signals", "model": args.model, "device": device_name(model.device), "masks": len(masks),
+        "benchmark": "signals", "model": loaded.name, "device": device_name(model.device), "masks": len(masks),
         "backend": backend_name(prepared.compiled), "decoding_s": round(time.perf_counter() - begin, 1), "rows": out,
     }))  # fmt: skip
 

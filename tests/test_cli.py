@@ -112,7 +112,7 @@ def test_generate_finds_masks_on_the_fly(tmp_path: Path) -> None:
     start = ["--mask", str(Path(__file__).parent.parent / "results/measured/demo.mask.json")]
     result = runner.invoke(cli.app, [*arguments, *start, *saving])
     assert result.exit_code == 0 and "which nothing beat" in " ".join(result.output.split())
-    assert load_mask(tmp_path / "m.json").model.model_id == "demo"
+    assert load_mask(tmp_path / "m.json").model.id == "demo"
 
 
 def test_generate_says_that_joint_decoding_is_lossy(mask_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_generate_compares_with_plain_decoding(mask_path: Path) -> None:
     assert data["greedy_equal"] is True and len(data["mask"]["tokens"]) == 12
 
 
-def test_generate_finds_masks_on_the_fly(tmp_path: Path) -> None:
+def test_generate_finds_masks_on_the_fly(tmp_path: Path, mask_path: Path) -> None:
     """Prevents a search while serving that changes the output or says nothing, and a file saved of nothing."""
     arguments = ["generate", "--model", "demo", "--on-the-fly", "--backend", "eager", "--max-new-tokens", "40"]
     result = runner.invoke(cli.app, [*arguments, "--compare", "--json"])
@@ -109,8 +109,7 @@ def test_generate_finds_masks_on_the_fly(tmp_path: Path) -> None:
     missing = ["--save", str(tmp_path / "missing" / "m.json")]
     for wrong in (missing, ["--decoding", "mtad"]):
         assert runner.invoke(cli.app, [*arguments, *wrong]).exit_code == 2, wrong
-    start = ["--mask", str(Path(__file__).parent.parent / "results/measured/demo.mask.json")]
-    result = runner.invoke(cli.app, [*arguments, *start, *saving])
+    result = runner.invoke(cli.app, [*arguments, "--mask", str(mask_path), *saving])
     assert result.exit_code == 0 and "which nothing beat" in " ".join(result.output.split())
     assert load_mask(tmp_path / "m.json").model.id == "demo"
 

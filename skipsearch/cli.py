@@ -210,8 +210,7 @@ def generate(
             mask, decoding="mtad", beam_width=beam_width, threshold=threshold, draft_model=small
         )
     elif on_the_fly:
-        searching = {} if share is None else {"share": share}
-        methods["on the fly"] = self_speculative("auto", start=mask, seed=seed, backend=tuned, **searching)
+        methods["on the fly"] = self_speculative("auto", start=mask, seed=seed, share=share, backend=tuned)
     elif mask is not None:
         methods["mask"] = self_speculative(mask, backend=tuned)
     if len(methods) > 1 and not compare:
@@ -241,8 +240,8 @@ def generate(
         if not as_json:
             out.print("same tokens as plain decoding" if equal else "tokens differ from plain decoding")
     elif len(results) > 1 and not as_json:
-        why = "lossy by design" if decoding == "mtad" else "sampled"
-        out.print(f"the two texts differ: {why}")
+        why = "mtad is lossy by design" if decoding == "mtad" else "they are samples"
+        out.print(f"the two texts may differ: {why}")
     if as_json:
         print(json.dumps({**results, "greedy_equal": equal}))
     if save is not None and tuner is not None:

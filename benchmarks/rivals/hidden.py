@@ -11,22 +11,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import product
 from typing import Any
 
 import torch
 
 from skipsearch.mask import KINDS, SkipMask
 from skipsearch.model.view import draft_view
+from skipsearch.online.candidates import Candidates, nearest_masks
+from skipsearch.online.prices import corner_views
 from skipsearch.search.cost import draft_step
 from skipsearch.search.objective import score
 from skipsearch.search.options import MAX_LENGTH
 from skipsearch.search.replay import Replay
 from skipsearch.search.seeds import knapsack, nearest_states
-from skipsearch.search.states import layer_states, nearest, sublayer_states
+from skipsearch.search.states import layer_states
 
 PROMPTS, TOKENS = 8, 36
-SHARES = (0.5, 0.65, 0.8)  # of sublayers
 BUDGETS = [level / 64 for level in range(1, 64)]  # of all harm
 
 
@@ -41,15 +41,10 @@ def by_sublayers(bench: Any, seed: int, evaluations: int) -> Iterator[tuple[int,
     """The same with sublayers in place of layers, as we begin with while serving: the best share by our objective."""
     layers, free = bench.space.num_layers, bench.space.free
     ids, seen = bench.prepared.trace.head(PROMPTS, TOKENS).padded(bench.model.device)
-    halves = [
-        draft_view(bench.model, SkipMask(**{other: range(layers)}, num_layers=layers)) for other in reversed(KINDS)
-    ]
-    states, units = sublayer_states(layer_states(bench.model, ids, seen), halves), list(product(range(layers), KINDS))
-    counts = [round(share * len(free)) for share in SHARES]
-    found = nearest(states, [(kind, i) in free for i, kind in units], min(counts), max(counts))
+    corners = corner_views(bench.model, layers)
+    near = nearest_masks(bench.model, [corners[kind] for kind in KINDS], ids, free, layers, seen)
     replay, best, top = Replay(bench.model, bench.prepared.trace, MAX_LENGTH), SkipMask(num_layers=layers), 0.0
-    for number, chosen in enumerate((c for c in found if len(c) in counts), 1):
-        mask = SkipMask.from_sublayers([(units[u][1], units[u][0]) for u in chosen], layers)
+    for number, mask in enumerate(Candidates(free, layers, near, seed).first(), 1):
         speed = score(replay, mask, bench.prepared.point).tokens_per_second
         if speed > top:
             best, top = mask, speed

@@ -33,17 +33,21 @@ SWAPS = 0.5  # of the random proposals leave as many sublayers as there were
 
 @torch.no_grad()
 def nearest_masks(
-    model: PreTrainedModel, halves: Sequence[PreTrainedModel], ids: Tensor, free: list[Sub], layers: int
-) -> list[SkipMask]:
+    model: PreTrainedModel, halves: Sequence[PreTrainedModel], ids: Tensor, free: list[Sub], layers: int,
+    seen: Tensor | None = None,
+) -> list[SkipMask]:  # fmt: skip
     """For each number of skipped sublayers that is likely, the mask that changes the hidden states least.
 
     CLaSp's dynamic programming (arXiv 2505.24196) over sublayers in place of layers.
 
     Args:
         halves: views that keep one kind of sublayer each, attention's first.
-        ids: text [1, T] of the model's own.
+        ids: texts [P, T] of the model's own; one is run much faster than several.
+        seen: places [P, T] that count; by default all but the first few.
     """
-    seen = torch.arange(ids.shape[1], device=ids.device)[None] >= min(UNSEEN, ids.shape[1] - 1)
+    if seen is None:
+        places = torch.arange(ids.shape[1], device=ids.device) >= min(UNSEEN, ids.shape[1] - 1)
+        seen = places.expand(ids.shape)
     states = sublayer_states(layer_states(model, ids, seen), halves)
     units = [(kind, i) for i in range(layers) for kind in KINDS]
     may_skip = set(free)

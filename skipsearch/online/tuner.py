@@ -34,6 +34,7 @@ from skipsearch.online.candidates import Candidates, nearest_masks, opening
 from skipsearch.online.contest import PATIENCE, RECENT, Contest
 from skipsearch.online.domains import Domain, Domains
 from skipsearch.online.prices import corner_views, measure, point
+from skipsearch.online.served import Served
 from skipsearch.online.window import LENGTH, LONGEST, SHORTEST, Window, score
 from skipsearch.search.drafts import Outlook
 from skipsearch.search.objective import Score
@@ -46,24 +47,6 @@ AGAIN = (32, 256)  # passes after which prices are measured once more
 LONGER = 2  # and they are at contexts so many times as long
 STATES_OF = 16  # tokens whose hidden states tell what to skip first
 SAME_FOR_ALL = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper")  # that scoring can do without
-
-
-class _Served(Drafter):
-    """The drafter of a sequence under way.
-
-    Attributes:
-        seen, due: up to where it was looked at, and from which length on it is looked at again.
-        decoding, improvable, tokens, drafted, accepted: of the blocks since the last look.
-    """
-
-    def __init__(self, sequences: Sequences, domain: Domain, temperature: float) -> None:
-        super().__init__(sequences, domain.contest.policy, domain.pace)
-        self.domain, self.temperature, self.seen = domain, temperature, sequences.lengths[0]
-        self.due = self.seen + LONGEST
-        self.forget()
-
-    def forget(self) -> None:
-        self.decoding, self.improvable, self.tokens, self.drafted, self.accepted = 0.0, 0.0, 0, 0, 0
 
 
 class OnTheFly:
@@ -126,19 +109,13 @@ class OnTheFly:
                 domain.pace.forget_mask()
                 domain.served_with = mask
             sequences.draft_with(None if mask is None else self._view(mask))
-            return _Served(sequences, domain, temperature)
+            return Served(sequences, domain, temperature)
 
     def after(self, drafter: Drafter, draft: Draft, block: Block, ended: bool) -> None:
         """Search, if there is a share of time left for it, and let the drafter have what was found."""
-        assert isinstance(drafter, _Served)
+        assert isinstance(drafter, Served)
         served, sequences = drafter, drafter.sequences
-        served.decoding += served.seconds
-        if draft.source != "ngram":
-            served.improvable += served.seconds
-        served.tokens += len(block.tokens)
-        if draft.of_mask:
-            served.drafted += min(draft.of_mask, block.drafted)
-            served.accepted += min(draft.of_mask, block.accepted)
+        served.note(draft, block)
         if not ended and sequences.lengths[0] < served.due:
             return
         served.due = sequences.lengths[0] + SHORTEST
@@ -154,7 +131,7 @@ class OnTheFly:
         finally:
             self._lock.release()
 
-    def _look(self, served: _Served) -> None:
+    def _look(self, served: Served) -> None:
         domain, sequences = served.domain, served.sequences
         self.budget.decoding += served.decoding
         self.budget.improvable += served.improvable
@@ -202,7 +179,7 @@ class OnTheFly:
 
     # -- search ------------------------------------------------------------------------------------------------
 
-    def _search(self, served: _Served) -> None:
+    def _search(self, served: Served) -> None:
         """The next steps that there is time for: prices, states, and masks scored on the fresh text."""
         sequences, counts, contest, pace = served.sequences, self.budget.counts, served.domain.contest, served.pace
         fresh = sequences.lengths[0] - served.seen

@@ -38,10 +38,11 @@ from skipsearch.files import write_json, write_text
 from skipsearch.maskfile import Draft
 from skipsearch.model.sublayers import find_sublayers
 from skipsearch.report.curves import curves_picture
-from skipsearch.search.cost import Point, device_name, merged, profile
+from skipsearch.search.cost import Point, device_name, merged
 from skipsearch.search.objective import Scorer, join, score
 from skipsearch.search.options import MAX_LENGTH, TRIAL_LANES, TRIAL_LENGTH, SearchOptions
 from skipsearch.search.prepare import Prepared, prepare
+from skipsearch.search.profile import profile
 from skipsearch.search.replay import Replay
 from skipsearch.search.run import rescore, search_trials
 from skipsearch.search.seeds import uniform
@@ -311,7 +312,8 @@ def summary(bench: Bench, runs: list[dict[str, Any]]) -> tuple[pd.DataFrame, dic
         row["greedy_equal"] = all(arm_timed.ids() == plain.ids() for arm_timed in decoded)
         rows.append(row)
     table = pd.DataFrame(rows).sort_values("decoded", ascending=False)
-    return table, _targets(runs, table.set_index("arm"), bench.prepared_s)
+    verify = [round(seconds / point.verify[0], 3) for seconds in point.verify]
+    return table, {"verify_over_plain": verify, **_targets(runs, table.set_index("arm"), bench.prepared_s)}
 
 
 def _targets(runs: list[dict[str, Any]], table: pd.DataFrame, prepared_s: float) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from optuna import Study as OptunaStudy
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
-from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg import cho_solve, cholesky, solve_triangular
 from scipy.spatial.distance import cdist
 from scipy.stats import norm
 
@@ -82,8 +82,8 @@ class TrustRegionSampler(BaseSampler):
         rng = np.random.default_rng((self.seed, len(trials)))
         done = [t for t in trials if t.state == TrialState.COMPLETE and t.params.keys() >= set(self.names)]
         started = [t for t in trials if not t.state.is_finished() and t.params.keys() >= set(self.names)]
-        seen = {self._point(t).tobytes() for t in [*done, *started]}
-        x_ND = np.array([self._point(t) for t in done]).reshape(-1, len(self.names))
+        x_ND, started_ND = self._points(done), self._points(started)
+        seen = {x_D.tobytes() for x_D in (*x_ND, *started_ND)}
         y_N = np.array([t.value for t in done], dtype=float)
         proposed = np.array(["seed" not in t.user_attrs for t in done], dtype=bool)
         region = follow(x_ND, y_N, proposed, self.low, self.high, self.seed)
@@ -105,8 +105,9 @@ class TrustRegionSampler(BaseSampler):
     ) -> Any:
         raise ValueError(f"parameter {param_name!r} is not one of this study's; make the sampler with its bounds")
 
-    def _point(self, trial: FrozenTrial) -> Array:
-        return np.array([trial.params[name] for name in self.names], dtype=float)
+    def _points(self, trials: Sequence[FrozenTrial]) -> Array:
+        params = [trial.params for trial in trials]
+        return np.array([[p[name] for name in self.names] for p in params], dtype=float).reshape(-1, len(self.names))
 
     def _changes(self, point: Array) -> list[Array]:
         """All points that differ in one parameter, by a little."""
@@ -139,25 +140,25 @@ class TrustRegionSampler(BaseSampler):
         return max(found, key=lambda pair: pair[0])[1]
 
     def _candidates(self, centre: Array, radius: float, rng: np.random.Generator) -> Array:
-        """Every single change, and random ones of up to `radius` parameters, half of them exchanges."""
-        dims = len(self.names)
-        out = self._changes(centre)
-        most = min(dims, max(2, round(radius)))
-        while len(out) < CANDIDATES:
-            point = centre.copy()
-            if rng.random() < 0.5 and most >= 2:  # as many up as down: what is skipped moves, not how much
-                up, down = np.flatnonzero(centre < self.high), np.flatnonzero(centre > self.low)
-                pairs = min(int(rng.integers(1, most // 2 + 1)), len(up), len(down))
-                point[rng.choice(up, pairs, replace=False)] += 1
-                point[rng.choice(down, pairs, replace=False)] -= 1
-            else:
-                where = rng.choice(dims, int(rng.integers(1, most + 1)), replace=False)
-                room_up, room_down = self.high[where] > point[where], self.low[where] < point[where]
-                up_or_down = np.where(room_up & (~room_down | (rng.random(len(where)) < 0.5)), 1, -1)
-                reach = np.maximum(1, (self.high[where] - self.low[where]) // 2)  # of wide parameters
-                point[where] += up_or_down * rng.integers(1, reach + 1)
-            out.append(np.clip(point, self.low, self.high))
-        return np.array(out)
+        """Every single change [M, D], and random ones of up to `radius` parameters, half of them exchanges."""
+        single, dims = self._changes(centre), len(self.names)
+        count, most = max(0, CANDIDATES - len(single)), min(dims, max(2, round(radius)))
+        everywhere, room_up, room_down = np.ones(dims, dtype=bool), centre < self.high, centre > self.low
+
+        def some(allowed_D: Array, how_many_M: Array) -> Array:
+            """So many of the allowed parameters, at random [M, D]."""
+            keys_MD = np.where(allowed_D, rng.random((count, dims)), 2)
+            return allowed_D & (keys_MD.argsort(1).argsort(1) < how_many_M[:, None])
+
+        # As many up as down: what is skipped moves, not how much.
+        pairs_M = np.minimum(rng.integers(1, max(1, most // 2) + 1, count), min(room_up.sum(), room_down.sum()))
+        exchange_MD = some(room_up, pairs_M).astype(float) - some(room_down, pairs_M)
+        up_MD = room_up & (~room_down | (rng.random((count, dims)) < 0.5))
+        reach_D = np.maximum(1, (self.high - self.low) // 2)  # of wide parameters
+        steps_MD = np.where(up_MD, 1, -1) * rng.integers(1, reach_D + 1, (count, dims))
+        change_MD = steps_MD * some(everywhere, rng.integers(1, most + 1, count))
+        moved_MD = np.where(rng.random((count, 1)) < 0.5 if most >= 2 else False, exchange_MD, change_MD)
+        return np.array([*single, *np.clip(centre + moved_MD, self.low, self.high)])
 
     def _improvement(self, x_ND: Array, y_N: Array, best: float) -> Callable[[Array], Array]:
         """Expected improvement [M] of points [M, D] over `best`, by the likeliest of a few processes."""
@@ -171,29 +172,34 @@ class TrustRegionSampler(BaseSampler):
         x_ND = x_ND - middle
         flat_scale = max(1e-9, float((x_ND**2).sum(1).mean()))
 
-        def kernel(a_AD: Array, b_BD: Array, length: float, linear: float) -> Array:
-            bumps = np.exp(-cdist(a_AD, b_BD, "cityblock") / (length * len(self.names)))
-            return np.asarray((1 - linear) * bumps + linear * (a_AD @ b_BD.T) / flat_scale)
+        def kernel(apart_AB: Array, alike_AB: Array, length: float, linear: float) -> Array:
+            bumps = np.exp(-apart_AB / (length * len(self.names)))
+            return np.asarray((1 - linear) * bumps + linear * alike_AB)
 
-        def fit(x_ND: Array, z_N: Array, length: float, linear: float, noise: float) -> tuple[float, Any, Array, float]:
+        def related(a_AD: Array, b_BD: Array) -> tuple[Array, Array]:
+            """What kernels are made of: how far points are apart, and their products."""
+            return cdist(a_AD, b_BD, "cityblock"), a_AD @ b_BD.T / flat_scale
+
+        def fit(
+            pairs: tuple[Array, Array], z_N: Array, length: float, linear: float, noise: float
+        ) -> tuple[float, Array, Array, float]:  # fmt: skip
             """Log-evidence, factor, weights, and the kernel's scale, which has a closed form."""
-            factor = cho_factor(kernel(x_ND, x_ND, length, linear) + noise * np.eye(len(z_N)), lower=True)
-            alpha = cho_solve(factor, z_N)
+            factor = cholesky(kernel(*pairs, length, linear) + noise * np.eye(len(z_N)), lower=True)
+            alpha = cho_solve((factor, True), z_N)
             variance = float(z_N @ alpha) / len(z_N)
-            return (
-                -0.5 * len(z_N) * np.log(variance) - np.log(np.diag(factor[0])).sum(), factor, alpha, variance
-            )  # fmt: skip
+            return -0.5 * len(z_N) * np.log(variance) - np.log(np.diag(factor)).sum(), factor, alpha, variance
 
-        few = x_ND[-FITTED:], z_N[-FITTED:]
+        few, few_z = related(x_ND[-FITTED:], x_ND[-FITTED:]), z_N[-FITTED:]
         shapes = itertools.product(LENGTHS, LINEAR, NOISES)
-        length, linear, noise = max(shapes, key=lambda shape: fit(*few, *shape)[0])
-        _, factor, alpha, variance = fit(x_ND, z_N, length, linear, noise)
+        length, linear, noise = max(shapes, key=lambda shape: fit(few, few_z, *shape)[0])
+        _, factor, alpha, variance = fit(related(x_ND, x_ND), z_N, length, linear, noise)
+        inverse = solve_triangular(factor, np.eye(len(z_N)), lower=True)  # of the factor: many points ask for it
 
         def gain(points_MD: Array) -> Array:
             points_MD = (points_MD - self.low) / spread - middle
-            k_MN = kernel(points_MD, x_ND, length, linear)
+            k_MN = kernel(*related(points_MD, x_ND), length, linear)
             own_M = (1 - linear) + linear * (points_MD**2).sum(1) / flat_scale
-            sigma_M = np.sqrt(np.maximum(1e-12, variance * (own_M - (k_MN * cho_solve(factor, k_MN.T).T).sum(1))))
+            sigma_M = np.sqrt(np.maximum(1e-12, variance * (own_M - ((k_MN @ inverse.T) ** 2).sum(1))))
             gain_M = k_MN @ alpha - (best - mean) / scale
             t = gain_M / sigma_M
             return np.asarray(gain_M * norm.cdf(t) + sigma_M * norm.pdf(t))

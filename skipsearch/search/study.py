@@ -7,6 +7,7 @@ trials of different set-ups never mix. This module and the sampler alone import 
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,6 +134,7 @@ class Study:
                 f"study {name} was made with another {', '.join(different)} ({field}: {known.get(field)!r} then, "
                 f"{identity.get(field)!r} now); run with the old settings, or start anew with --out or --study"
             )
+        self._queue: deque[tuple[dict[str, Any], str]] = deque()
         self.memo: dict[SkipMask, tuple[float, ...]] = {self.mask_of(t): tuple(t.values) for t in self.finished()}
 
     def shared(self, name: str, value: Any) -> Any:
@@ -148,36 +150,35 @@ class Study:
         return self.space.mask(trial.params)
 
     def enqueue(self, seeds: list[Seed]) -> None:
-        """Put seeds in front of the sampler's own proposals; those already in the study are left out."""
-        trials = self.study.get_trials(deepcopy=False)
-        known = {tuple(t.params.items()) for t in trials if t.state != TrialState.FAIL}
-        for label, mask in seeds:
-            params = self.space.params(mask)
-            if tuple(params.items()) not in known:
-                known.add(tuple(params.items()))
-                self._add(params, label)
-        # What an interrupted run was working on when it was stopped is worth finishing.
-        for trial in trials:
-            if trial.state == TrialState.FAIL and len(trial.params) == len(self.distributions):
-                params = trial.params
-                if self.mask_of(trial) not in self.memo and tuple(params.items()) not in known:
-                    known.add(tuple(params.items()))
-                    self._add(params, f"again:{trial.number}")
+        """Put seeds in front of the sampler's own proposals; those already in the study are left out.
 
-    def _add(self, params: dict[str, Any], label: str | None = None) -> None:
-        """A trial to be run, with all its parameters in one transaction: one each takes longer than to score it."""
-        attrs = {} if label is None else {"seed": label}
+        They enter the storage one at a time, when their turn comes: Optuna reads all that wait again for each trial.
+        """
+        self._queue += [(self.space.params(mask), label) for label, mask in seeds]
+        # What an interrupted run was working on when it was stopped is worth finishing.
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,)):
+            if len(trial.params) == len(self.distributions) and self.mask_of(trial) not in self.memo:
+                self._queue.append((trial.params, f"again:{trial.number}"))
+
+    def _propose(self, trials: list[FrozenTrial]) -> None:
+        """Add the next trial, a seed or our own sampler's, unless some wait."""
+        if any(t.state == TrialState.WAITING for t in trials):
+            return
+        known = {tuple(t.params.items()) for t in trials if t.state != TrialState.FAIL} if self._queue else set()
+        while self._queue:
+            params, label = self._queue.popleft()
+            if tuple(params.items()) not in known:
+                return self._add(params, {"seed": label})
+        if isinstance(self.study.sampler, TrustRegionSampler):
+            self._add(self.study.sampler.propose(trials), {})
+
+    def _add(self, params: dict[str, Any], attrs: dict[str, str]) -> None:
+        """A trial to be run, with all its parameters in one transaction."""
         self.study.add_trial(
             optuna.trial.create_trial(
                 state=TrialState.WAITING, params=params, distributions=self.distributions, user_attrs=attrs
             )
         )
-
-    def _propose(self, trials: list[FrozenTrial]) -> None:
-        """Let our own sampler add its next trial, unless some are waiting."""
-        sampler, waiting = self.study.sampler, any(t.state == TrialState.WAITING for t in trials)
-        if isinstance(sampler, TrustRegionSampler) and not waiting:
-            self._add(sampler.propose(trials))
 
     def optimize(
         self, scorer: Callable[[SkipMask], Score], *, trials: int, time_budget: float | None,

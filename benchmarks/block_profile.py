@@ -24,9 +24,10 @@ from skipsearch.decoding.sequences import Sequences
 from skipsearch.maskfile import load_mask
 from skipsearch.model.load import load_model
 from skipsearch.model.sublayers import input_device
-from skipsearch.search.cost import device_name, synchronize
+from skipsearch.search.cost import device_name
 from skipsearch.search.options import SearchOptions
 from skipsearch.search.prepare import chosen_prompts
+from skipsearch.search.profile import synchronize
 from skipsearch.search.validate import our_arm
 
 

@@ -40,9 +40,10 @@ from skipsearch.maskfile import load_mask
 from skipsearch.model.load import Loaded, load_model
 from skipsearch.model.preset import presets
 from skipsearch.report.bench import save_bench
-from skipsearch.search.cost import device_name, profile, sequence_at, timed
+from skipsearch.search.cost import device_name
 from skipsearch.search.objective import score
 from skipsearch.search.options import MAX_LENGTH, SearchOptions
+from skipsearch.search.profile import profile, sequence_at, timed
 from skipsearch.search.replay import Replay
 from skipsearch.search.trace import record
 from skipsearch.search.validate import our_arm

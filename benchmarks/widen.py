@@ -28,9 +28,10 @@ from transformers import PreTrainedModel
 from skipsearch.decoding.backend import backend_name, compiled_for, warm_mask
 from skipsearch.maskfile import Draft, MaskFile, Provenance
 from skipsearch.model.load import load_model, model_card
-from skipsearch.search.cost import draft_step, profile
+from skipsearch.search.cost import draft_step
 from skipsearch.search.options import MAX_LENGTH, NGRAM, SearchOptions
 from skipsearch.search.prepare import prepare
+from skipsearch.search.profile import profile
 from skipsearch.search.run import rescore, search_trials
 from skipsearch.search.validate import evidence, measure
 

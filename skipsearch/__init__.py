@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from skipsearch.maskfile import MaskFile, load_mask
     from skipsearch.model.load import load_model
     from skipsearch.model.view import draft_view
-    from skipsearch.online.auto import self_speculative
+    from skipsearch.online.method import self_speculative
     from skipsearch.search.run import SearchResult, search
 
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
 
 _HOMES = {
     "SkipMask": "mask", "MaskFile": "maskfile", "load_mask": "maskfile", "load_model": "model.load",
-    "draft_view": "model.view", "self_speculative": "online.auto", "SearchResult": "search.run",
+    "draft_view": "model.view", "self_speculative": "online.method", "SearchResult": "search.run",
 }  # fmt: skip
 
 

@@ -140,6 +140,6 @@ def test_an_interruption_exits_130_and_says_how_to_go_on(monkeypatch: pytest.Mon
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_load", interrupted)
+    monkeypatch.setattr("skipsearch.cli.options.load", interrupted)
     assert run_main(monkeypatch, "run", "--model", "demo") == 130
     assert "run the same command again" in capsys.readouterr().err

@@ -52,7 +52,7 @@ def test_optuna_lives_in_the_study_and_its_sampler(path: Path) -> None:
     names = imported(path)
     if path.name not in ("study.py", "sampler.py"):
         assert not {n for n in names if n == "optuna" or n.startswith("optuna.")}
-    assert "skipsearch.cli" not in names
+    assert room(path) == "cli" or not {n for n in names if n.startswith("skipsearch.cli")}
 
 
 @pytest.mark.parametrize("path", [PACKAGE / name for name in sorted(VALUES)], ids=lambda p: p.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from skipsearch.online.prices import corner_views, measure
 from skipsearch.online.tuner import OnTheFly
 from skipsearch.online.window import LENGTH, Window
 from skipsearch.search.cost import Point
-from skipsearch.search.objective import plain_score
+from skipsearch.search.objective import join
 from skipsearch.search.replay import Replay
 from skipsearch.search.trace import Trace
 
@@ -128,7 +129,7 @@ def reader(model: Any, speeds: list[float]) -> Any:
     """Reads that bring these speeds, one after the other."""
     _, layers = free_of(model)
     point = Point(context=9, attention=(1.0,) * layers, mlp=(1.0,) * layers, rest=1.0, exit_check=0.0, verify=(1, 2))
-    plain, following = plain_score(layers, point), iter(speeds)
+    plain, following = join(Counter(), SkipMask(num_layers=layers), DraftPolicy(), point), iter(speeds)
 
     def read(mask: SkipMask) -> Any:
         speed = next(following)
@@ -298,7 +299,7 @@ def test_wrong_settings_are_named() -> None:
     with pytest.raises(DecodingError, match=r"share is 0\.1"):
         self_speculative(None, share=0.1)
     for setting in ("beam_width", "threshold"):
-        with pytest.raises(DecodingError, match=f"{setting} was given"):
+        with pytest.raises(DecodingError, match=f"{setting} is 1, which goes with"):
             self_speculative(None, **{setting: 1})
     with pytest.raises(DecodingError, match="share is 1"):
         self_speculative("auto", share=1)

@@ -29,10 +29,10 @@ from skipsearch.decoding.stats import DecodeStats
 from skipsearch.mask import KINDS
 from skipsearch.model.preset import presets
 from skipsearch.model.view import draft_view
-from skipsearch.search import cost
-from skipsearch.search.cost import Costs, Point, alike, draft_step, profile, profile_or_load
-from skipsearch.search.objective import Scorer, join, plain_score, score, standard_error
+from skipsearch.search.cost import Costs, Point, draft_step
+from skipsearch.search.objective import Scorer, join, score, standard_error
 from skipsearch.search.prepare import Prepared
+from skipsearch.search.profile import alike, profile, profile_or_load
 from skipsearch.search.prompts import Prompts
 from skipsearch.search.replay import Replay
 from skipsearch.search.seeds import (
@@ -134,7 +134,7 @@ def test_join_adds_up_by_hand() -> None:
     assert result.speedup == pytest.approx(result.tokens_per_second * 15)
     begun = join(Counter({(4, 4): 1, (0, 0): 1}), mask, DraftPolicy(max_length=4), replace(POINT, first=0.5))
     assert begun.tokens_per_second == pytest.approx((5 + 1) / (4.5 * 7 + 19 + 15))  # a plain step begins no draft
-    assert plain_score(2, POINT).speedup == 1
+    assert join(Counter(), SkipMask(num_layers=2), DraftPolicy(max_length=1), POINT).speedup == 1
 
 
 @given(context=st.floats(1, 500))
@@ -187,8 +187,8 @@ def test_profile_prices_every_part(tiny: Any, monkeypatch: pytest.MonkeyPatch) -
         verify = 0.0 if what == "draft" else true.verify[length]
         return (length + true.first) * draft_step(true, mask, asks) + verify
 
-    monkeypatch.setattr(cost, "draft_view", remember)
-    monkeypatch.setattr(cost, "timed", seconds)
+    monkeypatch.setattr("skipsearch.search.profile.draft_view", remember)
+    monkeypatch.setattr("skipsearch.search.profile.timed", seconds)
     (found,) = profile(tiny("llama"), "x", contexts=[16], max_length=4, progress=quiet, repeats=1).points
     for name in ("attention", "mlp", "rest", "exit_check", "verify", "first", "crowding"):
         np.testing.assert_allclose(getattr(found, name), getattr(true, name), rtol=1e-6, err_msg=name)

@@ -18,8 +18,8 @@ from skipsearch.decoding.stats import DecodeStats
 from skipsearch.mask import SkipMask
 from skipsearch.model.sublayers import input_device
 from skipsearch.model.view import draft_view
-from skipsearch.search.cost import synchronize
 from skipsearch.search.options import NGRAM
+from skipsearch.search.profile import synchronize
 from skipsearch.search.prompts import Ids
 from skipsearch.search.trace import eos_ids
 from skipsearch.search.validate import Arm, Run, our_arm

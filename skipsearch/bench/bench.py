@@ -28,8 +28,9 @@ from skipsearch.maskfile import MaskFile
 from skipsearch.model.load import Loaded, check_mask_belongs
 from skipsearch.model.sublayers import input_device
 from skipsearch.model.view import draft_view
-from skipsearch.search.cost import device_name, sequence_at, timed
+from skipsearch.search.cost import device_name
 from skipsearch.search.options import MAX_LENGTH
+from skipsearch.search.profile import sequence_at, timed
 from skipsearch.search.prompts import Ids
 from skipsearch.search.trace import Progress
 from skipsearch.search.validate import Arm, Run, Timing, interval, race

@@ -9,10 +9,9 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from skipsearch.decoding.accept import Sampling
 from skipsearch.decoding.asked import built_in, layout, not_handed_on, refuse_in_batch, refuse_modes
 from skipsearch.decoding.backend import Backend, Progress, compiled_for, state_of, warm_draft
 from skipsearch.decoding.compiled import CompiledModel
-from skipsearch.decoding.joint import Joint, JointDecoder, check_draft_model, decode_jointly
+from skipsearch.decoding.joint import Joint, jointly
 from skipsearch.decoding.loop import decode
 from skipsearch.decoding.pace import Pace
 from skipsearch.decoding.policy import DraftPolicy
@@ -32,12 +31,10 @@ from skipsearch.decoding.processors import check
 from skipsearch.decoding.rows import rows_may_differ
 from skipsearch.decoding.sequences import ALIGNED, Sequences
 from skipsearch.decoding.stats import Block, DecodeStats
-from skipsearch.decoding.tree import Reader
 from skipsearch.decoding.tuner import Tuner
-from skipsearch.errors import BackendWarning, DecodingError, MaskError
+from skipsearch.errors import BackendWarning, DecodingError
 from skipsearch.mask import SkipMask
-from skipsearch.maskfile import MaskFile, load_mask
-from skipsearch.model.cache import SharedCache
+from skipsearch.maskfile import MaskFile
 from skipsearch.model.load import check_mask_belongs
 from skipsearch.model.sublayers import input_device
 from skipsearch.model.view import draft_view
@@ -143,27 +140,6 @@ class SelfSpeculative:
             self._warn(f"the mask was tuned for backend {tuned!r}, decoding with {now!r}: another mask may be faster")
         return compiled
 
-    def _jointly(
-        self, model: PreTrainedModel, draft: PreTrainedModel | None, sequences: Sequences,
-        processors: LogitsProcessorList, sampling: Sampling | None, ends: dict[str, Any],
-    ) -> Iterator[Block]:  # fmt: skip
-        """MTAD for one row, with the mask's view or a smaller model."""
-        assert self.joint is not None
-        if sequences.offset < 0 or sequences.cache.committed[0]:
-            raise DecodingError("past_key_values was given, which joint decoding does not take; pass the whole prompt")
-        if not rows_may_differ(model):
-            raise DecodingError(f"{type(model).__name__} cannot read a tree of tokens; decode losslessly")
-        ids = sequences.ids[:1, : sequences.lengths[0]]
-        target = Reader(model, sequences.cache)
-        drafter = Reader(draft or model, sequences.cache)
-        if self._draft_model is not None:
-            check_draft_model(self._draft_model, model)
-            drafter = Reader(self._draft_model, SharedCache(self._draft_model, ids.shape[1] + 64))
-        decoder = JointDecoder(
-            target, drafter, ids, self.joint, processors, sampling, sequences.offset, sequences.rows[0]
-        )  # fmt: skip
-        return decode_jointly(decoder, **ends)
-
     def _warn(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
@@ -243,7 +219,9 @@ class SelfSpeculative:
                 "stats": stats,
             }  # fmt: skip
             if self.joint is not None:
-                blocks = self._jointly(model, draft, sequences, logits_processor, sampling, ends)
+                blocks = jointly(
+                    model, draft, self._draft_model, sequences, self.joint, logits_processor, sampling, **ends
+                )
             else:
                 blocks = decode(sequences, policy=self.policy, pace=pace, tuner=tuner, temperature=temperature, **ends)
             for block in blocks:
@@ -289,85 +267,3 @@ def _stacked(rows: list[list[Tensor]]) -> tuple[Tensor, ...]:
     longest = max(map(len, rows))
     nothing = torch.zeros_like(rows[0][0])
     return tuple(torch.cat([row[step] if step < len(row) else nothing for row in rows]) for step in range(longest))
-
-
-def self_speculative(
-    mask_or_path: SkipMask | MaskFile | str | Path | None,
-    *,
-    streamer: BaseStreamer | None = None,
-    max_length: int | None = None,
-    exit_threshold: float | None = None,
-    adaptive: bool | None = None,
-    ngram: int | None = None,
-    never_slower: bool | None = None,
-    deterministic: bool = False,
-    backend: Backend = "auto",
-    tune: Tune | None = None,
-    decoding: Literal["lossless", "mtad"] = "lossless",
-    beam_width: int | None = None,
-    threshold: float | None = None,
-    draft_model: PreTrainedModel | None = None,
-) -> SelfSpeculative:
-    """A decoding method for `model.generate(..., custom_generate=...)`.
-
-    Args:
-        mask_or_path: a mask, a mask file or its path; None decodes plainly in the same loop.
-        streamer: receives tokens as they are committed; by default the one given to `generate`.
-        max_length: K; by default the mask file's own policy, or 5 for a bare mask.
-        exit_threshold: stop drafting below this confidence; default as for `max_length`.
-        adaptive: let the threshold follow the acceptance rate; default as for `max_length`.
-        ngram: propose continuations of so many tokens where the last tokens occurred before; default likewise.
-        never_slower: draft only while it pays; default likewise.
-        deterministic: verify in blocks of one fixed shape. Then the output has the same bits, in any dtype,
-            as plain decoding through the same blocks: `self_speculative(None, deterministic=True)`.
-        backend: "compiled", "eager", or "auto": the one that the mask file was tuned for, eager for a bare mask.
-        tune: makes who may change the mask of single sequences while they are decoded.
-        decoding: "lossless", or "mtad": joint decoding (`Joint`), which is LOSSY: output likelier under the target than
-            its own samples, and not distributed as they are. Drafts of `max_length`, eager, row by row.
-        beam_width, threshold: of "mtad"; 4 and 0.5.
-        draft_model: of "mtad": a smaller model with the same vocabulary drafts in place of the mask.
-
-    Raises:
-        MaskError: the file or the policy is malformed.
-        DecodingError: the settings of "mtad" are out of range, or given without it.
-    """
-    file = None
-    if isinstance(mask_or_path, str | Path):
-        file = load_mask(mask_or_path)
-    elif isinstance(mask_or_path, MaskFile):
-        file = mask_or_path
-    elif mask_or_path is not None and not isinstance(mask_or_path, SkipMask):
-        raise MaskError(f"mask_or_path must be a SkipMask, a MaskFile or a path, got {type(mask_or_path).__name__}")
-    mask = file.mask if file is not None else mask_or_path
-    policy = DraftPolicy() if file is None else DraftPolicy(**file.draft.model_dump())
-    changes: dict[str, Any] = {
-        "max_length": max_length, "exit_threshold": exit_threshold, "adaptive": adaptive, "ngram": ngram,
-        "never_slower": never_slower,
-    }  # fmt: skip
-    changes = {name: value for name, value in changes.items() if value is not None}
-    if policy.curve and changes.keys() & {"max_length", "exit_threshold", "adaptive"}:
-        changes |= {"curve": (), "prices": ()}  # a calibrated exit knows no other
-    policy = replace(policy, **changes)
-    joint = None
-    if decoding == "mtad":
-        given = {"deterministic": deterministic, "'auto'": tune, "backend": backend if backend == "compiled" else None,
-                 **{name: value for name, value in changes.items() if name != "max_length"}}  # fmt: skip
-        if unheeded := sorted(name for name, value in given.items() if value):
-            raise DecodingError(f"joint decoding was given {', '.join(unheeded)}, which it cannot honour; leave it out")
-        if (mask is None) == (draft_model is None):
-            raise DecodingError(
-                f"mask_or_path is {mask_or_path!r} and draft_model {'given' if draft_model is not None else 'None'}; "
-                f"joint decoding drafts with one of the two, pass None as the other"
-            )
-        chosen = {"width": beam_width, "threshold": threshold}
-        joint = Joint(length=policy.max_length, **{k: v for k, v in chosen.items() if v is not None})  # type: ignore[arg-type]
-        backend = "eager"  # trees of tokens have no compiled pieces
-    elif decoding != "lossless":
-        raise DecodingError(f"decoding is {decoding!r}, must be 'lossless' or 'mtad'")
-    else:
-        of_mtad = {"draft_model": draft_model, "beam_width": beam_width, "threshold": threshold}
-        if unheeded := [name for name, value in of_mtad.items() if value is not None]:
-            raise DecodingError(f"{', '.join(unheeded)} was given, which goes with decoding='mtad' alone; leave it out")
-    return SelfSpeculative(
-        mask, policy, file, streamer, deterministic, backend, tune, joint, draft_model  # type: ignore[arg-type]
-    )  # fmt: skip

@@ -14,6 +14,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +22,12 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from skipsearch.decoding.accept import Sampling, draw, probabilities
 from skipsearch.decoding.processors import process
+from skipsearch.decoding.rows import rows_may_differ
+from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import Block, DecodeStats
 from skipsearch.decoding.tree import Reader, TokenTree
 from skipsearch.errors import DecodingError
+from skipsearch.model.cache import SharedCache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +216,32 @@ def decode_jointly(
         stats.count(drafted, block.accepted, "mask", drafted)
         stats.committed += len(block.tokens)
         yield block
+
+
+def jointly(
+    model: PreTrainedModel, view: PreTrainedModel | None, draft_model: PreTrainedModel | None, sequences: Sequences,
+    settings: Joint, processors: LogitsProcessorList, sampling: Sampling | None, **ends: Any,
+) -> Iterator[Block]:  # fmt: skip
+    """Decode one row by MTAD, with the mask's view or a smaller model as draft.
+
+    Args:
+        ends: see `decode_jointly`.
+
+    Raises:
+        DecodingError: keys were given beforehand, or no tree of tokens can be read through one of the models.
+    """
+    if sequences.offset < 0 or sequences.cache.committed[0]:
+        raise DecodingError("past_key_values was given, which joint decoding does not take; pass the whole prompt")
+    if not rows_may_differ(model):
+        raise DecodingError(f"{type(model).__name__} cannot read a tree of tokens; decode losslessly")
+    ids = sequences.ids[:1, : sequences.lengths[0]]
+    target = Reader(model, sequences.cache)
+    draft = Reader(view or model, sequences.cache)
+    if draft_model is not None:
+        check_draft_model(draft_model, model)
+        draft = Reader(draft_model, SharedCache(draft_model, ids.shape[1] + 64))
+    decoder = JointDecoder(target, draft, ids, settings, processors, sampling, sequences.offset, sequences.rows[0])
+    return decode_jointly(decoder, **ends)
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ from skipsearch.decoding.pace import Pace
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.mask import SkipMask
 from skipsearch.model.view import draft_view
-from skipsearch.search.cost import Point, timed
+from skipsearch.search.cost import Point
+from skipsearch.search.profile import timed
 
 STEPS = 2  # drafted by an arm
 LENGTHS = (2, 8)  # of the verifies that are timed; decoding itself tells of the others

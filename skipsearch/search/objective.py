@@ -68,14 +68,6 @@ def join(blocks: Counter[tuple[int, int]], mask: SkipMask, policy: DraftPolicy, 
     )  # fmt: skip
 
 
-def plain_score(num_layers: int, point: Point) -> Score:
-    """The score of not drafting at all: the line that every mask has to beat."""
-    return Score(
-        mask=SkipMask(num_layers=num_layers), policy=DraftPolicy(max_length=1), tokens_per_second=1 / point.verify[0],
-        speedup=1.0, acceptance_rate=0.0, tau=1.0, cost_ratio=1.0,
-    )  # fmt: skip
-
-
 def score(replay: Replay, mask: SkipMask, point: Point, *, thorough: bool = False) -> Score:
     """The best policy for a mask and what it reaches.
 

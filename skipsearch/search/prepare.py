@@ -14,8 +14,9 @@ from skipsearch.errors import PromptError
 from skipsearch.model.load import Loaded, model_card
 from skipsearch.model.preset import with_space
 from skipsearch.model.sublayers import find_sublayers
-from skipsearch.search.cost import Costs, Point, profile_or_load, set_up
+from skipsearch.search.cost import Costs, Point, set_up
 from skipsearch.search.options import MAX_LENGTH, SearchOptions
+from skipsearch.search.profile import profile_or_load
 from skipsearch.search.prompts import Prompts, fingerprint, load_prompts
 from skipsearch.search.space import Space
 from skipsearch.search.trace import Progress, Trace, record_or_load

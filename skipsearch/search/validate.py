@@ -29,7 +29,8 @@ from skipsearch.mask import SkipMask
 from skipsearch.maskfile import Evidence
 from skipsearch.model.sublayers import input_device
 from skipsearch.model.view import draft_view
-from skipsearch.search.cost import device_name, synchronize
+from skipsearch.search.cost import device_name
+from skipsearch.search.profile import synchronize
 from skipsearch.search.prompts import Ids, fingerprint
 from skipsearch.search.trace import Progress, eos_ids
 

@@ -1,0 +1,41 @@
+"""The command line: parses, calls one function, prints.
+
+Results go to stdout, progress and logs to stderr. With --json stdout holds one JSON object, nothing else.
+Exit codes: 0 success, 1 a failed verdict or run, 2 wrong use, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+from rich.markup import escape
+
+from skipsearch.cli import run, generate, measure, files  # isort: skip  # noqa: F401 (the order of --help)
+from skipsearch.cli.options import app, err
+from skipsearch.errors import BackendWarning, SkipsearchError
+
+
+def main() -> None:
+    """Entry point: turns our errors into one line, and an interruption into exit 130."""
+    debug = "--debug" in sys.argv
+    if not debug:
+        warnings.filterwarnings("ignore")
+        warnings.filterwarnings("once", category=BackendWarning)
+        warnings.showwarning = lambda message, *_, **__: err.print(f"note: {message}", markup=False, soft_wrap=True)
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # our error says it; the library says it again
+    try:
+        app()
+    except SkipsearchError as error:
+        if debug:
+            raise
+        err.print(f"[red]error:[/] {escape(str(error))}", markup=True, highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != 130:  # typer makes 130 of an interruption
+            raise
+        err.print("\ninterrupted; every finished trial is kept, run the same command again to continue", soft_wrap=True)
+        sys.exit(130)

@@ -1,0 +1,129 @@
+"""Commands that measure: validate, bench, doctor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from skipsearch.cli import options as opt
+
+
+@opt.app.command()
+def validate(
+    mask: Annotated[Path, typer.Argument(help="mask.json")],
+    model: opt.Model = "demo",
+    prompts: opt.PromptsFrom = "builtin", prompt_column: opt.Column = None, prompt_config: opt.Config = None,
+    prompt_split: opt.Split = "test", chat: opt.Chat = True,
+    num_prompts: opt.Calibration = 24, num_held_out: opt.HeldOut = 20,
+    prompt_tokens: opt.PromptTokens = None, new_tokens: opt.NewTokens = 96, rounds: opt.Rounds = 2, seed: opt.Seed = 0,
+    backend: opt.Backends = "auto", temperature: opt.Temperature = 0.0,
+    write: Annotated[bool, typer.Option(help="put the new evidence into the mask file")] = False,
+    audited: Annotated[
+        bool, typer.Option("--audit", help="instead of timing, explain every difference from plain decoding in fp32")
+    ] = False,
+    dtype: opt.Dtype = "auto", device: opt.Device = "auto", revision: opt.Revision = None, trust: opt.Trust = False,
+    as_json: opt.Json = False, debug: opt.Debug = False,
+) -> None:  # fmt: skip
+    """Time a mask against plain decoding on held-out prompts of this machine."""
+    from skipsearch.maskfile import load_mask
+
+    file = load_mask(mask)
+    options = opt.search_options(
+        prompts, prompt_column, prompt_config, prompt_split, chat, prompts=num_prompts, held_out=num_held_out,
+        prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds, seed=seed, backend=backend,
+        temperature=temperature,
+    )  # fmt: skip
+    loaded = opt.load(model, dtype, device, revision, trust)
+    from skipsearch.model.load import check_mask_belongs
+    from skipsearch.report.progress import stages
+    from skipsearch.report.tables import mask_table
+    from skipsearch.search.run import validate_file
+
+    check_mask_belongs(file, loaded.model)
+    if audited:
+        from skipsearch.report.tables import audit_table
+        from skipsearch.search.run import audit_file
+
+        with stages(opt.err, quiet=as_json) as progress:
+            found = audit_file(loaded, file, options, progress.stage).to_dict()
+        opt.say(found, as_json, audit_table(found))
+        raise typer.Exit(0 if found["passed"] else 1)
+    with stages(opt.err, quiet=as_json) as progress:
+        fresh = validate_file(loaded, file, options, progress.stage)
+    if write:
+        fresh.save(mask)
+    opt.say(fresh.model_dump(mode="json"), as_json, mask_table(fresh))
+    raise typer.Exit(0 if fresh.evidence and fresh.evidence.verdict == "use" else 1)
+
+
+@opt.app.command()
+def bench(
+    model: opt.Model = "demo",
+    mask: Annotated[Path | None, typer.Option(help="mask.json; without it, arms that need none")] = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option("--prompts", help="builtin, random, or a file (Spec-Bench: a group a task); may be repeated"),
+    ] = None,
+    per_group: Annotated[int, typer.Option(min=2, help="prompts of each group")] = 8,
+    arm: Annotated[list[str] | None, typer.Option("--arm", help="an arm beside plain; may be repeated")] = None,
+    hf: Annotated[bool, typer.Option(help="measure transformers' own ways too")] = True,
+    new_tokens: opt.NewTokens = 96, rounds: opt.Rounds = 2, backend: opt.Backends = "auto", seed: opt.Seed = 0,
+    folder: opt.Folder = None,
+    dtype: opt.Dtype = "auto", device: opt.Device = "auto", revision: opt.Revision = None, trust: opt.Trust = False,
+    as_json: opt.Json = False, debug: opt.Debug = False,
+) -> None:  # fmt: skip
+    """Time every way to decode side by side: transformers' own, plain, n-grams, the mask, both."""
+    from skipsearch.maskfile import load_mask
+
+    file = load_mask(mask) if mask is not None else None
+    loaded = opt.load(model, dtype, device, revision, trust)
+    from skipsearch.bench.bench import BenchOptions, bench_file
+    from skipsearch.report.bench import bench_title, counts_table, groups_table, save_bench, speed_table
+    from skipsearch.report.progress import stages
+
+    options = BenchOptions(
+        new_tokens=new_tokens, rounds=rounds, backend=backend, hf=hf, only=tuple(arm or ()), seed=seed,
+        sources=tuple(prompts or ("builtin",)), per_group=per_group,
+    )  # fmt: skip
+    with stages(opt.err, quiet=as_json) as progress:
+        data = bench_file(loaded, file, options, progress.stage)
+    paths = save_bench(data, folder or Path("results") / loaded.name)
+    tables = (bench_title(data), speed_table(data), counts_table(data), groups_table(data))
+    opt.say({**data, "files": paths}, as_json, *tables, f"picture: {paths['bench.svg']}")
+
+
+@opt.app.command()
+def doctor(
+    calibrated: Annotated[
+        bool, typer.Option("--calibrate", help="instead, check the cost model against real decoding (minutes)")
+    ] = False,
+    model: opt.Model = "demo", backend: opt.Backends = "auto", seed: opt.Seed = 0,
+    dtype: opt.Dtype = "auto", device: opt.Device = "auto", revision: opt.Revision = None, trust: opt.Trust = False,
+    as_json: opt.Json = False, debug: opt.Debug = False,
+) -> None:  # fmt: skip
+    """Print versions, device and backend, and what is missing; or calibrate."""
+    if calibrated:
+        loaded = opt.load(model, dtype, device, revision, trust)
+        from skipsearch.report.progress import stages
+        from skipsearch.report.tables import calibration_table
+        from skipsearch.search.calibrate import calibrate
+
+        options = opt.search_options("builtin", None, None, "test", True, seed=seed, backend=backend)
+        with stages(opt.err, quiet=as_json) as progress:
+            data = calibrate(loaded, options, progress.stage)
+        opt.say(data, as_json, *(calibration_table(found) for found in data["contexts"]), _calibration_verdict(data))
+        raise typer.Exit(0 if data["passed"] else 1)
+    from skipsearch.report.doctor import examine
+    from skipsearch.report.tables import doctor_table
+
+    data = examine()
+    opt.say(data, as_json, doctor_table(data))
+    raise typer.Exit(1 if data["missing"] else 0)
+
+
+def _calibration_verdict(data: dict[str, Any]) -> str:
+    if data["passed"]:
+        return "the cost model foretells tokens per second here"
+    return "the cost model does not foretell tokens per second well here; is the machine busy with something else?"

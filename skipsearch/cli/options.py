@@ -1,0 +1,80 @@
+"""What several commands share: the application, options by name, and how results are said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+if TYPE_CHECKING:
+    from skipsearch.model.load import Loaded
+    from skipsearch.search.options import SearchOptions
+
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Find which sublayers an LLM may skip while drafting, prove it, and decode with it.",
+)  # fmt: skip
+out = Console()
+err = Console(stderr=True)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="preset (see `skipsearch models`), hub id or local folder")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
+Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, or map to spread over all devices")]
+Revision = Annotated[str | None, typer.Option(help="hub revision")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run modelling code from the hub")]
+PromptsFrom = Annotated[
+    str, typer.Option("--prompts", help="builtin, a .txt/.jsonl/.csv/.parquet file, or a data set id")
+]
+Column = Annotated[str | None, typer.Option("--prompt-column", help="column that holds the prompts")]
+Config = Annotated[str | None, typer.Option("--prompt-config", help="configuration of a data set id")]
+Split = Annotated[str, typer.Option("--prompt-split", help="split of a data set id")]
+Chat = Annotated[bool, typer.Option(help="use the model's chat template where it has one")]
+PromptTokens = Annotated[int | None, typer.Option(min=1, help="cut prompts to so many tokens")]
+NewTokens = Annotated[int, typer.Option(min=2, help="tokens to decode from each prompt")]
+Calibration = Annotated[int, typer.Option("--num-prompts", min=2, help="prompts to search with")]
+HeldOut = Annotated[int, typer.Option("--num-held-out", min=2, help="prompts to validate on")]
+Rounds = Annotated[int, typer.Option(min=1, help="repetitions of validation")]
+Backends = Annotated[
+    Literal["auto", "eager", "compiled"],
+    typer.Option(
+        "--backend",
+        help="what runs forwards; auto: compiled if it can (generate: what the mask was tuned for, eager without one)",
+    ),
+]
+Temperature = Annotated[float, typer.Option(min=0, help="sample at it; 0 decodes greedily")]
+Seed = Annotated[int, typer.Option(help="seed of everything random")]
+Folder = Annotated[Path | None, typer.Option("--out", help="results folder (default results/<model>)")]
+
+
+def load(name: str, dtype: str, device: str, revision: str | None, trust: bool) -> Loaded:
+    """The model by this name, with a spinner while it is read."""
+    with err.status(f"loading {escape(name)}"):
+        from skipsearch.model.load import load_model
+
+        return load_model(name, dtype=dtype, device=device, revision=revision, trust_remote_code=trust)
+
+
+def search_options(
+    source: str, column: str | None, config: str | None, split: str, chat: bool, **settings: Any
+) -> SearchOptions:
+    """Settings of a search whose prompts come from there."""
+    from skipsearch.search.options import SearchOptions
+    from skipsearch.search.prompts import PromptSource
+
+    prompts = PromptSource(name=source, column=column, config=config, split=split, chat=chat)
+    return SearchOptions(source=prompts, **settings)
+
+
+def say(data: dict[str, Any], as_json: bool, *shown: Any) -> None:
+    """One JSON object, or what people read."""
+    if as_json:
+        print(json.dumps(data))
+    else:
+        for part in shown:
+            out.print(part, markup=False, soft_wrap=isinstance(part, str))

@@ -1,0 +1,72 @@
+"""`skipsearch run`: search, validate, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from skipsearch.cli import options as opt
+
+
+@opt.app.command()
+def run(
+    model: opt.Model,
+    trials: Annotated[int, typer.Option(min=1, help="finished trials that the study shall hold")] = 200,
+    time_budget: Annotated[float | None, typer.Option(min=0, help="seconds for trials")] = None,
+    sampler: Annotated[
+        Literal["trust-region", "gp", "tpe", "nsga2", "random"] | None,
+        typer.Option(help="who proposes masks (default: trust-region, with --pareto nsga2)"),
+    ] = None,
+    pareto: Annotated[bool, typer.Option("--pareto", help="search the front of acceptance against draft cost")] = False,
+    space: Annotated[Path | None, typer.Option(help="TOML file with a [space] table: what may be skipped")] = None,
+    context: Annotated[
+        list[int] | None, typer.Option(min=1, help="context length to serve (default: the prompts'); may be repeated")
+    ] = None,
+    temperature: opt.Temperature = 0.0,
+    memory: Annotated[float | None, typer.Option(min=0.001, help="GB that replay may take (default: fits)")] = None,
+    prompts: opt.PromptsFrom = "builtin", prompt_column: opt.Column = None, prompt_config: opt.Config = None,
+    prompt_split: opt.Split = "test", chat: opt.Chat = True,
+    num_prompts: opt.Calibration = 24, num_held_out: opt.HeldOut = 20,
+    prompt_tokens: opt.PromptTokens = None, new_tokens: opt.NewTokens = 96, rounds: opt.Rounds = 2, seed: opt.Seed = 0,
+    backend: opt.Backends = "auto",
+    folder: opt.Folder = None,
+    storage: Annotated[str | None, typer.Option(help="Optuna storage URL (default SQLite in the folder)")] = None,
+    study: Annotated[str, typer.Option(help="name of the study")] = "search",
+    dtype: opt.Dtype = "auto", device: opt.Device = "auto", revision: opt.Revision = None, trust: opt.Trust = False,
+    as_json: opt.Json = False, debug: opt.Debug = False,
+) -> None:  # fmt: skip
+    """Search a mask, validate it on held-out prompts, and write mask.json. Run it again to continue."""
+    options = opt.search_options(
+        prompts, prompt_column, prompt_config, prompt_split, chat, trials=trials, time_budget=time_budget,
+        sampler=sampler or ("nsga2" if pareto else "trust-region"), prompts=num_prompts, held_out=num_held_out,
+        prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds, seed=seed, storage=storage, study=study,
+        backend=backend, pareto=pareto, space=space, contexts=tuple(context or ()), temperature=temperature,
+        memory=None if memory is None else memory * 1e9,
+    )  # fmt: skip
+    from skipsearch.report.progress import stages
+
+    loaded = opt.load(model, dtype, device, revision, trust)
+    from skipsearch.report.tables import front_table, summary_table
+    from skipsearch.search.run import search, summary
+
+    with stages(opt.err, quiet=as_json) as progress:
+        result = search(loaded, out=folder, options=options, progress=progress.stage, report=progress.trials(trials))
+    data = summary(result)
+    fronts = [front_table(result.front, result.file.provenance.trial)] if pareto else []
+    opt.say(
+        data,
+        as_json,
+        *fronts,
+        summary_table(data),
+        str(result.mask),
+        f"\nNext: {_next_step(model, result.folder, data)}",
+    )
+    raise typer.Exit(0 if result.file.evidence and result.file.evidence.verdict == "use" else 1)
+
+
+def _next_step(model: str, folder: Path, data: dict[str, Any]) -> str:
+    if data["evidence"]["verdict"] != "use":
+        return "this mask does not pay here; try more --trials, other --prompts, or a model that tolerates skipping"
+    return f"skipsearch generate --model {model} --mask {folder / 'mask.json'} --prompt 'def read_config(path):'"

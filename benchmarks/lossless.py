@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from skipsearch import SkipMask, load_mask, load_model, self_speculative
-from skipsearch.decoding.sequences import ALIGNED
+from skipsearch.decoding.batch import ALIGNED
 from skipsearch.errors import UnsupportedModel
 from skipsearch.model.families import FAMILIES, tiny_model
 from skipsearch.model.sublayers import find_sublayers

@@ -11,9 +11,10 @@ import torch
 from conftest import SUPPORTED, make_tiny
 
 from skipsearch import SkipMask, self_speculative
+from skipsearch.decoding.batch import ALIGNED
 from skipsearch.decoding.loop import decode
 from skipsearch.decoding.policy import DraftPolicy
-from skipsearch.decoding.sequences import ALIGNED, Sequences
+from skipsearch.decoding.sequences import Sequences
 from skipsearch.search.audit import audit
 
 MOE = {"mixtral", "qwen3_moe", "glm4_moe", "deepseek_v3", "gpt_oss", "llama4_text"}

@@ -22,6 +22,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from skipsearch.decoding.accept import Sampling
 from skipsearch.decoding.asked import built_in, layout, not_handed_on, refuse_in_batch, refuse_modes
 from skipsearch.decoding.backend import Backend, Progress, compiled_for, state_of, warm_draft
+from skipsearch.decoding.batch import ALIGNED
 from skipsearch.decoding.compiled import CompiledModel
 from skipsearch.decoding.joint import Joint, jointly
 from skipsearch.decoding.loop import decode
@@ -29,7 +30,7 @@ from skipsearch.decoding.pace import Pace
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.processors import check
 from skipsearch.decoding.rows import rows_may_differ
-from skipsearch.decoding.sequences import ALIGNED, Sequences
+from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import Block, DecodeStats
 from skipsearch.decoding.tuner import Tuner
 from skipsearch.errors import BackendWarning, DecodingError

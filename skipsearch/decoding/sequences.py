@@ -2,174 +2,25 @@
 
 Promises that greedy output equals plain greedy decoding and that sampled output has the target's own
 distribution, row by row. Rows advance each by what it accepted. Shapes: B rows, K drafted tokens,
-V vocabulary, Q tokens of a forward.
+V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, LogitsProcessorList, PreTrainedModel
 
-from skipsearch.decoding.accept import Sampling, accept_greedy, accept_sampling, draw, probabilities
-from skipsearch.decoding.compiled import CompiledModel, Scores
-from skipsearch.decoding.processors import process
+from skipsearch.decoding.accept import accept_greedy, accept_sampling, draw, probabilities
+from skipsearch.decoding.batch import Batch
 from skipsearch.decoding.stats import Block
-from skipsearch.errors import DecodingError
-from skipsearch.mask import SkipMask
-from skipsearch.model.cache import SharedCache
-from skipsearch.model.masks import attention_masks
-from skipsearch.model.sublayers import takes_positions
-from skipsearch.model.view import draft_view
 
-SLACK = 64  # room behind the longest sequence for what a batch's other rows draft
 GUESS = 3  # tokens that a draft reads in one pass beside its own last one
-ALIGNED = 16  # width of the deterministic mode's blocks: a full tile of half-precision kernels
 
 
-class Sequences:
-    """A batch of sequences being decoded: their tokens, their shared cache, and the two steps of a block.
-
-    Args:
-        model: the target.
-        input_ids: [B, T] prompts, padded on the left.
-        capacity: the most tokens a sequence may ever hold, padding included.
-        mask: sublayers that drafting skips; None decodes plainly.
-        draft: its draft view, if there is one already.
-        processors: applied position by position to draft and target alike.
-        sampling: generators; None decodes greedily.
-        past: a dynamic cache to continue from.
-        pads: how many tokens of each row are padding.
-        past_only: tokens that `past` holds and `input_ids` does not repeat.
-        aligned: verify in blocks of this width that begin at multiples of it, so that a token's logits
-            come from the same shapes however it was drafted (one row; 0: blocks as they fall).
-        chunk: the most tokens that a prefill processes at once.
-        numbers: which rows these are of the batch that the processors were made for.
-        compiled: run forwards through it; one row, not aligned.
-
-    Attributes:
-        rows: which sequence of the batch each active row is; those that ended have left.
-        lengths: tokens of each active row, padding included.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, input_ids: Tensor, *, capacity: int, mask: SkipMask | None = None,
-        draft: PreTrainedModel | None = None, processors: LogitsProcessorList | None = None,
-        sampling: Sampling | None = None, past: Cache | None = None, pads: list[int] | None = None,
-        past_only: int = 0, aligned: int = 0, chunk: int | None = None, numbers: list[int] | None = None,
-        compiled: CompiledModel | None = None,
-    ) -> None:  # fmt: skip
-        rows, length = input_ids.shape
-        self.target = model
-        self.rows, self.lengths = list(numbers or range(rows)), [length] * rows
-        self.vocabulary = model.config.get_text_config(decoder=True).vocab_size
-        self.compiled, buffers = compiled, None
-        if compiled is not None:
-            assert rows == 1 and not aligned
-            self.buffers = buffers = compiled.lease(capacity + past_only, self)
-            self.target_layers = compiled.pieces.layers_of(model)
-            self.ids, chunk = buffers.ids, compiled.chunk
-        else:
-            self.ids = torch.zeros((rows, capacity + SLACK), dtype=torch.long, device=input_ids.device)
-        self.draft_with(draft if draft is not None or mask is None else draft_view(model, mask))
-        self.ids[:, :length] = input_ids
-        pads = pads or [0] * rows
-        self.cache = SharedCache(model, capacity, past, rows, None if buffers is None else buffers.layers)
-        # A token's slot in the cache is its place in `ids` less this: common padding is not computed at all.
-        self.offset = (0 if self.cache.committed[0] else min(pads)) - past_only
-        self.pads = [pad - max(0, self.offset) for pad in pads]
-        context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        # What a batch's other rows draft, and what fills an aligned block, may lie beyond the context.
-        size = capacity + past_only + SLACK if buffers is None else len(buffers.positions)
-        self.positions = torch.arange(size, device=input_ids.device)
-        if context:
-            self.positions.clamp_(max=max(context, capacity + past_only) - 1)
-        if buffers is not None:
-            buffers.positions.copy_(self.positions)
-        self.processors = processors or LogitsProcessorList()
-        self.sampling, self.aligned, self.chunk = sampling, aligned, chunk
-        self.few_logits = model._supports_logits_to_keep()
-        self.takes_positions = takes_positions(model)
-        for b, committed in enumerate(self.cache.committed):
-            # Of a cache that holds the whole prompt, the last token is processed again; for the same shapes, all are.
-            self.cache.committed[b] = 0 if aligned else min(committed, length - 1 - self.offset)
-        if aligned and (rows > 1 or self.offset < 0):
-            raise DecodingError(
-                f"deterministic decoding takes one sequence with all its tokens, got {rows} sequences and "
-                f"{past_only} tokens in past_key_values alone; pass whole prompts, one by one"
-            )
-
-    def draft_with(self, view: PreTrainedModel | None) -> None:
-        """From now on, draft with this view; its predecessors' keys are not looked at."""
-        self.draft_model = view
-        self.draft_layers = [] if self.compiled is None or view is None else self.compiled.pieces.layers_of(view)
-
-    def _forward(self, model: PreTrainedModel, starts: list[int], width: int, keep: int) -> Tensor:
-        """Logits [B, keep, V] of the last `keep` of `width` tokens, written to the cache from `starts` on."""
-        if self.compiled is not None:
-            return self._compiled(model is self.target, starts[0], width, keep).logits
-        extra: dict[str, Any] = {"logits_to_keep": keep} if self.few_logits and keep < width else {}
-        first, rows = starts[0], len(starts)
-        if all(start == first for start in starts) and not any(self.pads):
-            self.cache.seek(starts)
-            ids = self.ids[:rows, first + self.offset : first + self.offset + width]
-            position_ids = self.positions[None, first : first + width].expand(rows, -1)
-        else:
-            device = self.ids.device
-            pads = torch.tensor(self.pads, device=device)
-            slots_BQ = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
-            self.cache.seek(starts, slots_BQ)
-            ids = self.ids[:rows].gather(1, (slots_BQ + self.offset).clamp(max=self.ids.shape[1] - 1))
-            position_ids = self.positions[(slots_BQ - pads[:, None]).clamp(min=0, max=len(self.positions) - 1)]
-            layer = self.cache.cache.layers
-
-            def keys(window: int | None) -> Tensor:
-                length, offset = layer[self.cache.windows.index(window)].get_mask_sizes(width)
-                return torch.arange(offset, offset + length, device=device)[None]
-
-            extra["attention_mask"] = attention_masks(
-                model, self.cache.windows, slots_BQ, keys, pads if any(self.pads) else None
-            )
-        if self.takes_positions:
-            extra["position_ids"] = position_ids
-        out = model(input_ids=ids, past_key_values=self.cache.cache, use_cache=True, **extra)
-        logits: Tensor = out.logits[:, -keep:]
-        return logits
-
-    def _process(self, logits_BV: Tensor, ends: list[int]) -> Tensor:
-        """Scores [B, V] for the token behind the first ends[b] of each row, given that prefix."""
-        if not self.processors:
-            return logits_BV
-        rows_of: dict[int, list[int]] = {}
-        for row, end in enumerate(ends):
-            rows_of.setdefault(end, []).append(row)
-        scores_BV = torch.empty(logits_BV.shape, dtype=torch.float32, device=logits_BV.device)
-        for end, rows in rows_of.items():  # processors take rows of one length
-            every = len(rows) == len(ends)
-            prefix = self.ids[: len(ends), :end] if every else self.ids[rows, :end]
-            logits = logits_BV if every else logits_BV[rows]
-            scores = process(self.processors, [self.rows[row] for row in rows], prefix, logits)
-            scores_BV[... if every else rows] = scores
-        return scores_BV
-
-    def _compiled(self, target: bool, start: int, width: int, keep: int) -> Scores:
-        """The same through the compiled model, with the likeliest tokens and their probabilities."""
-        assert self.compiled is not None
-        layers = self.target_layers if target else self.draft_layers
-        scores = self.compiled.forward(layers, self.buffers, start, start + self.offset, width, keep_last=keep == 1)
-        have = scores.said.shape[1]
-        if have == keep:
-            return scores
-        last = min(width, have)
-        return Scores(scores.logits[:, last - keep : last], scores.said[:, last - keep : last])
-
-    def put(self, row: int, ahead: int, tokens: list[int]) -> None:
-        """Draft these tokens behind a row's last one and `ahead` others."""
-        place = self.lengths[row] + ahead
-        self.ids[row, place : place + len(tokens)] = torch.tensor(tokens, device=self.ids.device)
+class Sequences(Batch):
+    """A batch with the two steps of a block; made like `Batch`."""
 
     @torch.no_grad()
     def draft(
@@ -314,37 +165,6 @@ class Sequences:
             _scores_BKV=logits_BKV,
         )  # fmt: skip
 
-    def _target_logits(self, k: int) -> tuple[Tensor, Tensor | None]:
-        """The target's logits [B, k + 1, V] for the token behind each row's last one and behind k drafts.
-
-        And, where the forward says it, the likeliest tokens and their probabilities [2, k + 1].
-        """
-        last = self.lengths[0] - 1 - self.offset
-        starts = self.cache.committed
-        if not self.aligned:
-            ahead = (last - starts[0]) // self.chunk * self.chunk if self.chunk else 0
-            if self.chunk and last + k + 1 - starts[0] - ahead > self.chunk:
-                ahead = last - starts[0]
-            starts = self._prefill(starts, ahead)
-            if self.compiled is not None:
-                scores = self._compiled(True, starts[0], last + k + 1 - starts[0], k + 1)
-                return scores.logits, scores.said
-            return self._forward(self.target, starts, last + k + 1 - starts[0], k + 1), None
-        first = last // self.aligned * self.aligned
-        assert last + k < first + self.aligned, "a draft reaches beyond its aligned block"
-        self._prefill(starts, first - starts[0])
-        # Rows of the block that are committed come out as they did before; what fills it behind is seen by no one.
-        logits = self._forward(self.target, [first], self.aligned, self.aligned)
-        return logits[:, last - first : last - first + k + 1], None
-
-    def _prefill(self, starts: list[int], width: int) -> list[int]:
-        """Process so many tokens for their keys alone; returns where they end."""
-        while width > 0:
-            step = min(width, self.chunk or width)
-            self._forward(self.target, starts, step, 1)
-            starts, width = [start + step for start in starts], width - step
-        return starts
-
     def _behind(self, k: int) -> Tensor:
         """The k tokens [B, k] behind each row's last one."""
         rows, first = len(self.lengths), self.lengths[0]
@@ -352,41 +172,3 @@ class Sequences:
             return self.ids[:rows, first : first + k]
         where = torch.tensor(self.lengths, device=self.ids.device)[:, None] + torch.arange(k, device=self.ids.device)
         return self.ids[:rows].gather(1, where.clamp(max=self.ids.shape[1] - 1))
-
-    def room(self, max_length: int) -> list[int]:
-        """How many tokens each row may draft so that the block, with the target's token, stays within the limit."""
-        rooms = [max_length - length - 1 for length in self.lengths]
-        if self.aligned:
-            last = self.lengths[0] - 1 - self.offset
-            rooms = [min(rooms[0], self.aligned - 1 - last % self.aligned)]
-        return rooms
-
-    def truncate(self, row: int, length: int) -> None:
-        """Forget all tokens of an active row behind the first `length`; the last one left is processed again.
-
-        Raises:
-            DecodingError: it reaches into `past_key_values` of a sliding window, and the tokens there are not known.
-        """
-        self.lengths[row] = length
-        committed = min(self.cache.committed[row], length - 1 - self.offset)
-        if committed < self.cache.floor:
-            if self.offset < 0:
-                raise DecodingError(
-                    f"length is {length}, which lies inside past_key_values, and a sliding window forgets; "
-                    f"pass the whole prompt"
-                )
-            committed = 0  # everything is processed again
-        self.cache.committed[row] = committed
-
-    def drop(self, ended: list[int]) -> None:
-        """Take active rows out of the batch; the last ones take their places."""
-        left = len(self.rows) - len(ended)
-        free = [row for row in ended if row < left]
-        movers = sorted(set(range(left, left + len(ended))) - set(ended))
-        self.cache.move(movers, free, left)
-        if free:
-            self.ids[free] = self.ids[movers]
-        for values in (self.rows, self.lengths, self.pads):
-            for source, target in zip(movers, free, strict=True):
-                values[target] = values[source]
-            del values[left:]

@@ -30,7 +30,7 @@ from skipsearch.mask import KINDS
 from skipsearch.model.preset import presets
 from skipsearch.model.view import draft_view
 from skipsearch.search.cost import Costs, Point, draft_step
-from skipsearch.search.objective import Scorer, join, score, standard_error
+from skipsearch.search.objective import Scorer, foreseen, join, score, standard_error
 from skipsearch.search.prepare import Prepared
 from skipsearch.search.profile import alike, profile, profile_or_load
 from skipsearch.search.prompts import Prompts
@@ -119,6 +119,31 @@ def test_score_picks_a_policy_no_worse_than_any_fixed_one(tiny: Any) -> None:
     drafts = replay.of(mask)
     fixed = [DraftPolicy(max_length=k) for k in range(1, 9)]
     assert best.tokens_per_second >= 0.95 * max(join(drafts.walk(p), mask, p, POINT).tokens_per_second for p in fixed)
+
+
+@given(st.lists(st.lists(st.tuples(st.booleans(), st.floats(0, 1)), min_size=2, max_size=12), min_size=1, max_size=4),
+       st.sampled_from([None, 0.2, 0.7]), st.integers(1, 4))  # fmt: skip
+def test_what_is_foreseen_is_a_walk(
+    stretches: list[list[tuple[bool, float]]], threshold: float | None, length: int
+) -> None:
+    """Prevents all policies' walks at once from differing from one walk, block by block."""
+    blocks, outlook = Counter[tuple[int, int]](), []
+    for stretch in stretches:
+        begins, at = len(stretch) - 1, 0
+        outlook.append(([right for right, _ in stretch], [sure for _, sure in stretch], begins))
+        while at < begins:
+            drafted = 0
+            while drafted < min(length, len(stretch) - at - 1):
+                drafted += 1
+                if stretch[at + drafted - 1][1] < (threshold or 0):
+                    break
+            accepted = next((j for j in range(drafted) if not stretch[at + j][0]), drafted)
+            blocks[drafted, accepted] += 1
+            at += accepted + 1
+    mask, policy = SkipMask(attention=[0], num_layers=4), DraftPolicy(max_length=length, exit_threshold=threshold)
+    found, known = foreseen(outlook, mask, POINT, [length], [threshold]), join(blocks, mask, policy, POINT)
+    assert found.policy == policy and found.tau == known.tau and found.acceptance_rate == known.acceptance_rate
+    assert found.tokens_per_second == pytest.approx(known.tokens_per_second)
 
 
 def test_join_adds_up_by_hand() -> None:

@@ -170,6 +170,20 @@ def test_nothing_is_proposed_twice_while_something_is_new() -> None:
     assert study.best_value == 0
 
 
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), min_size=1, max_size=6), st.integers(0, 2**32 - 1))
+def test_candidates_lie_in_the_region(sizes: list[tuple[int, int]], seed: int) -> None:
+    """Prevents proposals out of bounds or too far away, for one parameter, wide ones and ones without room too."""
+    sampler = TrustRegionSampler({f"p{i}": (low, low + size) for i, (low, size) in enumerate(sizes)}, 0)
+    rng = np.random.default_rng(seed)
+    centre = rng.integers(sampler.low.astype(int), sampler.high.astype(int) + 1).astype(float)
+    radius = float(rng.integers(1, 7))
+    candidates = sampler._candidates(centre, radius, rng)
+    assert candidates.shape[1] == len(sizes) and len(candidates) >= 400
+    assert (candidates >= sampler.low).all() and (candidates <= sampler.high).all()
+    assert ((candidates != centre).sum(1) <= max(2, radius)).all()
+    assert (candidates == candidates.round()).all()
+
+
 def test_the_region_grows_shrinks_and_begins_anew() -> None:
     """Prevents a region that stays where nothing is left to find."""
     low, high = np.zeros(8), np.ones(8)

@@ -67,6 +67,19 @@ def test_seeds_come_first_and_once(tmp_path: Path) -> None:
     assert study.finished()[1].user_attrs["seed"] == "best"
 
 
+def test_two_workers_share_the_seeds(tmp_path: Path) -> None:
+    """Prevents a worker's own queue from repeating, or from letting the sampler overtake, what another has begun."""
+    seeds = [(str(layer), SkipMask(mlp=[layer], num_layers=4)) for layer in range(4)]
+    workers = [open_study(tmp_path, "trust-region") for _ in range(2)]
+    for worker in workers:
+        worker.enqueue(seeds)
+    for trials in range(1, 7):
+        workers[trials % 2].optimize(scorer, trials=trials, time_budget=None, report=nothing)
+    trials_now = workers[0].finished()
+    assert [t.user_attrs.get("seed") for t in trials_now[:4]] == ["0", "1", "2", "3"]
+    assert len({workers[0].mask_of(t) for t in trials_now}) == 6
+
+
 def test_masks_are_scored_once(tmp_path: Path) -> None:
     """Prevents replay from being paid twice for one mask, within a run and after resuming."""
     calls: list[SkipMask] = []

@@ -1,4 +1,4 @@
-"""Commands that read what is there: show, import, models, dashboard."""
+"""Commands about files and presets: show, import, models, dashboard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's tuner, ready: compiled, proven to score drafts side by side, and with prices of its own."""
+"""A model's tuner, ready: compiled, tried for scoring drafts side by side, and with prices of its own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def make_tuner(
     model: PreTrainedModel, compiled: CompiledModel | None, policy: DraftPolicy, mask: SkipMask | None,
     progress: Progress | None, *, share: float, seed: int,
 ) -> OnTheFly:  # fmt: skip
-    """A tuner that has priced the steps of this model, and compiled what any mask may need."""
+    """A tuner that has priced the steps of this model, and compiled what any mask may need.
+
+    Where drafts cannot be scored side by side it searches nothing, and a warning says so.
+    """
     layers = find_sublayers(model).num_layers
     for half in KINDS:  # whatever is found later compiles nothing more
         warm_mask(compiled, model, SkipMask(**{half: range(layers)}, num_layers=layers), progress)  # type: ignore[arg-type]

@@ -75,14 +75,15 @@ def self_speculative(
     online, joint = mask_or_path == "auto", decoding == "mtad"
     if decoding not in ("lossless", "mtad"):
         raise DecodingError(f"decoding is {decoding!r}, must be 'lossless' or 'mtad'")
-    for name, value, goes, with_what in (
-        ("start", start, online, "'auto'"), ("share", share, online, "'auto'"),
-        ("draft_model", draft_model, joint, "decoding='mtad'"), ("beam_width", beam_width, joint, "decoding='mtad'"),
-        ("threshold", threshold, joint, "decoding='mtad'"),
+    auto, mtad, leave = "'auto' alone", "decoding='mtad' alone", "leave it out"
+    for name, value, goes, with_what, mend in (
+        ("start", start, online, auto, "pass it as the first argument"), ("share", share, online, auto, leave),
+        ("draft_model", draft_model, joint, mtad, leave), ("beam_width", beam_width, joint, mtad, leave),
+        ("threshold", threshold, joint, mtad, leave),
     ):  # fmt: skip
         if value is not None and not goes:
-            said = f"is {value!r}" if isinstance(value, int | float | str | Path) else "was given"
-            raise DecodingError(f"{name} {said}, which goes with {with_what} alone; leave it out")
+            said = f"is {value!r}" if isinstance(value, int | float | str | Path | SkipMask) else "was given"
+            raise DecodingError(f"{name} {said}, which goes with {with_what}; {mend}")
     share = SHARE if share is None else share
     if not 0 <= share < 1:
         raise DecodingError(f"share is {share}, must be at least 0 and below 1; try 0.05")

@@ -1,6 +1,6 @@
 """Costs: seconds of a draft step and of a verify on one device, as curves over context length.
 
-Plain values; `profile` measures them. Knows no tokens.
+Values, and the name of what they were measured on; `profile` measures them. Knows no tokens.
 """
 
 from __future__ import annotations

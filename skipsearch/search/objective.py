@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 from scipy.stats import spearmanr
 
@@ -17,6 +20,8 @@ from skipsearch.mask import SkipMask
 from skipsearch.search.cost import Point, draft_step
 from skipsearch.search.drafts import Lane, MaskReplay, Outlook
 from skipsearch.search.replay import Replay
+
+Array = NDArray[Any]
 
 BINS = 16  # of the confidence, in a calibrated exit
 AGREEMENT = 0.9  # rank correlation with whole scores from which a stage may give up
@@ -103,39 +108,38 @@ def foreseen(
     thresholds: Sequence[float | None] = THRESHOLDS[::2],
 ) -> Score:  # fmt: skip
     """The best policy of those and what it would reach, if all depended on the position alone."""
-    wrong = [_next(not yes for yes in right) for right, _, _ in outlook]
+    counts = _counts(outlook, np.array(lengths), np.array([threshold or 0.0 for threshold in thresholds]))
     scores = []
-    for threshold in thresholds:
-        least = threshold or 0.0
-        unsure = [_next(confidence < least for confidence in sure) for _, sure, _ in outlook]
-        for k in lengths:
-            policy = DraftPolicy(max_length=k, exit_threshold=threshold)
-            blocks = Counter[tuple[int, int]]()
-            for (right, _, begins), wrong_at, unsure_at in zip(outlook, wrong, unsure, strict=True):
-                _walk(blocks, k, len(right), begins, wrong_at, unsure_at)
-            scores.append(join(blocks, mask, policy, point))
+    for i, j in itertools.product(range(len(thresholds)), range(len(lengths))):
+        blocks = Counter({(int(k), int(n)): int(counts[i, j, k, n]) for k, n in np.argwhere(counts[i, j])})
+        scores.append(join(blocks, mask, DraftPolicy(max_length=lengths[j], exit_threshold=thresholds[i]), point))
     return max(scores, key=lambda s: s.tokens_per_second)
 
 
-def _next(found: Iterable[bool]) -> list[int]:
-    """From each position on, where the next one stands; as many as there are positions, and none behind them."""
-    flags = list(found)
-    places = [len(flags)] * (len(flags) + 1)
-    for i in range(len(flags) - 1, -1, -1):
-        places[i] = i if flags[i] else places[i + 1]
-    return places
+def _counts(outlook: Outlook, lengths_K: Array, thresholds_T: Array) -> Array:
+    """Blocks [T, K, k, n] of drafted and accepted tokens, of each threshold with each length; all walk at once."""
+    sizes_L, begins_L = np.array([(len(right), begins) for right, _, begins in outlook]).T
+    wrong_LS, sure_LS = np.zeros((len(outlook), sizes_L.max()), dtype=bool), np.ones((len(outlook), sizes_L.max()))
+    for i, (right, sure, _) in enumerate(outlook):
+        wrong_LS[i, : len(right)], sure_LS[i, : len(sure)] = np.logical_not(right), sure
 
+    def following(flags_LS: Array) -> Array:
+        """Where the next one stands, from each position on; the lane's size if there is none."""
+        places = np.where(flags_LS, np.arange(sizes_L.max()), sizes_L[:, None])
+        return np.asarray(np.minimum.accumulate(places[..., ::-1], axis=-1)[..., ::-1])
 
-def _walk(
-    blocks: Counter[tuple[int, int]], longest: int, size: int, begins: int, wrong: list[int], unsure: list[int]
-) -> None:  # fmt: skip
-    """Count the blocks of one stretch; from each position on, where the next wrong and the next unsure token stand."""
-    at = 0
-    while at < begins:
-        k = min(longest, size - at - 1, unsure[at] - at + 1)
-        n = min(k, wrong[at] - at)
-        blocks[k, n] += 1
-        at += n + 1
+    wrong_LS, unsure_TLS = following(wrong_LS), following(sure_LS < thresholds_T[:, None, None])
+    at_TKL = np.zeros((len(thresholds_T), len(lengths_K), len(outlook)), dtype=int)
+    most = lengths_K.max() + 1
+    counts = np.zeros((*at_TKL.shape[:2], most, most), dtype=int)
+    while (walking := np.nonzero(at_TKL < begins_L))[0].size:
+        t, k, lane = walking
+        at = at_TKL[walking]
+        drafted = np.minimum(np.minimum(lengths_K[k], sizes_L[lane] - at - 1), unsure_TLS[t, lane, at] - at + 1)
+        accepted = np.minimum(drafted, wrong_LS[lane, at] - at)
+        np.add.at(counts, (t, k, drafted, accepted), 1)
+        at_TKL[walking] = at + accepted + 1
+    return counts
 
 
 class Scorer:

@@ -154,7 +154,7 @@ class TrustRegionSampler(BaseSampler):
         pairs_M = np.minimum(rng.integers(1, max(1, most // 2) + 1, count), min(room_up.sum(), room_down.sum()))
         exchange_MD = some(room_up, pairs_M).astype(float) - some(room_down, pairs_M)
         up_MD = room_up & (~room_down | (rng.random((count, dims)) < 0.5))
-        reach_D = np.maximum(1, (self.high - self.low) // 2)  # of wide parameters
+        reach_D = np.maximum(1, (self.high - self.low) // 2).astype(int)  # of wide parameters
         steps_MD = np.where(up_MD, 1, -1) * rng.integers(1, reach_D + 1, (count, dims))
         change_MD = steps_MD * some(everywhere, rng.integers(1, most + 1, count))
         moved_MD = np.where(rng.random((count, 1)) < 0.5 if most >= 2 else False, exchange_MD, change_MD)

@@ -152,7 +152,8 @@ class Study:
     def enqueue(self, seeds: list[Seed]) -> None:
         """Put seeds in front of the sampler's own proposals; those already in the study are left out.
 
-        They enter the storage one at a time, when their turn comes: Optuna reads all that wait again for each trial.
+        They enter the storage one at a time, when their turn comes: Optuna reads all that wait again for each trial. Of
+        two workers, each with its own queue, one leaves out what the other has added.
         """
         self._queue += [(self.space.params(mask), label) for label, mask in seeds]
         # What an interrupted run was working on when it was stopped is worth finishing.
@@ -161,15 +162,14 @@ class Study:
                 self._queue.append((trial.params, f"again:{trial.number}"))
 
     def _propose(self, trials: list[FrozenTrial]) -> None:
-        """Add the next trial, a seed or our own sampler's, unless some wait."""
-        if any(t.state == TrialState.WAITING for t in trials):
-            return
+        """Add the next trial: a seed, or our own sampler's unless some wait."""
         known = {tuple(t.params.items()) for t in trials if t.state != TrialState.FAIL} if self._queue else set()
-        while self._queue:
+        while self._queue:  # whatever waits: it may be another worker's
             params, label = self._queue.popleft()
             if tuple(params.items()) not in known:
                 return self._add(params, {"seed": label})
-        if isinstance(self.study.sampler, TrustRegionSampler):
+        waiting = any(t.state == TrialState.WAITING for t in trials)
+        if isinstance(self.study.sampler, TrustRegionSampler) and not waiting:
             self._add(self.study.sampler.propose(trials), {})
 
     def _add(self, params: dict[str, Any], attrs: dict[str, str]) -> None:

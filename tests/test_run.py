@@ -12,7 +12,7 @@ import torch
 
 from skipsearch import load_mask, search, self_speculative
 from skipsearch.errors import PromptError, ResultsError, SkipsearchError, StudyMismatch
-from skipsearch.search.options import SearchOptions
+from skipsearch.search.options import MAX_LENGTH, SearchOptions
 from skipsearch.search.prepare import chosen_prompts
 from skipsearch.search.run import validate_file
 from skipsearch.search.validate import interval
@@ -123,3 +123,17 @@ def test_interval_covers_the_ratio_and_narrows() -> None:
     assert low < plain.sum() / noisy.sum() < high and high - low < 0.3
     few = interval(plain[:8], noisy[:8], 0)
     assert few[1] - few[0] > high - low
+
+
+def test_a_mask_for_long_contexts_is_proven_at_them(demo: Any) -> None:
+    """Prevents --context from steering the search alone, with a verdict from short prompts."""
+    without = replace(SMALL, held_out=3)
+    options = replace(without, contexts=(100, 300, 480))
+    short, long = chosen_prompts(demo, without), chosen_prompts(demo, options)
+    assert long.calibration == short.calibration
+    room = demo.model.config.max_position_embeddings - SMALL.new_tokens - MAX_LENGTH
+    for i, (prompt, longer) in enumerate(zip(short.held_out, long.held_out, strict=True)):
+        wanted = min(room, options.contexts[i % 3] - SMALL.new_tokens // 2)
+        assert len(longer) == max(len(prompt), wanted) and longer[-len(prompt) :] == prompt
+    with pytest.raises(PromptError, match="context is 5000"):
+        chosen_prompts(demo, replace(SMALL, contexts=(5000,)))

@@ -18,7 +18,7 @@ def validate(
     prompt_split: opt.Split = "test", chat: opt.Chat = True,
     num_prompts: opt.Calibration = 24, num_held_out: opt.HeldOut = 20,
     prompt_tokens: opt.PromptTokens = None, new_tokens: opt.NewTokens = 96, rounds: opt.Rounds = 2, seed: opt.Seed = 0,
-    backend: opt.Backends = "auto", temperature: opt.Temperature = 0.0,
+    backend: opt.Backends = "auto", temperature: opt.Temperature = 0.0, context: opt.Contexts = None,
     write: Annotated[bool, typer.Option(help="put the new evidence into the mask file")] = False,
     audited: Annotated[
         bool, typer.Option("--audit", help="instead of timing, explain every difference from plain decoding in fp32")
@@ -33,7 +33,7 @@ def validate(
     options = opt.search_options(
         prompts, prompt_column, prompt_config, prompt_split, chat, prompts=num_prompts, held_out=num_held_out,
         prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds, seed=seed, backend=backend,
-        temperature=temperature,
+        temperature=temperature, contexts=tuple(context or ()),
     )  # fmt: skip
     loaded = opt.load(model, dtype, device, revision, trust)
     from skipsearch.model.load import check_mask_belongs

@@ -39,6 +39,9 @@ PromptTokens = Annotated[int | None, typer.Option(min=1, help="cut prompts to so
 NewTokens = Annotated[int, typer.Option(min=2, help="tokens to decode from each prompt")]
 Calibration = Annotated[int, typer.Option("--num-prompts", min=2, help="prompts to search with")]
 HeldOut = Annotated[int, typer.Option("--num-held-out", min=2, help="prompts to validate on")]
+Contexts = Annotated[
+    list[int] | None, typer.Option(min=1, help="context length to serve (default: the prompts'); may be repeated")
+]
 Rounds = Annotated[int, typer.Option(min=1, help="repetitions of validation")]
 Backends = Annotated[
     Literal["auto", "eager", "compiled"],

@@ -21,9 +21,7 @@ def run(
     ] = None,
     pareto: Annotated[bool, typer.Option("--pareto", help="search the front of acceptance against draft cost")] = False,
     space: Annotated[Path | None, typer.Option(help="TOML file with a [space] table: what may be skipped")] = None,
-    context: Annotated[
-        list[int] | None, typer.Option(min=1, help="context length to serve (default: the prompts'); may be repeated")
-    ] = None,
+    context: opt.Contexts = None,
     temperature: opt.Temperature = 0.0,
     memory: Annotated[float | None, typer.Option(min=0.001, help="GB that replay may take (default: fits)")] = None,
     prompts: opt.PromptsFrom = "builtin", prompt_column: opt.Column = None, prompt_config: opt.Config = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -17,7 +17,7 @@ from skipsearch.model.sublayers import find_sublayers
 from skipsearch.search.cost import Costs, Point, set_up
 from skipsearch.search.options import MAX_LENGTH, SearchOptions
 from skipsearch.search.profile import profile_or_load
-from skipsearch.search.prompts import Prompts, fingerprint, load_prompts
+from skipsearch.search.prompts import Prompts, fingerprint, lengthened, load_prompts
 from skipsearch.search.space import Space
 from skipsearch.search.trace import Progress, Trace, record_or_load
 
@@ -41,10 +41,10 @@ class Prepared:
 
 
 def chosen_prompts(loaded: Loaded, options: SearchOptions) -> Prompts:
-    """The prompts of a run, checked against the model's context.
+    """The prompts of a run, checked against the model's context; the held-out ones as long as is to be served.
 
     Raises:
-        PromptError: see `load_prompts`; or no room for any prompt.
+        PromptError: see `load_prompts`; no room for any prompt, or for a context that is to be served.
     """
     context = context_limit(loaded.model)
     room = context - options.new_tokens - MAX_LENGTH
@@ -53,10 +53,18 @@ def chosen_prompts(loaded: Loaded, options: SearchOptions) -> Prompts:
             f"new_tokens is {options.new_tokens}, at most {context - MAX_LENGTH - 1} fit the model's context of "
             f"{context}; pass a smaller --new-tokens"
         )
-    return load_prompts(
+    most = longest_profiled(loaded.model)
+    for wanted in options.contexts:
+        if not 1 <= wanted <= most:
+            raise PromptError(f"context is {wanted}, must be in 1..{most} for this model; pass another --context")
+    found = load_prompts(
         options.source, loaded.tokenizer, calibration=options.prompts, held_out=options.held_out,
         max_tokens=options.prompt_tokens, room=room, seed=options.seed,
     )  # fmt: skip
+    if not options.contexts:
+        return found
+    # Costs say what length does to the search; what is really decoded has to be as long.
+    return replace(found, held_out=lengthened(found.held_out, options.contexts, options.new_tokens, room))
 
 
 def context_limit(model: PreTrainedModel) -> int:
@@ -64,14 +72,15 @@ def context_limit(model: PreTrainedModel) -> int:
     return int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 1 << 20))
 
 
+def longest_profiled(model: PreTrainedModel) -> int:
+    """The longest context at which whole blocks can be timed."""
+    return context_limit(model) - MAX_LENGTH - 4
+
+
 def prepare(loaded: Loaded, folder: Path, options: SearchOptions, progress: Progress) -> Prepared:
     """Prompts, record and profile."""
     model = loaded.model
     prompts = chosen_prompts(loaded, options)
-    most = context_limit(model) - MAX_LENGTH - 4
-    for context in options.contexts:
-        if not 1 <= context <= most:
-            raise PromptError(f"context is {context}, must be in 1..{most} for this model; pass another --context")
     layers, preset = find_sublayers(model).num_layers, loaded.preset
     if options.space is not None:
         preset = with_space(preset, options.space, layers, loaded.name)
@@ -96,7 +105,7 @@ def prepare(loaded: Loaded, folder: Path, options: SearchOptions, progress: Prog
         raise PromptError("the model ends every calibration prompt at once; choose other prompts with --prompts")
     mean = trace.mean_context
     longest = max(map(len, prompts.calibration)) + options.new_tokens
-    contexts = sorted({round(mean), max(round(mean) + 1, min(longest, most)), *options.contexts})
+    contexts = sorted({round(mean), max(round(mean) + 1, min(longest, longest_profiled(model))), *options.contexts})
     costs = profile_or_load(
         folder / "costs.json", model, made_with, contexts=contexts, max_length=MAX_LENGTH, progress=progress,
         compiled=compiled, temperature=options.temperature,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,21 @@ def load_prompts(
     chosen = chosen[:wanted]
     cut = min(max(2, round(len(chosen) * calibration / wanted)), len(chosen) - 2)
     return Prompts(calibration=tuple(chosen[:cut]), held_out=tuple(chosen[cut:]))
+
+
+def lengthened(prompts: Sequence[Ids], contexts: Sequence[int], new_tokens: int, room: int) -> tuple[Ids, ...]:
+    """Prompts behind so much of the others that what is decoded stands at these context lengths, in turn.
+
+    Args:
+        new_tokens: that will be decoded; their middle is what stands there.
+        room: the longest prompt; those that are longer than wanted already stay as they are.
+    """
+    longer = []
+    for i, prompt in enumerate(prompts):
+        missing = min(room, contexts[i % len(contexts)] - new_tokens // 2) - len(prompt)
+        others = itertools.chain.from_iterable(itertools.cycle([*prompts[i + 1 :], *prompts[:i]]))
+        longer.append((*itertools.islice(others, max(0, missing)), *prompt))
+    return tuple(longer)
 
 
 def _built_in(seed: int) -> Iterator[str]:

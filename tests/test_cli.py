@@ -96,6 +96,16 @@ def test_generate_compares_with_plain_decoding(mask_path: Path) -> None:
     assert data["greedy_equal"] is True and len(data["mask"]["tokens"]) == 12
 
 
+def test_the_prompt_is_printed_once_before_its_continuation() -> None:
+    """Prevents a prompt that both we and `generate` hand to the streamer."""
+    arguments = ["generate", "--model", "demo", "--prompt", "zebra = 1", "--max-new-tokens", "6", "--backend", "eager"]
+    shown = runner.invoke(cli.app, arguments).stdout
+    said = json.loads(runner.invoke(cli.app, [*arguments, "--json"]).stdout)["plain"]
+    assert shown.startswith("zebra = 1" + said["text"]) and shown.count("zebra = 1") == 1 + said["text"].count(
+        "zebra = 1"
+    )
+
+
 def test_generate_finds_masks_on_the_fly(tmp_path: Path, mask_path: Path) -> None:
     """Prevents a search while serving that changes the output or says nothing, and a file saved of nothing."""
     arguments = ["generate", "--model", "demo", "--on-the-fly", "--backend", "eager", "--max-new-tokens", "40"]

@@ -301,6 +301,8 @@ def test_wrong_settings_are_named() -> None:
     for setting in ("beam_width", "threshold"):
         with pytest.raises(DecodingError, match=f"{setting} is 1, which goes with"):
             self_speculative(None, **{setting: 1})
+    with pytest.raises(DecodingError, match="backend is 'fast'"):
+        self_speculative(None, backend="fast")  # type: ignore[arg-type]
     with pytest.raises(DecodingError, match="share is 1"):
         self_speculative("auto", share=1)
     with pytest.raises(DecodingError, match="nothing is searched"):

@@ -37,12 +37,14 @@ Split = Annotated[str, typer.Option("--prompt-split", help="split of a data set 
 Chat = Annotated[bool, typer.Option(help="use the model's chat template where it has one")]
 PromptTokens = Annotated[int | None, typer.Option(min=1, help="cut prompts to so many tokens")]
 NewTokens = Annotated[int, typer.Option(min=2, help="tokens to decode from each prompt")]
-Calibration = Annotated[int, typer.Option("--num-prompts", min=2, help="prompts to search with")]
+Calibration = Annotated[
+    int, typer.Option("--num-prompts", min=2, help="calibration prompts: searched with, never validated on")
+]
 HeldOut = Annotated[int, typer.Option("--num-held-out", min=2, help="prompts to validate on")]
 Contexts = Annotated[
     list[int] | None, typer.Option(min=1, help="context length to serve (default: the prompts'); may be repeated")
 ]
-Rounds = Annotated[int, typer.Option(min=1, help="repetitions of validation")]
+Rounds = Annotated[int, typer.Option(min=1, help="repetitions of each timing")]
 Backends = Annotated[
     Literal["auto", "eager", "compiled"],
     typer.Option(

@@ -30,10 +30,8 @@ def continue_text(
     model, tokenizer = loaded.model, loaded.tokenizer
     inputs = check_room(loaded, prompt, max_new_tokens).to(input_device(model))
     length = inputs["input_ids"].shape[1]
-    streamer = TextStreamer(tokenizer, skip_prompt=False) if stream else None
+    streamer = TextStreamer(tokenizer) if stream else None  # `generate` gives it the prompt first
     method.warm_up(model, progress)
-    if streamer is not None:
-        streamer.put(inputs["input_ids"])
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p} if temperature else {
         "do_sample": False
     }  # fmt: skip

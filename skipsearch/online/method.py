@@ -75,6 +75,8 @@ def self_speculative(
     online, joint = mask_or_path == "auto", decoding == "mtad"
     if decoding not in ("lossless", "mtad"):
         raise DecodingError(f"decoding is {decoding!r}, must be 'lossless' or 'mtad'")
+    if backend not in (None, "auto", "eager", "compiled"):
+        raise DecodingError(f"backend is {backend!r}, must be 'auto', 'eager' or 'compiled'")
     auto, mtad, leave = "'auto' alone", "decoding='mtad' alone", "leave it out"
     for name, value, goes, with_what, mend in (
         ("start", start, online, auto, "pass it as the first argument"), ("share", share, online, auto, leave),

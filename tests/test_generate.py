@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from skipsearch import SkipMask, draft_view, self_speculative
 from skipsearch.errors import DecodingError
 from skipsearch.model.load import DEMO
+from skipsearch.model.sublayers import context_limit
 
 MASK = SkipMask(attention=[0, 2], mlp=[1], num_layers=4)
 
@@ -250,6 +252,13 @@ def test_arguments_that_generate_drops_are_refused(tiny: Any, batch: torch.Tenso
     model(batch[:, :4], past_key_values=filled, use_cache=True)
     with pytest.raises(DecodingError, match="one by one"):
         run(model, batch, past_key_values=filled, custom_generate=self_speculative(MASK))
+
+
+@pytest.mark.parametrize("known", [{}, {"max_position_embeddings": None}])
+def test_a_config_may_know_no_end(known: dict[str, Any]) -> None:
+    """Prevents a context of None, or none at all, from being compared with a number of tokens."""
+    config = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(**known))
+    assert context_limit(SimpleNamespace(config=config)) > 100_000  # type: ignore[arg-type]
 
 
 def test_beyond_the_context(batch: torch.Tensor) -> None:

@@ -26,7 +26,7 @@ from skipsearch.errors import BackendWarning, SkipsearchError
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import MaskFile
 from skipsearch.model.load import Loaded, check_mask_belongs
-from skipsearch.model.sublayers import input_device
+from skipsearch.model.sublayers import context_limit, input_device
 from skipsearch.model.view import draft_view
 from skipsearch.search.cost import device_name
 from skipsearch.search.options import MAX_LENGTH
@@ -163,13 +163,12 @@ def bench(
 
 def bench_file(loaded: Loaded, file: MaskFile | None, options: BenchOptions, progress: Progress) -> dict[str, Any]:
     """`bench` of a mask file, or of the arms that need none, on the prompts that the options name."""
-    text = loaded.model.config.get_text_config(decoder=True)
-    room = int(getattr(text, "max_position_embeddings", None) or 1 << 20) - options.new_tokens - MAX_LENGTH - 1
+    room = context_limit(loaded.model) - options.new_tokens - MAX_LENGTH - 1
     if room < 1:
         raise SkipsearchError(f"new_tokens is {options.new_tokens}, too many for the model's context; pass fewer")
     groups = prompt_groups(
         options.sources, loaded.tokenizer, per_group=options.per_group, room=room, seed=options.seed,
-        vocabulary=text.vocab_size,
+        vocabulary=loaded.model.config.get_text_config(decoder=True).vocab_size,
     )  # fmt: skip
     mask, policy = None, DraftPolicy()
     if file is not None:

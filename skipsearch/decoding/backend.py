@@ -16,7 +16,7 @@ from skipsearch.decoding.compiled import WIDTHS, CompiledModel
 from skipsearch.decoding.sequences import GUESS
 from skipsearch.errors import BackendError, BackendWarning
 from skipsearch.mask import SkipMask
-from skipsearch.model.sublayers import input_device
+from skipsearch.model.sublayers import context_limit, input_device
 from skipsearch.model.view import draft_view
 
 Backend = Literal["auto", "eager", "compiled"]
@@ -90,8 +90,7 @@ def compile_and_prove(model: PreTrainedModel, progress: Progress | None) -> Comp
     layers = compiled.pieces.layers_of(model)
     compiled.warm(layers, widths_of(compiled), progress)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    context = int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 20)
-    length = min(compiled.chunk + 9, context)
+    length = min(compiled.chunk + 9, context_limit(model))
     ids = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(input_device(model))
     expected = model(input_ids=ids, past_key_values=DynamicCache(config=model.config), use_cache=True).logits[0]
     owner = _Owner()

@@ -18,7 +18,7 @@ from skipsearch.errors import DecodingError
 from skipsearch.mask import SkipMask
 from skipsearch.model.cache import SharedCache
 from skipsearch.model.masks import attention_masks
-from skipsearch.model.sublayers import takes_positions
+from skipsearch.model.sublayers import context_limit, takes_positions
 from skipsearch.model.view import draft_view
 
 SLACK = 64  # room behind the longest sequence for what a batch's other rows draft
@@ -76,12 +76,10 @@ class Batch:
         # A token's slot in the cache is its place in `ids` less this: common padding is not computed at all.
         self.offset = (0 if self.cache.committed[0] else min(pads)) - past_only
         self.pads = [pad - max(0, self.offset) for pad in pads]
-        context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         # What a batch's other rows draft, and what fills an aligned block, may lie beyond the context.
         size = capacity + past_only + SLACK if buffers is None else len(buffers.positions)
         self.positions = torch.arange(size, device=input_ids.device)
-        if context:
-            self.positions.clamp_(max=max(context, capacity + past_only) - 1)
+        self.positions.clamp_(max=max(context_limit(model), capacity + past_only) - 1)
         if buffers is not None:
             buffers.positions.copy_(self.positions)
         self.processors = processors or LogitsProcessorList()

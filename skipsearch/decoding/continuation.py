@@ -12,7 +12,7 @@ from skipsearch.decoding.backend import Progress
 from skipsearch.decoding.generate import SelfSpeculative
 from skipsearch.errors import DecodingError
 from skipsearch.model.load import Loaded
-from skipsearch.model.sublayers import input_device
+from skipsearch.model.sublayers import context_limit, input_device
 
 
 def continue_text(
@@ -59,7 +59,7 @@ def check_room(loaded: Loaded, prompt: str, max_new_tokens: int) -> Any:
     """
     inputs = loaded.tokenizer(prompt, return_tensors="pt")
     length = inputs["input_ids"].shape[1]
-    context = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", 1 << 20)
+    context = context_limit(loaded.model)
     if not length:
         raise DecodingError(f"prompt {prompt!r} has no tokens; give some text with --prompt")
     if length + max_new_tokens > context:

@@ -73,6 +73,11 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return device
 
 
+def context_limit(model: PreTrainedModel) -> int:
+    """Tokens that the model's positions reach; where the config knows no end, more than anybody has."""
+    return int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 20)
+
+
 def takes_positions(model: PreTrainedModel) -> bool:
     """Whether the forward takes position ids; models with ALiBi count for themselves."""
     return "position_ids" in inspect.signature(model.forward).parameters

@@ -28,6 +28,7 @@ from skipsearch.decoding.stats import Block
 from skipsearch.errors import BackendWarning, DecodingError
 from skipsearch.mask import KINDS, SkipMask
 from skipsearch.model.load import model_card
+from skipsearch.model.sublayers import context_limit
 from skipsearch.model.view import draft_view
 from skipsearch.online.budget import Budget
 from skipsearch.online.candidates import Candidates, nearest_masks, opening
@@ -71,14 +72,13 @@ class OnTheFly:
     ) -> None:  # fmt: skip
         self._model = weakref.ref(model)  # whoever keeps a tuner for a model does not keep the model
         self.free, self.layers, self.seed, self.budget = free, layers, seed, Budget(share)
-        text = model.config.get_text_config(decoder=True)
-        self.context = int(getattr(text, "max_position_embeddings", None) or 1 << 30)
+        self.context = context_limit(model)
         first = Contest(policy, mask)
         if mask is None:
             first.queue.append(opening(free, layers))
         else:
             first.rejected = PATIENCE // 2  # there is little to find
-        self.domains = Domains(text.vocab_size, first)
+        self.domains = Domains(model.config.get_text_config(decoder=True).vocab_size, first)
         self.corners = corner_views(model, layers)
         self.tokens, self.prepared = 0, 0.0
         self.events: list[tuple[float, int, str]] = []

@@ -21,11 +21,11 @@ from skipsearch.decoding.backend import backend_name, compiled_for, warm_mask
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.mask import SkipMask
 from skipsearch.model.load import Loaded
-from skipsearch.model.sublayers import find_sublayers, input_device
+from skipsearch.model.sublayers import context_limit, find_sublayers, input_device
 from skipsearch.search.cost import Point, device_name
 from skipsearch.search.objective import exact
 from skipsearch.search.options import SearchOptions
-from skipsearch.search.prepare import chosen_prompts, context_limit
+from skipsearch.search.prepare import chosen_prompts
 from skipsearch.search.profile import profile
 from skipsearch.search.prompts import Ids
 from skipsearch.search.replay import Replay

@@ -13,7 +13,7 @@ from skipsearch.decoding.compiled import CompiledModel
 from skipsearch.errors import PromptError
 from skipsearch.model.load import Loaded, model_card
 from skipsearch.model.preset import with_space
-from skipsearch.model.sublayers import find_sublayers
+from skipsearch.model.sublayers import context_limit, find_sublayers
 from skipsearch.search.cost import Costs, Point, set_up
 from skipsearch.search.options import MAX_LENGTH, SearchOptions
 from skipsearch.search.profile import profile_or_load
@@ -65,11 +65,6 @@ def chosen_prompts(loaded: Loaded, options: SearchOptions) -> Prompts:
         return found
     # Costs say what length does to the search; what is really decoded has to be as long.
     return replace(found, held_out=lengthened(found.held_out, options.contexts, options.new_tokens, room))
-
-
-def context_limit(model: PreTrainedModel) -> int:
-    """Tokens that the model's positions reach."""
-    return int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 1 << 20))
 
 
 def longest_profiled(model: PreTrainedModel) -> int:

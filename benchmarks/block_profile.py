@@ -18,17 +18,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from skipsearch.decoding.backend import backend_name, compiled_for, warm_mask
+from skipsearch.compiled.backend import backend_name, compiled_for, warm_mask
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
+from skipsearch.evaluate.cost import device_name
+from skipsearch.evaluate.profile import synchronize
+from skipsearch.evaluate.validate import our_arm
 from skipsearch.maskfile import load_mask
 from skipsearch.model.load import load_model
 from skipsearch.model.sublayers import input_device
-from skipsearch.search.cost import device_name
 from skipsearch.search.options import SearchOptions
 from skipsearch.search.prepare import chosen_prompts
-from skipsearch.search.profile import synchronize
-from skipsearch.search.validate import our_arm
 
 
 def main() -> None:

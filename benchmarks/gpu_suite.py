@@ -33,20 +33,20 @@ from skipsearch.bench.arms import hf_arm
 from skipsearch.bench.bench import BenchOptions, bench, step_costs, weight_bytes
 from skipsearch.bench.groups import prompt_groups
 from skipsearch.bench.machine import copy_bandwidth, read_bandwidth
-from skipsearch.decoding.backend import compiled_for, warm_mask
+from skipsearch.compiled.backend import compiled_for, warm_mask
 from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.evaluate.cost import device_name
+from skipsearch.evaluate.objective import score
+from skipsearch.evaluate.profile import profile, sequence_at, timed
+from skipsearch.evaluate.replay import Replay
+from skipsearch.evaluate.trace import record
+from skipsearch.evaluate.validate import our_arm
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import load_mask
 from skipsearch.model.load import Loaded, load_model
 from skipsearch.model.preset import presets
 from skipsearch.report.bench import save_bench
-from skipsearch.search.cost import device_name
-from skipsearch.search.objective import score
 from skipsearch.search.options import MAX_LENGTH, SearchOptions
-from skipsearch.search.profile import profile, sequence_at, timed
-from skipsearch.search.replay import Replay
-from skipsearch.search.trace import record
-from skipsearch.search.validate import our_arm
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {  # hidden, MLP, layers, heads, KV heads, vocabulary; the preset whose published masks fit

@@ -22,11 +22,11 @@ import pandas as pd
 import torch
 
 from skipsearch import load_mask, load_model, self_speculative
+from skipsearch.evaluate.cost import device_name
+from skipsearch.evaluate.profile import synchronize
 from skipsearch.files import write_json, write_text
-from skipsearch.search.cost import device_name
 from skipsearch.search.options import SearchOptions
 from skipsearch.search.prepare import chosen_prompts
-from skipsearch.search.profile import synchronize
 
 WIDTHS, THRESHOLDS, LENGTHS = (1, 2, 4, 8), (0.1, 0.3, 0.5, 0.7, 0.9), (4,)
 COOLER = (0.8, 0.6)

@@ -27,13 +27,13 @@ import torch
 from skipsearch import SkipMask, load_mask, load_model, self_speculative
 from skipsearch.decoding.batch import ALIGNED
 from skipsearch.errors import UnsupportedModel
+from skipsearch.evaluate.audit import audit
+from skipsearch.evaluate.prompts import PromptSource
+from skipsearch.evaluate.validate import timed_decode
 from skipsearch.model.families import FAMILIES, tiny_model
 from skipsearch.model.sublayers import find_sublayers
-from skipsearch.search.audit import audit
 from skipsearch.search.options import SearchOptions
 from skipsearch.search.prepare import chosen_prompts
-from skipsearch.search.prompts import PromptSource
-from skipsearch.search.validate import timed_decode
 
 
 def generate(model: Any, ids: torch.Tensor, tokens: int, **changes: Any) -> torch.Tensor:

@@ -24,13 +24,13 @@ import pandas as pd
 from rivals.swift_online import Swift
 
 from skipsearch import draft_view, load_mask, load_model, self_speculative
-from skipsearch.decoding.backend import backend_name, compiled_for, warm_mask
-from skipsearch.decoding.pace import Pace
+from skipsearch.compiled.backend import backend_name, compiled_for, warm_mask
 from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.decoding.scheduler import Pace
+from skipsearch.evaluate.cost import device_name
+from skipsearch.evaluate.validate import timed_decode
 from skipsearch.files import write_json, write_text
 from skipsearch.mask import KINDS, SkipMask
-from skipsearch.search.cost import device_name
-from skipsearch.search.validate import timed_decode
 
 WINDOW = 20  # prompts
 AHEAD = 1.03  # of plain decoding's rate so far: what counts as a benefit

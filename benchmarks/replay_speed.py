@@ -22,11 +22,11 @@ import torch
 
 from skipsearch import SkipMask, load_mask, load_model
 from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.evaluate.replay import Replay
+from skipsearch.evaluate.trace import record
+from skipsearch.evaluate.validate import timed_decode
 from skipsearch.search.options import TRIAL_LANES, TRIAL_LENGTH, SearchOptions
 from skipsearch.search.prepare import chosen_prompts
-from skipsearch.search.replay import Replay
-from skipsearch.search.trace import record
-from skipsearch.search.validate import timed_decode
 
 PROMPTS, TOKENS, ROUNDS = 16, 128, 5
 

@@ -32,22 +32,22 @@ from rivals import hidden, selfsd, swift
 from scipy.stats import bootstrap
 
 from skipsearch import SkipMask, load_model
-from skipsearch.decoding.backend import backend_name, compiled_for, warm_mask
+from skipsearch.compiled.backend import backend_name, compiled_for, warm_mask
 from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.evaluate.cost import Point, device_name, merged
+from skipsearch.evaluate.objective import Scorer, join, score
+from skipsearch.evaluate.profile import profile
+from skipsearch.evaluate.replay import Replay
+from skipsearch.evaluate.trace import record
+from skipsearch.evaluate.validate import Timing, our_arm, race
 from skipsearch.files import write_json, write_text
 from skipsearch.maskfile import Draft
 from skipsearch.model.sublayers import find_sublayers
 from skipsearch.report.curves import curves_picture
-from skipsearch.search.cost import Point, device_name, merged
-from skipsearch.search.objective import Scorer, join, score
 from skipsearch.search.options import MAX_LENGTH, TRIAL_LANES, TRIAL_LENGTH, SearchOptions
 from skipsearch.search.prepare import Prepared, prepare
-from skipsearch.search.profile import profile
-from skipsearch.search.replay import Replay
 from skipsearch.search.run import rescore, search_trials
 from skipsearch.search.seeds import uniform
-from skipsearch.search.trace import record
-from skipsearch.search.validate import Timing, our_arm, race
 
 Stream = Iterator[tuple[int, SkipMask, float]]
 EVALUATIONS = {

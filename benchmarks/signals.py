@@ -28,18 +28,18 @@ from scipy.stats import bootstrap, spearmanr
 from torch import Tensor
 
 from skipsearch import SkipMask, load_mask, load_model
-from skipsearch.decoding.backend import backend_name, warm_mask
+from skipsearch.compiled.backend import backend_name, warm_mask
 from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.draft.view import draft_view
+from skipsearch.evaluate.cost import device_name, draft_step
+from skipsearch.evaluate.hidden_states import layer_states
+from skipsearch.evaluate.objective import exact
+from skipsearch.evaluate.replay import Replay
+from skipsearch.evaluate.validate import our_arm
 from skipsearch.files import write_text
 from skipsearch.model.sublayers import find_sublayers
-from skipsearch.model.view import draft_view
-from skipsearch.search.cost import device_name, draft_step
-from skipsearch.search.objective import exact
 from skipsearch.search.options import SearchOptions
 from skipsearch.search.prepare import prepare
-from skipsearch.search.replay import Replay
-from skipsearch.search.states import layer_states
-from skipsearch.search.validate import our_arm
 
 K = 5
 POLICY = DraftPolicy(max_length=K)

@@ -25,15 +25,15 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from skipsearch.decoding.backend import backend_name, compiled_for, warm_mask
+from skipsearch.compiled.backend import backend_name, compiled_for, warm_mask
+from skipsearch.evaluate.cost import draft_step
+from skipsearch.evaluate.profile import profile
+from skipsearch.evaluate.validate import evidence, measure
 from skipsearch.maskfile import Draft, MaskFile, Provenance
 from skipsearch.model.load import load_model, model_card
-from skipsearch.search.cost import draft_step
 from skipsearch.search.options import MAX_LENGTH, NGRAM, SearchOptions
 from skipsearch.search.prepare import prepare
-from skipsearch.search.profile import profile
 from skipsearch.search.run import rescore, search_trials
-from skipsearch.search.validate import evidence, measure
 
 
 @torch.no_grad()

@@ -6,11 +6,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from skipsearch.draft.view import draft_view
     from skipsearch.mask import SkipMask
     from skipsearch.maskfile import MaskFile, load_mask
     from skipsearch.model.load import load_model
-    from skipsearch.model.view import draft_view
-    from skipsearch.online.method import self_speculative
+    from skipsearch.online.self_speculative import self_speculative
     from skipsearch.search.run import SearchResult, search
 
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
 
 _HOMES = {
     "SkipMask": "mask", "MaskFile": "maskfile", "load_mask": "maskfile", "load_model": "model.load",
-    "draft_view": "model.view", "self_speculative": "online.method", "SearchResult": "search.run",
+    "draft_view": "draft.view", "self_speculative": "online.self_speculative", "SearchResult": "search.run",
 }  # fmt: skip
 
 

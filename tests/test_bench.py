@@ -22,8 +22,8 @@ from skipsearch.bench.machine import Energy, copy_bandwidth, peak_memory
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.errors import PromptError, SkipsearchError
+from skipsearch.evaluate.validate import Run, Timing
 from skipsearch.report.bench import bench_picture, read_bench, save_bench
-from skipsearch.search.validate import Run, Timing
 
 ROOT = Path(__file__).parents[1]
 SKIP = SkipMask(attention=[0, 2], mlp=[1], num_layers=4)

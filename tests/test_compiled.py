@@ -12,16 +12,16 @@ import torch
 from transformers import DynamicCache
 
 from skipsearch import SkipMask, load_mask, self_speculative
-from skipsearch.decoding import backend
-from skipsearch.decoding.backend import compile_and_prove, compiled_for
-from skipsearch.decoding.compiled import CompiledModel
+from skipsearch.compiled import backend
+from skipsearch.compiled.backend import compile_and_prove, compiled_for
+from skipsearch.compiled.model import CompiledModel
 from skipsearch.decoding.loop import decode
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import GUESS, Sequences
 from skipsearch.decoding.stats import DecodeStats
+from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendError, BackendWarning, DecodingError
-from skipsearch.model.view import draft_view
-from skipsearch.online import contest
+from skipsearch.online import incumbent as contest
 
 MASK = SkipMask(attention=[0, 2], mlp=[1, 2], num_layers=4)
 

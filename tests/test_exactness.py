@@ -15,7 +15,7 @@ from skipsearch.decoding.batch import ALIGNED
 from skipsearch.decoding.loop import decode
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
-from skipsearch.search.audit import audit
+from skipsearch.evaluate.audit import audit
 
 MOE = {"mixtral", "qwen3_moe", "glm4_moe", "deepseek_v3", "gpt_oss", "llama4_text"}
 

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "skipsearch"
-ORDER = ["mask", "model", "decoding", "search", "online", "bench", "report", "cli"]
+ORDER = [
+    "mask", "model", "draft", "compiled", "decoding", "joint", "evaluate", "generate", "search", "online", "bench",
+    "report", "cli",
+]  # fmt: skip
 VALUES = {"mask.py", "maskfile.py", "errors.py", "files.py"}
 
 

@@ -12,9 +12,9 @@ from scipy.stats import chisquare
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from skipsearch import SkipMask, draft_view, self_speculative
-from skipsearch.decoding.joint import Joint, JointDecoder, beam_step, joint_log_probs, longest_prefix
-from skipsearch.decoding.tree import Reader, TokenTree
 from skipsearch.errors import DecodingError
+from skipsearch.joint.joint import Joint, JointDecoder, beam_step, joint_log_probs, longest_prefix
+from skipsearch.joint.tree import Reader, TokenTree
 from skipsearch.model.cache import SharedCache
 
 MASK = SkipMask(attention=[0], mlp=[1], num_layers=2)

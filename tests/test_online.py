@@ -15,20 +15,20 @@ from skipsearch import SkipMask, load_mask, self_speculative
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.errors import DecodingError
+from skipsearch.evaluate.cost import Point
+from skipsearch.evaluate.objective import join
+from skipsearch.evaluate.replay import Replay
+from skipsearch.evaluate.trace import Trace
 from skipsearch.mask import KINDS
-from skipsearch.online import contest as contests
+from skipsearch.online import incumbent as contests
 from skipsearch.online import tuner as tuning
 from skipsearch.online.budget import Budget
 from skipsearch.online.candidates import Candidates, nearest_masks, opening
-from skipsearch.online.contest import KEPT, PATIENCE, Contest
 from skipsearch.online.domains import Domains
-from skipsearch.online.prices import corner_views, measure
+from skipsearch.online.incumbent import KEPT, PATIENCE, Contest
+from skipsearch.online.live_costs import corner_views, measure
 from skipsearch.online.tuner import OnTheFly
 from skipsearch.online.window import LENGTH, Window
-from skipsearch.search.cost import Point
-from skipsearch.search.objective import join
-from skipsearch.search.replay import Replay
-from skipsearch.search.trace import Trace
 
 POLICY = DraftPolicy(ngram=6, never_slower=True)
 

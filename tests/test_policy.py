@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from skipsearch import SkipMask
 from skipsearch.decoding.ngram import NgramIndex
-from skipsearch.decoding.pace import PROBE_SHARE, Pace, match_class
 from skipsearch.decoding.policy import ADAPTIVE_RATE, DraftPolicy, ExitRule, accepted_at
+from skipsearch.decoding.scheduler import PROBE_SHARE, Pace, match_class
 from skipsearch.errors import MaskError
-from skipsearch.search.cost import Point
-from skipsearch.search.objective import calibrated, join, score
-from skipsearch.search.replay import Replay
-from skipsearch.search.trace import record
+from skipsearch.evaluate.cost import Point
+from skipsearch.evaluate.objective import calibrated, join, score
+from skipsearch.evaluate.replay import Replay
+from skipsearch.evaluate.trace import record
 
 COSTS = (0.2, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5)
 

@@ -16,8 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from skipsearch.demo.corpus import modules
 from skipsearch.errors import PromptError
-from skipsearch.model.load import DEMO
-from skipsearch.search.prompts import (
+from skipsearch.evaluate.prompts import (
     BUILT_IN_TOKENS,
     COLUMNS,
     FORMATS,
@@ -26,6 +25,7 @@ from skipsearch.search.prompts import (
     fingerprint,
     load_prompts,
 )
+from skipsearch.model.load import DEMO
 
 TEXTS = [f"def function_{i}(value):\n    return value * {i}" for i in range(8)]
 LINES = [f"def function_{i}(value): return value * {i}" for i in range(8)]

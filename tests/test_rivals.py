@@ -12,8 +12,8 @@ import torch
 from test_search import POINT, make_trace
 
 from skipsearch import SkipMask
+from skipsearch.evaluate.replay import Replay
 from skipsearch.model.sublayers import find_sublayers
-from skipsearch.search.replay import Replay
 from skipsearch.search.space import Space
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

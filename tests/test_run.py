@@ -12,10 +12,10 @@ import torch
 
 from skipsearch import load_mask, search, self_speculative
 from skipsearch.errors import PromptError, ResultsError, SkipsearchError, StudyMismatch
+from skipsearch.evaluate.validate import interval
 from skipsearch.search.options import MAX_LENGTH, SearchOptions
 from skipsearch.search.prepare import chosen_prompts
 from skipsearch.search.run import validate_file
-from skipsearch.search.validate import interval
 
 SMALL = SearchOptions(
     trials=14, prompts=3, held_out=2, prompt_tokens=16, new_tokens=16, trial_tokens=12, rounds=1,

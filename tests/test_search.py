@@ -26,15 +26,17 @@ from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.processors import at_temperature
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import DecodeStats
+from skipsearch.draft.view import draft_view
+from skipsearch.evaluate.cost import Costs, Point, draft_step
+from skipsearch.evaluate.hidden_states import layer_states, nearest, sublayer_states
+from skipsearch.evaluate.objective import Scorer, foreseen, join, score, standard_error
+from skipsearch.evaluate.profile import alike, profile, profile_or_load
+from skipsearch.evaluate.prompts import Prompts
+from skipsearch.evaluate.replay import Replay
+from skipsearch.evaluate.trace import Trace, record, record_or_load
 from skipsearch.mask import KINDS
 from skipsearch.model.preset import presets
-from skipsearch.model.view import draft_view
-from skipsearch.search.cost import Costs, Point, draft_step
-from skipsearch.search.objective import Scorer, foreseen, join, score, standard_error
 from skipsearch.search.prepare import Prepared
-from skipsearch.search.profile import alike, profile, profile_or_load
-from skipsearch.search.prompts import Prompts
-from skipsearch.search.replay import Replay
 from skipsearch.search.seeds import (
     all_seeds,
     block_influence,
@@ -47,8 +49,6 @@ from skipsearch.search.seeds import (
     uniform,
 )
 from skipsearch.search.space import Space
-from skipsearch.search.states import layer_states, nearest, sublayer_states
-from skipsearch.search.trace import Trace, record, record_or_load
 
 POINT = Point(
     context=64, attention=(2.0,) * 4, mlp=(1.0,) * 4, rest=3.0, exit_check=0.5,
@@ -212,8 +212,8 @@ def test_profile_prices_every_part(tiny: Any, monkeypatch: pytest.MonkeyPatch) -
         verify = 0.0 if what == "draft" else true.verify[length]
         return (length + true.first) * draft_step(true, mask, asks) + verify
 
-    monkeypatch.setattr("skipsearch.search.profile.draft_view", remember)
-    monkeypatch.setattr("skipsearch.search.profile.timed", seconds)
+    monkeypatch.setattr("skipsearch.evaluate.profile.draft_view", remember)
+    monkeypatch.setattr("skipsearch.evaluate.profile.timed", seconds)
     (found,) = profile(tiny("llama"), "x", contexts=[16], max_length=4, progress=quiet, repeats=1).points
     for name in ("attention", "mlp", "rest", "exit_check", "verify", "first", "crowding"):
         np.testing.assert_allclose(getattr(found, name), getattr(true, name), rtol=1e-6, err_msg=name)
@@ -476,7 +476,7 @@ def test_crowding_makes_sparse_masks_dear() -> None:
 
 def test_giving_up_early_needs_evidence_and_keeps_the_best(tiny: Any, monkeypatch: Any) -> None:
     """Prevents screening by a partial score that does not rank as the whole one does, and a screened-out winner."""
-    from skipsearch.search import objective
+    from skipsearch.evaluate import objective
 
     model, rng = tiny("gpt2"), random.Random(0)
     replay = Replay(model, make_trace(model, prompts=8, new_tokens=60), 6, lanes=5)
@@ -548,12 +548,15 @@ def test_the_standard_error_is_that_of_prompts(tiny: Any) -> None:
 def test_calibration_holds_predictions_against_decoding(monkeypatch: Any) -> None:
     """Prevents a verdict on the cost model that rests on too few masks, one context, or no plain decoding."""
     from skipsearch import load_model
-    from skipsearch.search import calibrate as module
+    from skipsearch.evaluate import calibrate as module
     from skipsearch.search.options import SearchOptions
+    from skipsearch.search.prepare import chosen_prompts
 
     monkeypatch.setattr(module, "PROMPTS", 2)
     monkeypatch.setattr(module, "TOKENS", 10)
-    data = module.calibrate(load_model("demo"), SearchOptions(backend="eager"), quiet, masks=6, rounds=1)
+    loaded = load_model("demo")
+    prompts = chosen_prompts(loaded, SearchOptions()).calibration
+    data = module.calibrate(loaded, prompts, quiet, backend="eager", masks=6, rounds=1)
     short, long = data["contexts"]
     assert short["context"] == 64 < long["context"] and data["backend"] == "eager"
     skipped = [row["attention"] + row["mlp"] for row in long["rows"]]

@@ -203,7 +203,7 @@ def test_pareto_keeps_what_nothing_beats(tmp_path: Path) -> None:
     from test_study import SPACE, nothing
 
     from skipsearch.decoding.policy import DraftPolicy
-    from skipsearch.search.objective import Score
+    from skipsearch.evaluate.objective import Score
 
     def both(mask: SkipMask) -> Score:
         cost = 1 - len(mask) / 10

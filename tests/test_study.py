@@ -16,7 +16,7 @@ import pytest
 from skipsearch import SkipMask
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.errors import ResultsError, StudyMismatch
-from skipsearch.search.objective import Score
+from skipsearch.evaluate.objective import Score
 from skipsearch.search.options import SAMPLERS
 from skipsearch.search.space import Space
 from skipsearch.search.study import Study, open_storage, storage_url

@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 
+from skipsearch.draft.view import draft_view
+from skipsearch.evaluate.cost import draft_step
+from skipsearch.evaluate.hidden_states import layer_states
+from skipsearch.evaluate.objective import score
+from skipsearch.evaluate.replay import Replay
 from skipsearch.mask import KINDS, SkipMask
-from skipsearch.model.view import draft_view
 from skipsearch.online.candidates import Candidates, nearest_masks
-from skipsearch.online.prices import corner_views
-from skipsearch.search.cost import draft_step
-from skipsearch.search.objective import score
+from skipsearch.online.live_costs import corner_views
 from skipsearch.search.options import MAX_LENGTH
-from skipsearch.search.replay import Replay
 from skipsearch.search.seeds import knapsack, nearest_states
-from skipsearch.search.states import layer_states
 
 PROMPTS, TOKENS = 8, 36
 BUDGETS = [level / 64 for level in range(1, 64)]  # of all harm

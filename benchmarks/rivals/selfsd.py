@@ -13,10 +13,10 @@ from typing import Any
 
 import optuna
 
-from skipsearch.decoding.backend import warm_mask
+from skipsearch.compiled.backend import warm_mask
 from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.evaluate.validate import timed_decode
 from skipsearch.mask import SkipMask
-from skipsearch.search.validate import timed_decode
 
 PROMPTS, TOKENS = 8, 32
 POLICY = DraftPolicy(max_length=12, exit_threshold=0.6, adaptive=True)

@@ -19,8 +19,8 @@ import optuna
 import torch
 from transformers import DynamicCache
 
+from skipsearch.draft.view import draft_view
 from skipsearch.mask import SkipMask
-from skipsearch.model.view import draft_view
 
 RATIO, INTERVAL, CONTEXT, PATIENCE, ENOUGH = 0.45, 25, 32, 300, 0.95
 

@@ -22,9 +22,9 @@ from skipsearch.decoding.drafter import Draft, Drafter
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import Block
+from skipsearch.evaluate.replay import Replay
+from skipsearch.evaluate.trace import Trace
 from skipsearch.search.options import MAX_LENGTH
-from skipsearch.search.replay import Replay
-from skipsearch.search.trace import Trace
 
 MOST = 1000
 

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig, PreTrainedModel, StaticCache, StoppingCriteria, StoppingCriteriaList
 
-from skipsearch.decoding.compiled import CompiledModel
+from skipsearch.compiled.model import CompiledModel
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.stats import DecodeStats
+from skipsearch.draft.view import draft_view
+from skipsearch.evaluate.profile import synchronize
+from skipsearch.evaluate.prompts import Ids
+from skipsearch.evaluate.trace import eos_ids
+from skipsearch.evaluate.validate import Arm, Run, our_arm
 from skipsearch.mask import SkipMask
 from skipsearch.model.sublayers import input_device
-from skipsearch.model.view import draft_view
 from skipsearch.search.options import NGRAM
-from skipsearch.search.profile import synchronize
-from skipsearch.search.prompts import Ids
-from skipsearch.search.trace import eos_ids
-from skipsearch.search.validate import Arm, Run, our_arm
 
 HF_EAGER, HF_STATIC, HF_LOOKUP, HF_ASSISTED = (
     "HF eager",

@@ -19,21 +19,21 @@ from transformers import PreTrainedModel
 from skipsearch.bench.arms import EAGER, HF_EAGER, HYBRID, MASK, NAMES, NEED_MASK, PLAIN, PREFIX, arms, prefix_mask
 from skipsearch.bench.groups import prompt_groups
 from skipsearch.bench.machine import Energy, copy_bandwidth, peak_memory, read_bandwidth
-from skipsearch.decoding.backend import Backend, backend_name, compiled_for, warm_mask
-from skipsearch.decoding.compiled import CompiledModel
+from skipsearch.compiled.backend import Backend, backend_name, compiled_for, warm_mask
+from skipsearch.compiled.model import CompiledModel
 from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendWarning, SkipsearchError
+from skipsearch.evaluate.cost import device_name
+from skipsearch.evaluate.profile import sequence_at, timed
+from skipsearch.evaluate.prompts import Ids
+from skipsearch.evaluate.trace import Progress
+from skipsearch.evaluate.validate import Arm, Run, Timing, interval, race
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import MaskFile
 from skipsearch.model.load import Loaded, check_mask_belongs
 from skipsearch.model.sublayers import context_limit, input_device
-from skipsearch.model.view import draft_view
-from skipsearch.search.cost import device_name
 from skipsearch.search.options import MAX_LENGTH
-from skipsearch.search.profile import sequence_at, timed
-from skipsearch.search.prompts import Ids
-from skipsearch.search.trace import Progress
-from skipsearch.search.validate import Arm, Run, Timing, interval, race
 
 Group = tuple[Ids, ...]
 STEPS = 6  # of a draft, in one timing

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from skipsearch.errors import PromptError
-from skipsearch.search.prompts import BUILT_IN, BUILT_IN_TOKENS, Ids, PromptSource, load_prompts
+from skipsearch.evaluate.prompts import BUILT_IN, BUILT_IN_TOKENS, Ids, PromptSource, load_prompts
 
 RANDOM = "random"
 RANDOM_TOKENS = 64

@@ -49,8 +49,8 @@ def generate(
     if tuned == "auto":
         tuned = "compiled" if on_the_fly else _backend_of(mask)
     loaded = opt.load(model, dtype, device, revision, trust)
-    from skipsearch.decoding.continuation import check_room, continue_text
-    from skipsearch.online.method import self_speculative
+    from skipsearch.generate.continuation import check_room, continue_text
+    from skipsearch.online.self_speculative import self_speculative
     from skipsearch.report.progress import stages
     from skipsearch.report.tables import found_line, generation_line
 

@@ -106,13 +106,16 @@ def doctor(
     """Print versions, device and backend, and what is missing; or calibrate."""
     if calibrated:
         loaded = opt.load(model, dtype, device, revision, trust)
+        from skipsearch.evaluate.calibrate import calibrate
         from skipsearch.report.progress import stages
         from skipsearch.report.tables import calibration_table
-        from skipsearch.search.calibrate import calibrate
+        from skipsearch.search.prepare import chosen_prompts
 
         options = opt.search_options("builtin", None, None, "test", True, seed=seed, backend=backend)
         with stages(opt.err, quiet=as_json) as progress:
-            data = calibrate(loaded, options, progress.stage)
+            data = calibrate(
+                loaded, chosen_prompts(loaded, options).calibration, progress.stage, backend=backend, seed=seed
+            )
         opt.say(data, as_json, *(calibration_table(found) for found in data["contexts"]), _calibration_verdict(data))
         raise typer.Exit(0 if data["passed"] else 1)
     from skipsearch.report.doctor import examine

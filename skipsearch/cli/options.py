@@ -69,8 +69,8 @@ def search_options(
     source: str, column: str | None, config: str | None, split: str, chat: bool, **settings: Any
 ) -> SearchOptions:
     """Settings of a search whose prompts come from there."""
+    from skipsearch.evaluate.prompts import PromptSource
     from skipsearch.search.options import SearchOptions
-    from skipsearch.search.prompts import PromptSource
 
     prompts = PromptSource(name=source, column=column, config=config, split=split, chat=chat)
     return SearchOptions(source=prompts, **settings)

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from transformers import Cache, LogitsProcessorList, PreTrainedModel
 
+from skipsearch.compiled.model import CompiledModel, Scores
 from skipsearch.decoding.accept import Sampling
-from skipsearch.decoding.compiled import CompiledModel, Scores
 from skipsearch.decoding.processors import process
+from skipsearch.draft.view import draft_view
 from skipsearch.errors import DecodingError
 from skipsearch.mask import SkipMask
 from skipsearch.model.cache import SharedCache
 from skipsearch.model.masks import attention_masks
 from skipsearch.model.sublayers import context_limit, takes_positions
-from skipsearch.model.view import draft_view
 
 SLACK = 64  # room behind the longest sequence for what a batch's other rows draft
 ALIGNED = 16  # width of the deterministic mode's blocks: a full tile of half-precision kernels

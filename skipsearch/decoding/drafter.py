@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from skipsearch.compiled.model import GUESS
 from skipsearch.decoding.ngram import NgramIndex
-from skipsearch.decoding.pace import Pace
 from skipsearch.decoding.policy import DraftPolicy, ExitRule
-from skipsearch.decoding.sequences import GUESS, Sequences
+from skipsearch.decoding.scheduler import Pace
+from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import Block
 
 GUESS_FROM = 0.4  # acceptance from which an n-gram is worth a look

@@ -11,8 +11,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from skipsearch.decoding.drafter import Draft, Drafter
-from skipsearch.decoding.pace import Pace
 from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.decoding.scheduler import Pace
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import Block, DecodeStats
 from skipsearch.decoding.tuner import Tuner

@@ -12,11 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from skipsearch.compiled.model import GUESS
 from skipsearch.decoding.accept import accept_greedy, accept_sampling, draw, probabilities
 from skipsearch.decoding.batch import Batch
 from skipsearch.decoding.stats import Block
-
-GUESS = 3  # tokens that a draft reads in one pass beside its own last one
 
 
 class Sequences(Batch):

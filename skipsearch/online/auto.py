@@ -8,16 +8,16 @@ import warnings
 import torch
 from transformers import PreTrainedModel
 
-from skipsearch.decoding.backend import Progress, warm_mask
-from skipsearch.decoding.compiled import CompiledModel
+from skipsearch.compiled.backend import Progress, warm_mask
+from skipsearch.compiled.model import CompiledModel
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.errors import BackendWarning
+from skipsearch.evaluate.replay import Replay
+from skipsearch.evaluate.trace import Trace
 from skipsearch.mask import KINDS, SkipMask
 from skipsearch.model.sublayers import find_sublayers, input_device
 from skipsearch.online.tuner import OnTheFly
-from skipsearch.search.replay import Replay
-from skipsearch.search.trace import Trace
 
 TRIED_WITH = 24  # tokens that show whether drafts may be scored side by side
 PRICED_AT, PRICED, ROOM = 128, 3, 64  # tokens behind which steps are timed, how often, and places behind them

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from skipsearch.evaluate.hidden_states import layer_states, nearest, sublayer_states
 from skipsearch.mask import KINDS, Kind, SkipMask
-from skipsearch.search.states import layer_states, nearest, sublayer_states
 
 Array = NDArray[Any]
 Sub = tuple[Kind, int]

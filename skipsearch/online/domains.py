@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from skipsearch.decoding.pace import Pace
+from skipsearch.decoding.scheduler import Pace
 from skipsearch.mask import SkipMask
-from skipsearch.online.contest import Contest
+from skipsearch.online.incumbent import Contest
 
 MOST, REMEMBERED = 12, 64  # domains, and prompts of each, that are remembered
 # Cosine from which a prompt belongs to a domain; of few prompts less will do, since their mean is not yet the domain's.

@@ -25,20 +25,20 @@ from skipsearch.decoding.drafter import Draft, Drafter
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import Block
+from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendWarning, DecodingError
+from skipsearch.evaluate.mask_replay import Outlook
+from skipsearch.evaluate.objective import Score
 from skipsearch.mask import KINDS, SkipMask
 from skipsearch.model.load import model_card
 from skipsearch.model.sublayers import context_limit
-from skipsearch.model.view import draft_view
 from skipsearch.online.budget import Budget
 from skipsearch.online.candidates import Candidates, nearest_masks, opening
-from skipsearch.online.contest import PATIENCE, RECENT, Contest
 from skipsearch.online.domains import Domain, Domains
-from skipsearch.online.prices import corner_views, measure, point
-from skipsearch.online.served import Served
+from skipsearch.online.incumbent import PATIENCE, RECENT, Contest
+from skipsearch.online.live_costs import corner_views, measure, point
+from skipsearch.online.served_sequence import Served
 from skipsearch.online.window import LENGTH, LONGEST, SHORTEST, Window, score
-from skipsearch.search.drafts import Outlook
-from skipsearch.search.objective import Score
 
 SHARE = 0.05  # of decoding's seconds that search may take
 BEFORE = 0.4  # of that share, while nothing that was found pays for it

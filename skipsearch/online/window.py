@@ -12,12 +12,12 @@ import torch
 from transformers import PreTrainedModel
 
 from skipsearch.decoding.sequences import Sequences
+from skipsearch.evaluate.cost import Point
+from skipsearch.evaluate.mask_replay import Outlook
+from skipsearch.evaluate.objective import Score, foreseen
+from skipsearch.evaluate.replay import Replay
+from skipsearch.evaluate.trace import Trace
 from skipsearch.mask import SkipMask
-from skipsearch.search.cost import Point
-from skipsearch.search.drafts import Outlook
-from skipsearch.search.objective import Score, foreseen
-from skipsearch.search.replay import Replay
-from skipsearch.search.trace import Trace
 
 LENGTH = 8  # tokens that each draft of a window runs; then the next one begins
 LONGEST, SHORTEST = 96, 24  # tokens of a window

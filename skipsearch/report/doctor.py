@@ -27,14 +27,14 @@ def examine() -> dict[str, Any]:
     if versions["torch"] != "not installed":
         import torch
 
-        from skipsearch.search.cost import device_name
+        from skipsearch.evaluate.cost import device_name
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         facts |= {
             "device": f"{device}: {device_name(device)}",
             "default dtype": "as stored" if device.type == "cuda" else "float32",
         }
-        from skipsearch.model.compile import compiler, keep_compiled
+        from skipsearch.compiled.compile import compiler, keep_compiled
 
         facts["backend"] = (
             f"compiled (kept in {keep_compiled()})" if compiler() else "eager; install g++ for the compiled one"

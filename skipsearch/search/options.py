@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from skipsearch.decoding.backend import Backend
+from skipsearch.compiled.backend import Backend
 from skipsearch.errors import SkipsearchError
-from skipsearch.search.prompts import PromptSource
+from skipsearch.evaluate.prompts import PromptSource
 
 MAX_LENGTH = 12  # the longest draft that a policy may have
 TRIAL_LENGTH, TRIAL_LANES = 6, 5  # what a trial looks at: so long drafts, so many parts of a continuation at once

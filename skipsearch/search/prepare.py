@@ -8,18 +8,18 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from skipsearch.decoding.backend import compiled_for
-from skipsearch.decoding.compiled import CompiledModel
+from skipsearch.compiled.backend import compiled_for
+from skipsearch.compiled.model import CompiledModel
 from skipsearch.errors import PromptError
+from skipsearch.evaluate.cost import Costs, Point, set_up
+from skipsearch.evaluate.profile import profile_or_load
+from skipsearch.evaluate.prompts import Prompts, fingerprint, lengthened, load_prompts
+from skipsearch.evaluate.trace import Progress, Trace, record_or_load
 from skipsearch.model.load import Loaded, model_card
 from skipsearch.model.preset import with_space
 from skipsearch.model.sublayers import context_limit, find_sublayers
-from skipsearch.search.cost import Costs, Point, set_up
 from skipsearch.search.options import MAX_LENGTH, SearchOptions
-from skipsearch.search.profile import profile_or_load
-from skipsearch.search.prompts import Prompts, fingerprint, lengthened, load_prompts
 from skipsearch.search.space import Space
-from skipsearch.search.trace import Progress, Trace, record_or_load
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,24 +16,24 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from skipsearch.decoding.backend import backend_name, compiled_for, warm_mask
+from skipsearch.compiled.backend import backend_name, compiled_for, warm_mask
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.errors import MaskError, ModelLoadError, ResultsError, SkipsearchError
+from skipsearch.evaluate.audit import Audit, audit
+from skipsearch.evaluate.cost import Costs, draft_step
+from skipsearch.evaluate.objective import Score, Scorer, score, standard_error
+from skipsearch.evaluate.prompts import PromptSource
+from skipsearch.evaluate.replay import Replay
+from skipsearch.evaluate.trace import Progress
+from skipsearch.evaluate.validate import Measured, evidence, measure
 from skipsearch.files import write_json
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import Draft, MaskFile, Provenance, load_mask
 from skipsearch.model.load import Loaded, check_mask_belongs, model_card
-from skipsearch.search.audit import Audit, audit
-from skipsearch.search.cost import Costs, draft_step
-from skipsearch.search.objective import Score, Scorer, score, standard_error
 from skipsearch.search.options import MAX_LENGTH, NGRAM, TRIAL_LANES, TRIAL_LENGTH, SearchOptions
 from skipsearch.search.prepare import Prepared, chosen_prompts, prepare
-from skipsearch.search.prompts import PromptSource
-from skipsearch.search.replay import Replay
 from skipsearch.search.seeds import all_seeds
 from skipsearch.search.study import Study, storage_url
-from skipsearch.search.trace import Progress
-from skipsearch.search.validate import Measured, evidence, measure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from skipsearch.draft.view import draft_view
+from skipsearch.evaluate.cost import Point
+from skipsearch.evaluate.hidden_states import States, layer_states, nearest
+from skipsearch.evaluate.trace import Progress, Trace
 from skipsearch.mask import Kind, SkipMask
 from skipsearch.model.preset import Preset
 from skipsearch.model.sublayers import input_device
-from skipsearch.model.view import draft_view
-from skipsearch.search.cost import Point
 from skipsearch.search.space import Space
-from skipsearch.search.states import States, layer_states, nearest
-from skipsearch.search.trace import Progress, Trace
 
 Seed = tuple[str, SkipMask]
 SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8)  # of layers, or of all harm, that a family of seeds goes up to

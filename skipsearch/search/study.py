@@ -22,9 +22,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.errors import ResultsError, StudyMismatch
+from skipsearch.evaluate.objective import Score
 from skipsearch.files import write_text
 from skipsearch.mask import SkipMask
-from skipsearch.search.objective import Score
 from skipsearch.search.sampler import TrustRegionSampler
 from skipsearch.search.seeds import Seed
 from skipsearch.search.space import Space

@@ -15,12 +15,12 @@ import torch
 from transformers import PreTrainedModel
 
 from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.draft.view import draft_view
+from skipsearch.evaluate.prompts import Ids
+from skipsearch.evaluate.trace import Progress
+from skipsearch.evaluate.validate import timed_decode
 from skipsearch.mask import SkipMask
 from skipsearch.model.sublayers import input_device
-from skipsearch.model.view import draft_view
-from skipsearch.search.prompts import Ids
-from skipsearch.search.trace import Progress
-from skipsearch.search.validate import timed_decode
 
 # With logits off by r, two tokens may change places if they lie within 2 r; r is measured in a pass of other
 # shapes than either run's, so twice that is allowed.

@@ -17,22 +17,22 @@ import torch
 from scipy.stats import bootstrap
 from transformers import PreTrainedModel
 
-from skipsearch.decoding.compiled import CompiledModel
+from skipsearch.compiled.model import CompiledModel
 from skipsearch.decoding.loop import decode
-from skipsearch.decoding.pace import Pace
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.processors import at_temperature
+from skipsearch.decoding.scheduler import Pace
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.decoding.tuner import Tuner
+from skipsearch.draft.view import draft_view
+from skipsearch.evaluate.cost import device_name
+from skipsearch.evaluate.profile import synchronize
+from skipsearch.evaluate.prompts import Ids, fingerprint
+from skipsearch.evaluate.trace import Progress, eos_ids
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import Evidence
 from skipsearch.model.sublayers import input_device
-from skipsearch.model.view import draft_view
-from skipsearch.search.cost import device_name
-from skipsearch.search.profile import synchronize
-from skipsearch.search.prompts import Ids, fingerprint
-from skipsearch.search.trace import Progress, eos_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,12 +22,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from skipsearch.errors import BackendError
-from skipsearch.model.cache import layer_windows
-from skipsearch.model.compile import Piece, compile_piece
-from skipsearch.model.masks import attention_masks
-from skipsearch.model.sublayers import find_sublayers, input_device, takes_positions
-from skipsearch.model.twins import (
+from skipsearch.compiled.compile import Piece, compile_piece
+from skipsearch.compiled.tracing import (
     EXAMPLE_SLOTS,
     Last,
     OneLayer,
@@ -39,7 +35,11 @@ from skipsearch.model.twins import (
     tensors_of,
     twin,
 )  # fmt: skip
-from skipsearch.model.view import Gone, with_layers
+from skipsearch.draft.view import Gone, with_layers
+from skipsearch.errors import BackendError
+from skipsearch.model.cache import layer_windows
+from skipsearch.model.masks import attention_masks
+from skipsearch.model.sublayers import find_sublayers, input_device, takes_positions
 
 # Lengths to trace with. They and `EXAMPLE_SLOTS` differ: equal ones would be taken for one symbol.
 EXAMPLE_IDS, EXAMPLE_POSITIONS = 331, 359

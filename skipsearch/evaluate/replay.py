@@ -27,11 +27,11 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from skipsearch.decoding.rows import rows_may_differ
+from skipsearch.evaluate.mask_replay import Lane, MaskReplay
+from skipsearch.evaluate.trace import Trace
 from skipsearch.mask import SkipMask
 from skipsearch.model.cache import layer_windows
 from skipsearch.model.sublayers import input_device
-from skipsearch.search.drafts import Lane, MaskReplay
-from skipsearch.search.trace import Trace
 
 
 def free_memory(device: torch.device) -> float:

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.evaluate.cost import Point
+from skipsearch.evaluate.mask_replay import Outlook
+from skipsearch.evaluate.objective import Score
 from skipsearch.mask import SkipMask
 from skipsearch.online.candidates import Candidates
 from skipsearch.online.window import EXIT, LENGTH, score
-from skipsearch.search.cost import Point
-from skipsearch.search.drafts import Outlook
-from skipsearch.search.objective import Score
 
 PAYS = 1.03  # speed-up on a window from which a first mask is served
 GROUP = 4  # proposals on a window; the best of them challenges

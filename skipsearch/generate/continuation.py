@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from skipsearch.decoding.backend import Progress
-from skipsearch.decoding.generate import SelfSpeculative
+from skipsearch.compiled.backend import Progress
 from skipsearch.errors import DecodingError
+from skipsearch.generate.method import SelfSpeculative
 from skipsearch.model.load import Loaded
 from skipsearch.model.sublayers import context_limit, input_device
 

@@ -19,26 +19,26 @@ from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTraine
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from skipsearch.compiled.backend import Backend, Progress, compiled_for, state_of, warm_draft
+from skipsearch.compiled.model import CompiledModel
 from skipsearch.decoding.accept import Sampling
-from skipsearch.decoding.asked import built_in, layout, not_handed_on, refuse_in_batch, refuse_modes
-from skipsearch.decoding.backend import Backend, Progress, compiled_for, state_of, warm_draft
 from skipsearch.decoding.batch import ALIGNED
-from skipsearch.decoding.compiled import CompiledModel
-from skipsearch.decoding.joint import Joint, jointly
 from skipsearch.decoding.loop import decode
-from skipsearch.decoding.pace import Pace
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.processors import check
 from skipsearch.decoding.rows import rows_may_differ
+from skipsearch.decoding.scheduler import Pace
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import Block, DecodeStats
 from skipsearch.decoding.tuner import Tuner
+from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendWarning, DecodingError
+from skipsearch.generate.arguments import built_in, layout, not_handed_on, refuse_in_batch, refuse_modes
+from skipsearch.joint.joint import Joint, jointly
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import MaskFile
 from skipsearch.model.load import check_mask_belongs
 from skipsearch.model.sublayers import input_device
-from skipsearch.model.view import draft_view
 
 # Makes a model's tuner: with what runs forwards, policy and mask to begin with, and whom to tell of compiling.
 Tune = Callable[

@@ -16,10 +16,10 @@ from scipy.optimize import isotonic_regression
 from scipy.stats import spearmanr
 
 from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.evaluate.cost import Point, draft_step
+from skipsearch.evaluate.mask_replay import Lane, MaskReplay, Outlook
+from skipsearch.evaluate.replay import Replay
 from skipsearch.mask import SkipMask
-from skipsearch.search.cost import Point, draft_step
-from skipsearch.search.drafts import Lane, MaskReplay, Outlook
-from skipsearch.search.replay import Replay
 
 Array = NDArray[Any]
 

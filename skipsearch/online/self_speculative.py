@@ -10,11 +10,11 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from skipsearch.decoding.backend import Backend
-from skipsearch.decoding.generate import SelfSpeculative
-from skipsearch.decoding.joint import Joint
+from skipsearch.compiled.backend import Backend
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.errors import DecodingError, MaskError
+from skipsearch.generate.method import SelfSpeculative
+from skipsearch.joint.joint import Joint
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import MaskFile, load_mask
 from skipsearch.online.auto import make_tuner

@@ -15,14 +15,14 @@ from torch import Tensor
 from transformers import Cache
 
 from skipsearch.decoding.policy import DraftPolicy, ExitRule
+from skipsearch.draft.view import draft_view
+from skipsearch.evaluate.reference import Grid, ReferenceLayer, Start
 from skipsearch.mask import SkipMask
 from skipsearch.model.masks import attention_masks
 from skipsearch.model.sublayers import takes_positions
-from skipsearch.model.view import draft_view
-from skipsearch.search.reference import Grid, ReferenceLayer, Start
 
 if TYPE_CHECKING:
-    from skipsearch.search.replay import Replay
+    from skipsearch.evaluate.replay import Replay
 
 
 # For each stretch of text, position by position: would a draft be right, and how sure; and how many of the positions

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from skipsearch.compiled.compile import Piece, compiler
+from skipsearch.compiled.pieces import EXAMPLE_IDS, EXAMPLE_POSITIONS, Layer, Pieces
+from skipsearch.compiled.tracing import EXAMPLE_SLOTS, make_buffer
 from skipsearch.errors import BackendError
-from skipsearch.model.compile import Piece, compiler
-from skipsearch.model.pieces import EXAMPLE_IDS, EXAMPLE_POSITIONS, Layer, Pieces
-from skipsearch.model.twins import EXAMPLE_SLOTS, make_buffer
 
 WIDTHS = (1, 2, 4, 6, 9, 13)  # forwards of a block: a plain step, and drafts with the token before them
+GUESS = 3  # tokens that a draft reads in one forward beside its own last one
 CHUNK = {"cpu": 64, "cuda": 256}  # tokens of a forward of the prefill
 STEP = {"cpu": 64, "cuda": 256}  # attention reads slots in multiples of this: on a GPU each is a graph of its own
 SLACK = 320  # slots behind the longest sequence, for what fills a forward and its multiple of slots

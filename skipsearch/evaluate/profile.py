@@ -21,18 +21,18 @@ import torch
 from scipy.optimize import nnls
 from transformers import DynamicCache, PreTrainedModel
 
-from skipsearch.decoding.compiled import CompiledModel
+from skipsearch.compiled.model import CompiledModel
 from skipsearch.decoding.drafter import Drafter
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.processors import at_temperature
 from skipsearch.decoding.sequences import Sequences
+from skipsearch.draft.view import draft_view
+from skipsearch.evaluate.cost import Costs, Point, crowd
+from skipsearch.evaluate.trace import Progress
 from skipsearch.files import write_json
 from skipsearch.mask import KINDS, Kind, SkipMask
 from skipsearch.model.cache import layer_windows
 from skipsearch.model.sublayers import find_sublayers, input_device
-from skipsearch.model.view import draft_view
-from skipsearch.search.cost import Costs, Point, crowd
-from skipsearch.search.trace import Progress
 
 FEW = 5  # tokens of the longer one of two blocks that tell a draft step from a verify
 NEVER = 1e-9  # an exit threshold that is checked at every step and never met

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
+from skipsearch.draft.view import with_layers
 from skipsearch.model.sublayers import find_sublayers
-from skipsearch.model.view import with_layers
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,8 @@ from skipsearch.decoding.processors import process
 from skipsearch.decoding.rows import rows_may_differ
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import Block, DecodeStats
-from skipsearch.decoding.tree import Reader, TokenTree
 from skipsearch.errors import DecodingError
+from skipsearch.joint.tree import Reader, TokenTree
 from skipsearch.model.cache import SharedCache
 
 

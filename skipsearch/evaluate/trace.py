@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from skipsearch.decoding.compiled import CompiledModel
+from skipsearch.compiled.model import CompiledModel
 from skipsearch.decoding.loop import decode
 from skipsearch.decoding.processors import at_temperature
 from skipsearch.decoding.sequences import Sequences
+from skipsearch.evaluate.prompts import Ids, fingerprint
 from skipsearch.files import write_json
 from skipsearch.model.sublayers import input_device
-from skipsearch.search.prompts import Ids, fingerprint
 
 Progress = Callable[[str, int, int], None]
 

@@ -17,20 +17,18 @@ import numpy as np
 from scipy.stats import bootstrap, spearmanr
 from transformers import PreTrainedModel
 
-from skipsearch.decoding.backend import backend_name, compiled_for, warm_mask
+from skipsearch.compiled.backend import Backend, backend_name, compiled_for, warm_mask
 from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.evaluate.cost import Point, device_name
+from skipsearch.evaluate.objective import exact
+from skipsearch.evaluate.profile import profile
+from skipsearch.evaluate.prompts import Ids
+from skipsearch.evaluate.replay import Replay
+from skipsearch.evaluate.trace import Progress, record
+from skipsearch.evaluate.validate import our_arm
 from skipsearch.mask import SkipMask
 from skipsearch.model.load import Loaded
 from skipsearch.model.sublayers import context_limit, find_sublayers, input_device
-from skipsearch.search.cost import Point, device_name
-from skipsearch.search.objective import exact
-from skipsearch.search.options import SearchOptions
-from skipsearch.search.prepare import chosen_prompts
-from skipsearch.search.profile import profile
-from skipsearch.search.prompts import Ids
-from skipsearch.search.replay import Replay
-from skipsearch.search.trace import Progress, record
-from skipsearch.search.validate import our_arm
 
 PROMPTS, TOKENS, SHORT, LONGEST = 4, 48, 64, 8
 EXITS = (0.3, 0.5, 0.7)
@@ -62,23 +60,24 @@ class Calibration:
 
 
 def calibrate(
-    loaded: Loaded, options: SearchOptions, progress: Progress, *, masks: int = 40, rounds: int = 3
-) -> dict[str, Any]:
-    """Measure at a short and at a long context.
+    loaded: Loaded, prompts: tuple[Ids, ...], progress: Progress, *, backend: Backend = "auto", seed: int = 0,
+    masks: int = 40, rounds: int = 3,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure at a short and at a long context, on the tokens of these prompts.
 
     Returns:
         {"model", "device", "backend", "dtype", "passed", "contexts": [Calibration as a dict, ..]}.
     """
     model = loaded.model
-    compiled = compiled_for(model, options.backend, progress=progress)
-    stream = [token for prompt in chosen_prompts(loaded, options).calibration for token in prompt]
+    compiled = compiled_for(model, backend, progress=progress)
+    stream = [token for prompt in prompts for token in prompt]
     most = context_limit(model) - TOKENS - LONGEST - 4
     long = max(SHORT + 1, min(most, len(stream) // 2, 8 * SHORT))
     found = []
     for context in (min(SHORT, most), min(long, most)):
         stride = max(1, (len(stream) - context) // PROMPTS)
-        prompts = tuple(tuple(stream[i * stride : i * stride + context]) for i in range(PROMPTS))
-        found.append(_at(model, prompts, context, compiled, progress, masks, rounds, options.seed))
+        pieces = tuple(tuple(stream[i * stride : i * stride + context]) for i in range(PROMPTS))
+        found.append(_at(model, pieces, context, compiled, progress, masks, rounds, seed))
     return {
         "model": loaded.name, "device": device_name(input_device(model)), "backend": backend_name(compiled),
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from skipsearch.decoding.pace import Pace
+from skipsearch.decoding.scheduler import Pace
 from skipsearch.decoding.sequences import Sequences
+from skipsearch.draft.view import draft_view
+from skipsearch.evaluate.cost import Point
+from skipsearch.evaluate.profile import timed
 from skipsearch.mask import SkipMask
-from skipsearch.model.view import draft_view
-from skipsearch.search.cost import Point
-from skipsearch.search.profile import timed
 
 STEPS = 2  # drafted by an arm
 LENGTHS = (2, 8)  # of the verifies that are timed; decoding itself tells of the others

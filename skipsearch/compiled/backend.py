@@ -12,12 +12,11 @@ from typing import Literal
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from skipsearch.decoding.compiled import WIDTHS, CompiledModel
-from skipsearch.decoding.sequences import GUESS
+from skipsearch.compiled.model import GUESS, WIDTHS, CompiledModel
+from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendError, BackendWarning
 from skipsearch.mask import SkipMask
 from skipsearch.model.sublayers import context_limit, input_device
-from skipsearch.model.view import draft_view
 
 Backend = Literal["auto", "eager", "compiled"]
 Progress = Callable[[str, int, int], None]

@@ -8,6 +8,7 @@ from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
+from conftest import assert_one_sentence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,13 +26,6 @@ def masks_of(num_layers: int) -> st.SearchStrategy[SkipMask]:
 
 masks = st.integers(1, 40).flatmap(masks_of)
 pairs = st.integers(1, 8).flatmap(lambda layers: st.tuples(masks_of(layers), masks_of(layers)))
-
-
-def assert_one_sentence(error: pytest.ExceptionInfo[Any], *parts: str) -> None:
-    message = str(error.value)
-    assert len(message.splitlines()) == 1, message
-    for part in parts:
-        assert part in message
 
 
 # Round trips

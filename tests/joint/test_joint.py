@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tiny
-from scipy.stats import chisquare
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from skipsearch import SkipMask, draft_view, self_speculative
 from skipsearch.errors import DecodingError
-from skipsearch.joint.joint import Joint, JointDecoder, beam_step, joint_log_probs, longest_prefix
+from skipsearch.joint.joint import Joint, JointDecoder, joint_log_probs
 from skipsearch.joint.tree import Reader, TokenTree
 from skipsearch.model.cache import SharedCache
 
@@ -27,96 +26,6 @@ def small() -> Any:
     return make_tiny(
         "llama", vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
     )
-
-
-def logs(*values: float) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64).log()
-
-
-def test_beam_weights_are_joint_likelihoods() -> None:
-    """Prevents weights made by a softmax over probabilities, which are nearly uniform, and beams judged by one step."""
-    joint_B, step_BV = logs(0.6, 0.4), torch.stack([logs(0.5, 0.5), logs(0.9, 0.1)])
-    assert beam_step(joint_B, step_BV, 1, None) == [(1, 0)]  # .36 against .30, .30 and .04
-    assert set(beam_step(joint_B, step_BV, 3, None)) == {(1, 0), (0, 0), (0, 1)}
-    generator, counts = torch.Generator().manual_seed(0), [0, 0, 0, 0]
-    for _ in range(4000):
-        ((beam, token),) = beam_step(joint_B, step_BV, 1, generator)
-        counts[2 * beam + token] += 1
-    assert chisquare(counts, [4000 * share for share in (0.3, 0.3, 0.36, 0.04)]).pvalue > 1e-3
-
-
-def test_fewer_continuations_than_beams_are_no_error() -> None:
-    """Prevents a draw without replacement from asking for tokens that have no probability."""
-    certain = torch.tensor([[0.0, -math.inf, -math.inf]])
-    assert beam_step(torch.zeros(1), certain, 4, torch.Generator().manual_seed(0)) == [(0, 0)]
-
-
-def test_the_longest_prefix_by_its_own_ratio() -> None:
-    """Prevents stopping at the first prefix that fails, and taking a longer one that fails."""
-    tree = TokenTree(9)
-    a = tree.add(0, 1)
-    b = tree.add(a, 2)
-    c = tree.add(b, 3)
-    other = tree.add(0, 4)
-    target = logs(1, 0.1, 0.09, 0.001, 0.5).tolist()
-    draft = logs(1, 0.5, 0.1, 0.1, 0.4).tolist()
-    # ratios: a .2, b .9, c .01, other 1
-    assert longest_prefix(tree, target, draft, 0.5) == b
-    assert longest_prefix(tree, target, draft, 0.95) == other
-    assert longest_prefix(tree, target, draft, 0.005) == c
-    assert longest_prefix(tree, logs(1, 0.1, 0.01, 0.001, 0.1).tolist(), draft, 0.9) == 0
-
-
-def test_of_two_equally_deep_prefixes_the_likelier_one() -> None:
-    """Prevents the order of beams from deciding."""
-    tree = TokenTree(9)
-    first, second = tree.add(0, 1), tree.add(0, 2)
-    assert longest_prefix(tree, logs(1, 0.2, 0.3).tolist(), logs(1, 0.2, 0.2).tolist(), 0.5) == second
-    assert longest_prefix(tree, logs(1, 0.3, 0.2).tolist(), logs(1, 0.2, 0.2).tolist(), 0.5) == first
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gpt_neox"])
-def test_a_tree_says_what_its_beams_say_alone(tiny: Any, ids: torch.Tensor, family: str) -> None:
-    """Prevents a node from seeing its siblings, a wrong position, and stages that differ from one pass."""
-    model: PreTrainedModel = tiny(family)
-    tree = TokenTree(int(ids[0, -1]))
-    for parent, token in [(0, 5), (0, 6), (1, 7), (2, 7), (3, 8), (1, 9)]:
-        tree.add(parent, token)
-    reader = Reader(model, SharedCache(model, 40))
-    reader.catch_up(ids[:, :-1])
-    logits_NV = reader.read(tree)
-    for node in range(len(tree)):
-        path = torch.tensor([[tree.tokens[n] for n in tree.path(node)]], dtype=torch.long)
-        alone = model(input_ids=torch.cat([ids, path], 1)).logits[0, -1]
-        torch.testing.assert_close(logits_NV[node], alone, atol=2e-4, rtol=1e-3)
-    again = Reader(model, SharedCache(model, 40))
-    again.catch_up(ids[:, :-1])
-    part = TokenTree(int(ids[0, -1]))
-    seen = 0
-    got = []
-    for parent, token in [(0, 5), (0, 6), (1, 7), (2, 7), (3, 8), (1, 9)]:
-        if parent >= seen:
-            got.append(again.read(part, seen))
-            seen = len(part)
-        part.add(parent, token)
-    got.append(again.read(part, seen))
-    torch.testing.assert_close(torch.cat(got), logits_NV, atol=2e-4, rtol=1e-3)
-
-
-def test_a_kept_path_is_as_if_it_had_been_read_in_order(tiny: Any, ids: torch.Tensor) -> None:
-    """Prevents keys of rejected siblings from staying under the kept ones."""
-    model = tiny("llama")
-    reader = Reader(model, SharedCache(model, 40))
-    reader.catch_up(ids[:, :-1])
-    tree = TokenTree(int(ids[0, -1]))
-    tree.add(0, 5)
-    b = tree.add(0, 6)
-    c = tree.add(b, 7)
-    reader.read(tree)
-    reader.keep([0, b, c])
-    after = reader.read(TokenTree(8))[0]
-    alone = model(input_ids=torch.cat([ids, torch.tensor([[6, 7, 8]])], 1)).logits[0, -1]
-    torch.testing.assert_close(after, alone, atol=2e-4, rtol=1e-3)
 
 
 def test_one_beam_of_the_model_itself_decodes_greedily(tiny: Any, ids: torch.Tensor) -> None:

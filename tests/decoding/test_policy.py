@@ -10,15 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skipsearch import SkipMask
 from skipsearch.decoding.ngram import NgramIndex
 from skipsearch.decoding.policy import ADAPTIVE_RATE, DraftPolicy, ExitRule, accepted_at
 from skipsearch.decoding.scheduler import PROBE_SHARE, Pace, match_class
 from skipsearch.errors import MaskError
-from skipsearch.evaluate.cost import Point
-from skipsearch.evaluate.objective import calibrated, join, score
-from skipsearch.evaluate.replay import Replay
-from skipsearch.evaluate.trace import record
 
 COSTS = (0.2, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5)
 
@@ -169,24 +164,3 @@ def test_without_a_clock_seconds_are_those_of_the_policy() -> None:
     learn(fast, "mask", 3, 2, 1e-6)
     learn(slow, "mask", 3, 2, 1e6)
     assert fast.mask_rate == slow.mask_rate > 0
-
-
-def test_calibrated_exit_is_chosen_by_replay(demo: Any) -> None:
-    """Prevents thorough scoring from losing to a threshold, and prices that know nothing of the costs."""
-    prompts = tuple(
-        tuple(demo.tokenizer(text)["input_ids"][:24]) for text in ("def main(argv):\n", "import os\n\nclass A")
-    )
-    trace = record(demo.model, prompts, 24, lambda *_: None)
-    replay = Replay(demo.model, trace, 6)
-    mask = SkipMask(attention=range(2, 20, 2), mlp=range(1, 20, 2), num_layers=20)
-    point = Point(context=40, attention=(0.02,) * 20, mlp=(0.02,) * 20, rest=0.05, exit_check=0.001,
-                  verify=tuple(1 + 0.05 * k for k in range(7)))  # fmt: skip
-    drafts = replay.of(mask)
-    drafts.walk(DraftPolicy(max_length=6))
-    cheap, dear = (calibrated(drafts, rate, point) for rate in (0.5, 5.0))
-    assert list(cheap.curve) == sorted(cheap.curve)
-    assert all(a < b for a, b in zip(cheap.prices, dear.prices, strict=True))
-    best = score(replay, mask, point, thorough=True)
-    assert best.tokens_per_second >= join(drafts.walk(cheap), mask, cheap, point).tokens_per_second * 0.9
-    mean = [sum(k * n for (k, _), n in drafts.walk(p).items()) / sum(drafts.walk(p).values()) for p in (cheap, dear)]
-    assert mean[0] > mean[1]

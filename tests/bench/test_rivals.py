@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_search import POINT, make_trace
+from traces import POINT, make_trace
 
 from skipsearch import SkipMask
 from skipsearch.evaluate.replay import Replay
 from skipsearch.model.sublayers import find_sublayers
 from skipsearch.search.space import Space
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from rivals import hidden, swift
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import gc
-import warnings
 from typing import Any
 
 import pytest
@@ -12,7 +10,6 @@ import torch
 from transformers import DynamicCache
 
 from skipsearch import SkipMask, load_mask, self_speculative
-from skipsearch.compiled import backend
 from skipsearch.compiled.backend import compile_and_prove, compiled_for
 from skipsearch.compiled.model import CompiledModel
 from skipsearch.decoding.loop import decode
@@ -20,7 +17,7 @@ from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import GUESS, Sequences
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.draft.view import draft_view
-from skipsearch.errors import BackendError, BackendWarning, DecodingError
+from skipsearch.errors import BackendWarning, DecodingError
 from skipsearch.online import incumbent as contest
 
 MASK = SkipMask(attention=[0, 2], mlp=[1, 2], num_layers=4)
@@ -192,49 +189,6 @@ def test_sampling_with_a_seed_does_not_depend_on_the_clock(llama: Any, ids: Any)
     assert torch.equal(*outputs)
 
 
-def test_what_cannot_be_compiled_is_decoded_eagerly_with_one_warning(tiny: Any, ids: Any, monkeypatch: Any) -> None:
-    """Prevents a model that the compiler refuses from failing, and the reason from being lost or repeated."""
-    model = tiny("qwen2")
-
-    def refuse(*_: Any) -> Any:
-        raise RuntimeError("no such kernel\nsecond line")
-
-    monkeypatch.setattr(backend, "compile_and_prove", refuse)
-    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
-    plain = model.generate(ids, **options)
-    method = self_speculative(MASK, backend="compiled")
-    with pytest.warns(BackendWarning, match="decoding eagerly: compiling failed .RuntimeError: no such kernel"):
-        assert torch.equal(model.generate(ids, custom_generate=method, **options), plain)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert torch.equal(model.generate(ids, custom_generate=method, **options), plain)
-
-
-def test_logits_that_differ_are_refused(tiny: Any, monkeypatch: Any) -> None:
-    """Prevents pieces that compute something else from serving: two layers taken for one build, say."""
-    model = tiny("llama")
-    forward = CompiledModel.forward
-
-    def wrong(self: Any, layers: Any, *given: Any, **named: Any) -> Any:
-        return forward(self, layers[:-1], *given, **named)
-
-    monkeypatch.setattr(CompiledModel, "forward", wrong)
-    with pytest.raises(BackendError, match="compiled logits differ"):
-        compile_and_prove(model, None)
-
-
-def test_changed_weights_are_seen(ids: Any, tiny: Any) -> None:
-    """Prevents a model that was changed after compiling from being decoded with what it was before."""
-    model = copy.deepcopy(tiny("llama"))
-    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
-    method = self_speculative(MASK, backend="compiled")
-    before = model.generate(ids, custom_generate=method, **options)
-    head = model.get_output_embeddings()
-    head.weight = torch.nn.Parameter(head.weight.detach().flip(0).clone())
-    after = model.generate(ids, custom_generate=method, **options)
-    assert torch.equal(after, model.generate(ids, **options)) and not torch.equal(after, before)
-
-
 def test_past_behind_padding_is_decoded_eagerly(llama: Any, ids: Any) -> None:
     """Prevents padding from being attended to when a cache is handed over with it."""
     model, _ = llama
@@ -268,12 +222,6 @@ def test_batches_and_deterministic_mode_say_that_they_are_eager(llama: Any, ids:
     with pytest.warns(BackendWarning, match="deterministic"):
         method = self_speculative(MASK, backend="compiled", deterministic=True)
         model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=method, **options)
-
-
-def test_an_unknown_backend_is_refused(tiny: Any) -> None:
-    """Prevents a misspelt backend from meaning eager."""
-    with pytest.raises(BackendError, match="backend is 'cuda', must be auto, eager or compiled"):
-        compiled_for(tiny("llama"), "cuda")  # type: ignore[arg-type]
 
 
 def test_a_view_is_left_as_it_was(llama: Any, ids: Any) -> None:

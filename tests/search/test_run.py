@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import quiet
 
 from skipsearch import load_mask, search, self_speculative
 from skipsearch.errors import PromptError, ResultsError, SkipsearchError, StudyMismatch
-from skipsearch.evaluate.validate import interval
 from skipsearch.search.options import MAX_LENGTH, SearchOptions
 from skipsearch.search.prepare import chosen_prompts
 from skipsearch.search.run import validate_file
@@ -21,10 +21,6 @@ SMALL = SearchOptions(
     trials=14, prompts=3, held_out=2, prompt_tokens=16, new_tokens=16, trial_tokens=12, rounds=1,
     backend="eager",
 )  # fmt: skip
-
-
-def quiet(*_: Any) -> None:
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -108,21 +104,6 @@ def test_validate_gives_fresh_evidence(result: Any, demo: Any) -> None:
     assert fresh.mask == result.mask and fresh.evidence is not None
     assert fresh.evidence.tokens == result.file.evidence.tokens
     assert fresh.evidence.tokens_per_second != result.file.evidence.tokens_per_second
-
-
-def test_interval_covers_the_ratio_and_narrows() -> None:
-    """Prevents an interval of a mean of ratios, or one that ignores pairing."""
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    plain = rng.uniform(1, 3, 40)
-    low, high = interval(plain, plain / 1.5, 0)
-    assert low == pytest.approx(1.5) and high == pytest.approx(1.5)
-    noisy = plain / 1.5 * rng.uniform(0.8, 1.25, 40)
-    low, high = interval(plain, noisy, 0)
-    assert low < plain.sum() / noisy.sum() < high and high - low < 0.3
-    few = interval(plain[:8], noisy[:8], 0)
-    assert few[1] - few[0] > high - low
 
 
 def test_a_mask_for_long_contexts_is_proven_at_them(demo: Any) -> None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from ablation import MASKS, ablated
 from conftest import make_tiny
-from test_families import MASKS, ablated
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM
 
 from skipsearch import SkipMask, draft_view, self_speculative
-from skipsearch.errors import MaskError, UnsupportedModel
+from skipsearch.errors import MaskError
 from skipsearch.model.sublayers import find_sublayers
 
 
@@ -74,13 +74,6 @@ def test_wrong_layer_count_is_refused(tiny: Any) -> None:
     """Prevents a 40-layer mask from being half applied."""
     with pytest.raises(MaskError, match=r"num_layers 5.*has 4"):
         draft_view(tiny("llama"), SkipMask(num_layers=5))
-
-
-def test_encoder_decoders_are_refused() -> None:
-    """Prevents a model that cannot be skipped safely from being decoded wrongly."""
-    config = AutoConfig.for_model("t5", vocab_size=97, d_model=32, num_layers=4, num_heads=4)
-    with pytest.raises(UnsupportedModel, match="encoder-decoder"):
-        find_sublayers(T5ForConditionalGeneration(config).eval())
 
 
 def saved(tmp_path: Any, ids: torch.Tensor) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import quiet
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,12 +26,8 @@ from skipsearch.errors import PromptError, SkipsearchError
 from skipsearch.evaluate.validate import Run, Timing
 from skipsearch.report.bench import bench_picture, read_bench, save_bench
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SKIP = SkipMask(attention=[0, 2], mlp=[1], num_layers=4)
-
-
-def quiet(*_: Any) -> None:
-    pass
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,66 @@
+"""Whether a model is compiled: proven, refused, compiled again, or decoded eagerly with a warning."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from test_compiled import MASK
+
+from skipsearch import self_speculative
+from skipsearch.compiled import backend
+from skipsearch.compiled.backend import compile_and_prove, compiled_for
+from skipsearch.compiled.model import CompiledModel
+from skipsearch.errors import BackendError, BackendWarning
+
+
+def test_what_cannot_be_compiled_is_decoded_eagerly_with_one_warning(tiny: Any, ids: Any, monkeypatch: Any) -> None:
+    """Prevents a model that the compiler refuses from failing, and the reason from being lost or repeated."""
+    model = tiny("qwen2")
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("no such kernel\nsecond line")
+
+    monkeypatch.setattr(backend, "compile_and_prove", refuse)
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    plain = model.generate(ids, **options)
+    method = self_speculative(MASK, backend="compiled")
+    with pytest.warns(BackendWarning, match="decoding eagerly: compiling failed .RuntimeError: no such kernel"):
+        assert torch.equal(model.generate(ids, custom_generate=method, **options), plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(model.generate(ids, custom_generate=method, **options), plain)
+
+
+def test_logits_that_differ_are_refused(tiny: Any, monkeypatch: Any) -> None:
+    """Prevents pieces that compute something else from serving: two layers taken for one build, say."""
+    model = tiny("llama")
+    forward = CompiledModel.forward
+
+    def wrong(self: Any, layers: Any, *given: Any, **named: Any) -> Any:
+        return forward(self, layers[:-1], *given, **named)
+
+    monkeypatch.setattr(CompiledModel, "forward", wrong)
+    with pytest.raises(BackendError, match="compiled logits differ"):
+        compile_and_prove(model, None)
+
+
+def test_changed_weights_are_seen(ids: Any, tiny: Any) -> None:
+    """Prevents a model that was changed after compiling from being decoded with what it was before."""
+    model = copy.deepcopy(tiny("llama"))
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    method = self_speculative(MASK, backend="compiled")
+    before = model.generate(ids, custom_generate=method, **options)
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().flip(0).clone())
+    after = model.generate(ids, custom_generate=method, **options)
+    assert torch.equal(after, model.generate(ids, **options)) and not torch.equal(after, before)
+
+
+def test_an_unknown_backend_is_refused(tiny: Any) -> None:
+    """Prevents a misspelt backend from meaning eager."""
+    with pytest.raises(BackendError, match="backend is 'cuda', must be auto, eager or compiled"):
+        compiled_for(tiny("llama"), "cuda")  # type: ignore[arg-type]

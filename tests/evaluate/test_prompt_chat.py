@@ -1,0 +1,51 @@
+"""Prompts for chat models: templates and messages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import assert_one_sentence
+from prompt_files import TEXTS, Load, everything, ids, write
+
+from skipsearch.errors import PromptError
+
+
+def test_text_is_wrapped_in_the_chat_template(tmp_path: Path, load: Load, chatty: Any) -> None:
+    """Prevents a chat model from being searched on prompts of a form that it never gets."""
+    path = write(tmp_path / "p.csv", {"prompt": TEXTS})
+    assert everything(load(path, tokenizer=chatty)) == ids(chatty, [f"<user>{t}</><bot>" for t in TEXTS])
+
+
+def test_chat_can_be_turned_off(tmp_path: Path, load: Load, chatty: Any) -> None:
+    """Prevents --no-chat from being ignored."""
+    path = write(tmp_path / "p.csv", {"prompt": TEXTS})
+    assert everything(load(path, tokenizer=chatty, chat=False)) == ids(chatty, TEXTS)
+
+
+def test_messages_keep_their_roles(tmp_path: Path, load: Load, chatty: Any) -> None:
+    """Prevents a conversation from losing all but its last question, or being wrapped twice."""
+    talks = [[{"role": "system", "content": "short"}, {"role": "user", "content": text}] for text in TEXTS]
+    path = write(tmp_path / "p.jsonl", {"messages": talks})
+    expected = [f"<system>short</><user>{t}</><bot>" for t in TEXTS]
+    assert everything(load(path, tokenizer=chatty)) == ids(chatty, expected)
+    joined = [f"short\n{t}" for t in TEXTS]
+    assert everything(load(path)) == everything(load(path, tokenizer=chatty, chat=False)) == ids(chatty, joined)
+
+
+@pytest.mark.parametrize("message", [{"from": "human", "value": "hello"}, {"role": "user", "content": ["hello"]}])
+def test_messages_of_another_dialect_are_refused(message: Any, tmp_path: Path, load: Load) -> None:
+    """Prevents a KeyError from deep inside for ShareGPT rows and for messages made of parts."""
+    path = write(tmp_path / "p.jsonl", {"messages": [[message]] * 4})
+    with pytest.raises(PromptError) as error:
+        load(path)
+    assert_one_sentence(error, "'content'", "hello", "--prompt-column")
+
+
+def test_a_template_that_refuses_is_reported(tmp_path: Path, load: Load, chatty: Any) -> None:
+    """Prevents a Jinja traceback for templates that forbid a role."""
+    chatty.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(PromptError) as error:
+        load(write(tmp_path / "p.csv", {"prompt": TEXTS}), tokenizer=chatty)
+    assert_one_sentence(error, "no system role", "--no-chat")

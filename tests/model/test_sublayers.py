@@ -1,0 +1,26 @@
+"""Finding sublayers, and what a config says of its context."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, T5ForConditionalGeneration
+
+from skipsearch.errors import UnsupportedModel
+from skipsearch.model.sublayers import context_limit, find_sublayers
+
+
+@pytest.mark.parametrize("known", [{}, {"max_position_embeddings": None}])
+def test_a_config_may_know_no_end(known: dict[str, Any]) -> None:
+    """Prevents a context of None, or none at all, from being compared with a number of tokens."""
+    config = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(**known))
+    assert context_limit(SimpleNamespace(config=config)) > 100_000  # type: ignore[arg-type]
+
+
+def test_encoder_decoders_are_refused() -> None:
+    """Prevents a model that cannot be skipped safely from being decoded wrongly."""
+    config = AutoConfig.for_model("t5", vocab_size=97, d_model=32, num_layers=4, num_heads=4)
+    with pytest.raises(UnsupportedModel, match="encoder-decoder"):
+        find_sublayers(T5ForConditionalGeneration(config).eval())

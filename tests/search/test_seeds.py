@@ -1,0 +1,102 @@
+"""Seeds: first masks by sensitivity, knapsack, hidden states and publications."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tiny, quiet
+from hypothesis import given
+from hypothesis import strategies as st
+from traces import POINT, make_trace
+
+from skipsearch import SkipMask
+from skipsearch.evaluate.hidden_states import layer_states
+from skipsearch.model.preset import presets
+from skipsearch.search.seeds import (
+    all_seeds,
+    block_influence,
+    by_sensitivity,
+    knapsack,
+    nearest_states,
+    published,
+    saves,
+    single_skip_loss,
+    uniform,
+)
+from skipsearch.search.space import Space
+
+
+def test_sensitivity_finds_the_harmless_sublayer(tiny: Any) -> None:
+    """Prevents an order that is upside down: a branch with zero weights changes nothing, so it goes first."""
+    model = make_tiny("llama", seed=1)
+    model.model.layers[2].mlp.down_proj.weight.data.zero_()
+    space = Space(num_layers=4, fixed=SkipMask(num_layers=4))
+    loss = single_skip_loss(model, make_trace(model), space, quiet)
+    assert loss["mlp", 2] == 0 and max(loss.values()) > 0
+    seeds = by_sensitivity(space, loss, POINT)
+    assert all(mask.skips("mlp", 2) for _, mask in seeds)
+    assert [len(mask) for _, mask in seeds] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_seeds_respect_fixed_sublayers() -> None:
+    """Prevents seeds that the space cannot express."""
+    preset = presets()["llama-2-13b"]
+    space = Space.of(40, preset)
+    for _, mask in [*published(preset, space), *uniform(space)]:
+        assert not mask & preset.fixed
+        assert space.mask(space.params(mask)) == mask
+    assert {name for name, _ in published(preset, space)} >= {"published:self-sd"}
+
+
+@given(data=st.data())
+def test_the_knapsack_is_the_best_there_is(data: Any) -> None:
+    """Prevents a dynamic programme that is off by one: on few sublayers every subset can be tried."""
+    fixed = SkipMask(attention=[0], mlp=[0], num_layers=4)
+    space = Space(num_layers=4, fixed=fixed)
+    loss = {sub: data.draw(st.integers(0, 9)) / 10 for sub in space.free}
+    point = replace(POINT, attention=(1.0, 2.0, 3.0, 4.0), mlp=(2.0, 2.5, 1.0, 3.0))
+    harm = {sub: -math.log(max(1e-3, 1 - loss[sub])) + 1e-4 for sub in space.free}
+    unit = sum(harm.values()) / 256
+    weight = {sub: max(1, round(harm[sub] / unit)) for sub in space.free}
+    for label, mask in knapsack(space, loss, point):
+        room = round(float(label.split(":")[1]) * 256)
+        gain = sum(saves(point, sub) for sub in mask.sublayers())
+        subsets = (c for n in range(7) for c in itertools.combinations(space.free, n))
+        best = max(sum(saves(point, s) for s in c) for c in subsets if sum(weight[s] for s in c) <= room)
+        assert sum(weight[sub] for sub in mask.sublayers()) <= room and gain == pytest.approx(best)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_neox"])
+def test_seeds_from_hidden_states_find_the_idle_layer(family: str) -> None:
+    """Prevents layers called on their own from computing something else than in the model."""
+    from conftest import make_tiny
+
+    model = make_tiny(family, seed=1)
+    layers = next(m for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList))
+    for name, weight in layers[2].named_parameters():
+        if "norm" not in name and "ln_" not in name:
+            weight.data.zero_()  # both branches add nothing
+    space = Space(num_layers=4, fixed=SkipMask(num_layers=4))
+    states = layer_states(model, *make_trace(model).padded(model.device))
+    for i in range(4):
+        assert torch.equal(states.run(i, states.hidden[i]), states.hidden[i + 1])
+    idle = SkipMask(attention=[2], mlp=[2], num_layers=4)
+    assert idle in [mask for _, mask in block_influence(space, states)]
+    assert idle in [mask for _, mask in nearest_states(space, states)]
+
+
+def test_every_seed_is_a_mask_of_the_space(tiny: Any) -> None:
+    """Prevents a seed from skipping what is fixed, and an earlier mask from being forgotten."""
+    model, fixed = tiny("llama"), SkipMask(attention=[0], mlp=[1], num_layers=4)
+    space, earlier = Space(num_layers=4, fixed=fixed), SkipMask(attention=[2, 3], num_layers=4)
+    seeds = all_seeds(model, make_trace(model), space, POINT, quiet, None, earlier)
+    assert dict(seeds)["earlier"] == earlier
+    assert all(not mask & fixed for _, mask in seeds)
+    assert {name.split(":")[0] for name, _ in seeds} == {
+        "empty", "earlier", "sensitivity", "knapsack", "states", "influence", "uniform"
+    }  # fmt: skip

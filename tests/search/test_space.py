@@ -1,0 +1,110 @@
+"""Search spaces of every structure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skipsearch import SkipMask
+from skipsearch.errors import ModelLoadError
+from skipsearch.model.preset import presets, with_space
+from skipsearch.search.space import Space
+
+L = 9
+spaces = st.builds(
+    Space, num_layers=st.just(L),
+    fixed=st.builds(
+        SkipMask, attention=st.sets(st.integers(0, L - 1), max_size=3), mlp=st.sets(st.integers(0, L - 1), max_size=3),
+        num_layers=st.just(L),
+    ),
+    structure=st.sampled_from(["sublayers", "layers", "spans"]), spans=st.integers(1, 2),
+    max_skipped=st.none() | st.integers(2, 8),
+)  # fmt: skip
+
+
+def runs(layers: frozenset[int]) -> int:
+    """Runs of consecutive layers."""
+    return sum(i - 1 not in layers for i in layers)
+
+
+@given(space=spaces, data=st.data())
+def test_parameters_make_masks_of_the_space_alone(space: Space, data: Any) -> None:
+    """Prevents an engine that takes whole layers, or so many at most, from getting a mask that it cannot serve."""
+    mask = space.mask({name: data.draw(st.integers(*bounds)) for name, bounds in space.bounds.items()})
+    assert not mask & space.fixed
+    assert space.max_skipped is None or len(mask) <= space.max_skipped
+    if space.structure != "sublayers":
+        assert mask.attention == mask.mlp
+    if space.structure == "spans":
+        assert runs(mask.attention) <= space.spans
+    if space.structure != "spans":  # spans that overlap, or hold fixed layers, have several spellings
+        assert space.mask(space.params(mask)) == mask
+
+
+@given(space=spaces, data=st.data())
+def test_seeds_are_cut_to_the_space(space: Space, data: Any) -> None:
+    """Prevents a seed from breaking a rule of the space, or from skipping what it did not ask for."""
+    seed = SkipMask.from_bits(data.draw(st.lists(st.booleans(), min_size=2 * L, max_size=2 * L)))
+    params = space.params(seed)
+    assert params.keys() == space.bounds.keys()
+    assert all(low <= params[name] <= high for name, (low, high) in space.bounds.items())
+    assert space.mask(params) <= seed - space.fixed
+
+
+def test_space_tables_of_a_file(tmp_path: Path) -> None:
+    """Prevents a file's rules from being ignored."""
+    path = tmp_path / "space.toml"
+    path.write_text('[space]\nstructure = "layers"\nfixed_attention = [0]\nmax_skipped = 6\n')
+    space = Space.of(20, with_space(presets()["demo"], path, 20, "demo"))
+    assert space.structure == "layers" and len(space.bounds) == 19 and space.max_skipped == 6
+    path.write_text('[space]\nonly = "attention"\n')
+    space = Space.of(12, with_space(None, path, 12, "x"))
+    assert [kind for kind, _ in space.free] == ["attention"] * 12
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[space]\nstructure = "rows"', "structure is 'rows', must be one of sublayers, layers, spans"),
+        ('[space]\nonly = "norms"', "only is 'norms', must be attention or mlp"),
+        ('[space]\nonly = "mlp"\nstructure = "layers"', "leaves no whole layers"),
+        ("[space]\nmax_skipped = 0", "max_skipped is 0, must be a whole number of at least 1"),
+        ("[space]\nspans = true", "spans is True"),
+        ("[space]\nfixed = [1]", "space.fixed is not known"),
+        ("[space]\nfixed_mlp = [99]", "layer 99"),
+        ("[model]\nid = 'x'", r"it has no \[space\] table"),
+        ("[space", "cannot be read"),
+    ],
+)
+def test_bad_space_tables_are_one_sentence(text: str, message: str, tmp_path: Path) -> None:
+    """Prevents a typo from searching another space than was meant."""
+    path = tmp_path / "space.toml"
+    path.write_text(text)
+    with pytest.raises(ModelLoadError, match=message):
+        with_space(None, path, 12, "x")
+    with pytest.raises(ModelLoadError, match="cannot be read"):
+        with_space(None, tmp_path / "none.toml", 12, "x")
+
+
+def test_a_span_ends_at_a_fixed_layer() -> None:
+    """Prevents a run of layers from becoming two, which an engine that takes one run could not serve."""
+    space = Space(num_layers=10, fixed=SkipMask(attention=[5], num_layers=10), structure="spans")
+    mask = space.mask({"span.0.first": 3, "span.0.length": 5})
+    assert mask.attention == mask.mlp == {3, 4}
+    assert space.mask(space.params(mask)) == mask
+
+
+@given(one=spaces, other=spaces)
+def test_a_space_says_all_that_sets_it_apart(one: Space, other: Space) -> None:
+    """Prevents a study from being continued with another space, and a refusal in Python's words."""
+    assert "frozenset" not in str(one)
+    if one.structure != "spans":  # of other structures, how many spans is of no account
+        one, other = replace(one, spans=1), replace(other, spans=other.spans if other.structure == "spans" else 1)
+    elif other.structure != "spans":
+        other = replace(other, spans=1)
+    assert (str(one) == str(other)) == (one == other)

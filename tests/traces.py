@@ -1,0 +1,39 @@
+"""Traces of tiny models, prices for them, and real decoding to hold replay against."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import Any
+
+import torch
+from conftest import quiet
+
+from skipsearch import SkipMask
+from skipsearch.decoding.loop import decode
+from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.decoding.sequences import Sequences
+from skipsearch.decoding.stats import DecodeStats
+from skipsearch.evaluate.cost import Point
+from skipsearch.evaluate.trace import Trace, record
+
+POINT = Point(
+    context=64, attention=(2.0,) * 4, mlp=(1.0,) * 4, rest=3.0, exit_check=0.5,
+    verify=tuple(15.0 + k for k in range(13)),
+)  # fmt: skip
+
+
+def make_trace(model: Any, prompts: int = 4, new_tokens: int = 20, seed: int = 2) -> Trace:
+    rng = random.Random(seed)
+    rows = tuple(tuple(rng.randrange(3, 97) for _ in range(rng.randint(5, 12))) for _ in range(prompts))
+    return record(model, rows, new_tokens, quiet)
+
+
+def really_decode(model: Any, trace: Trace, mask: SkipMask, policy: DraftPolicy) -> Counter[tuple[int, int]]:
+    stats = DecodeStats()
+    for prompt, continuation in zip(trace.prompts, trace.continuations, strict=True):
+        limit = len(prompt) + trace.new_tokens
+        sequences = Sequences(model, torch.tensor([prompt]), capacity=limit, mask=mask)
+        blocks = decode(sequences, max_length=limit, policy=policy, stats=stats, eos_ids=frozenset([2]))
+        assert tuple(token for block in blocks for token in block.tokens) == continuation
+    return stats.blocks

@@ -13,6 +13,7 @@ from skipsearch.errors import MaskError
 
 Kind = Literal["attention", "mlp"]
 KINDS: tuple[Kind, Kind] = ("attention", "mlp")
+Sublayer = tuple[Kind, int]  # kind and 0-based layer
 
 
 def _layer_ids(kind: Kind, ids: Iterable[int], num_layers: int) -> frozenset[int]:
@@ -69,7 +70,7 @@ class SkipMask:
         )
 
     @classmethod
-    def from_sublayers(cls, sublayers: Iterable[tuple[Kind, int]], num_layers: int) -> SkipMask:
+    def from_sublayers(cls, sublayers: Iterable[Sublayer], num_layers: int) -> SkipMask:
         """Build from (kind, layer) pairs, as `sublayers()` yields them."""
         pairs = list(sublayers)
         for kind, i in pairs:
@@ -86,7 +87,7 @@ class SkipMask:
         layers = range(self.num_layers)
         return (*(int(i in self.attention) for i in layers), *(int(i in self.mlp) for i in layers))
 
-    def sublayers(self) -> Iterator[tuple[Kind, int]]:
+    def sublayers(self) -> Iterator[Sublayer]:
         """The skipped sublayers in order: attention first, then mlp, each by layer."""
         for kind in KINDS:
             for i in sorted(getattr(self, kind)):

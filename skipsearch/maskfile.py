@@ -43,7 +43,7 @@ class SkipSets(_Part):
     mlp: LayerIds
 
 
-class Draft(_Part):
+class DraftFields(_Part):
     """Arguments of `DraftPolicy`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -113,7 +113,7 @@ class MaskFile(_Part):
     version: Literal[1] = VERSION
     model: ModelCard
     skip: SkipSets
-    draft: Draft = Draft()
+    draft: DraftFields = DraftFields()
     evidence: Evidence | None = None
     provenance: Provenance = Field(default_factory=Provenance)
 

@@ -10,12 +10,14 @@ import torch
 from conftest import quiet
 
 from skipsearch import SkipMask
-from skipsearch.decoding.loop import decode
+from skipsearch.decoding.loop import Ending, decode
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import DecodeStats
+from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.cost import Point
-from skipsearch.evaluate.trace import Trace, record
+from skipsearch.evaluate.trace import DecodeSettings, Trace, record
+from skipsearch.model.target import Target
 
 POINT = Point(
     context=64, attention=(2.0,) * 4, mlp=(1.0,) * 4, rest=3.0, exit_check=0.5,
@@ -26,14 +28,14 @@ POINT = Point(
 def make_trace(model: Any, prompts: int = 4, new_tokens: int = 20, seed: int = 2) -> Trace:
     rng = random.Random(seed)
     rows = tuple(tuple(rng.randrange(3, 97) for _ in range(rng.randint(5, 12))) for _ in range(prompts))
-    return record(model, rows, new_tokens, quiet)
+    return record(Target.of(model), rows, DecodeSettings(new_tokens=new_tokens), quiet)
 
 
 def really_decode(model: Any, trace: Trace, mask: SkipMask, policy: DraftPolicy) -> Counter[tuple[int, int]]:
     stats = DecodeStats()
     for prompt, continuation in zip(trace.prompts, trace.continuations, strict=True):
         limit = len(prompt) + trace.new_tokens
-        sequences = Sequences(model, torch.tensor([prompt]), capacity=limit, mask=mask)
-        blocks = decode(sequences, max_length=limit, policy=policy, stats=stats, eos_ids=frozenset([2]))
+        sequences = Sequences(Target.of(model), torch.tensor([prompt]), capacity=limit, draft=draft_view(model, mask))
+        blocks = decode(sequences, Ending(max_length=limit, eos_ids=frozenset([2])), policy=policy, stats=stats)
         assert tuple(token for block in blocks for token in block.tokens) == continuation
     return stats.blocks

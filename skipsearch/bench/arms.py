@@ -10,18 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CompileConfig, PreTrainedModel, StaticCache, StoppingCriteria, StoppingCriteriaList
+from transformers import CompileConfig, StaticCache, StoppingCriteria, StoppingCriteriaList
 
-from skipsearch.compiled.model import CompiledModel
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.draft.view import draft_view
-from skipsearch.evaluate.profile import synchronize
 from skipsearch.evaluate.prompts import Ids
-from skipsearch.evaluate.trace import eos_ids
-from skipsearch.evaluate.validate import Arm, Run, our_arm
+from skipsearch.evaluate.timing import Arm, Run, our_arm
 from skipsearch.mask import SkipMask
-from skipsearch.model.sublayers import input_device
+from skipsearch.model.device import synchronize
+from skipsearch.model.target import Target
 from skipsearch.search.options import NGRAM
 
 HF_EAGER, HF_STATIC, HF_LOOKUP, HF_ASSISTED = (
@@ -49,26 +47,26 @@ class _Clock(StoppingCriteria):  # type: ignore[misc]
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def hf_arm(model: PreTrainedModel, fresh: Callable[[], dict[str, Any]] = dict, **options: Any) -> Arm:
+def hf_arm(target: Target, fresh: Callable[[], dict[str, Any]] = dict, **options: Any) -> Arm:
     """`model.generate` with these options and `fresh()` ones, greedily. Tokens of the prefill are not counted."""
-    device = input_device(model)
+    device = target.device
 
     def run(prompt: Ids, new_tokens: int) -> Run:
-        ids = torch.tensor([prompt], device=device)
+        ids = target.ids(prompt)
         clock = _Clock(device)
         given = {**options, **fresh()}
         synchronize(device)
         begin = time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            out = model.generate(
+            out = target.model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
                 stopping_criteria=StoppingCriteriaList([clock]), **given,
             )  # fmt: skip
         synchronize(device)
         end = time.perf_counter()
         new = out[0, len(prompt) :].tolist()
-        ended = [i for i, token in enumerate(new) if token in eos_ids(model)]
+        ended = [i for i, token in enumerate(new) if token in target.eos_ids]
         new = new[: ended[0] + 1] if ended else new
         counted = max(0, len(new) - (clock.length - len(prompt)))
         return Run(
@@ -78,17 +76,17 @@ def hf_arm(model: PreTrainedModel, fresh: Callable[[], dict[str, Any]] = dict, *
     return run
 
 
-def hf_static(model: PreTrainedModel, longest: int) -> Arm:
+def hf_static(target: Target, longest: int) -> Arm:
     """`generate` with a static cache and its own compilation, the cache made once and reset for each prompt."""
-    cache = StaticCache(config=model.config, max_cache_len=longest)
-    settings = CompileConfig(mode="reduce-overhead" if input_device(model).type == "cuda" else "default")
+    cache = StaticCache(config=target.model.config, max_cache_len=longest)
+    settings = CompileConfig(mode="reduce-overhead" if target.device.type == "cuda" else "default")
     settings._compile_all_devices = True
 
     def emptied() -> dict[str, Any]:
         cache.reset()
         return {"past_key_values": cache}
 
-    return hf_arm(model, emptied, compile_config=settings)
+    return hf_arm(target, emptied, compile_config=settings)
 
 
 def prefix_mask(mask: SkipMask) -> SkipMask:
@@ -98,35 +96,31 @@ def prefix_mask(mask: SkipMask) -> SkipMask:
     return SkipMask(attention=behind, mlp=behind, num_layers=mask.num_layers)
 
 
-def arms(
-    model: PreTrainedModel, mask: SkipMask | None, policy: DraftPolicy, compiled: CompiledModel | None, longest: int,
-    hf: bool = True,
-) -> dict[str, Arm]:  # fmt: skip
+def arms(target: Target, mask: SkipMask | None, policy: DraftPolicy, longest: int, hf: bool = True) -> dict[str, Arm]:
     """All arms by name.
 
     Args:
         mask, policy: of the mask's arms; without a mask those are left out.
-        compiled: serves all of ours but the eager one.
         longest: tokens of the longest sequence.
         hf: whether to measure transformers' own.
     """
     found: dict[str, Arm] = {}
     if hf:
-        found[HF_EAGER] = hf_arm(model)
-        if compiled is not None:
-            found[HF_STATIC] = hf_static(model, longest)
-        found[HF_LOOKUP] = hf_arm(model, prompt_lookup_num_tokens=NGRAM)
+        found[HF_EAGER] = hf_arm(target)
+        if target.compiled is not None:
+            found[HF_STATIC] = hf_static(target, longest)
+        found[HF_LOOKUP] = hf_arm(target, prompt_lookup_num_tokens=NGRAM)
         if mask is not None:
-            found[HF_ASSISTED] = hf_arm(model, assistant_model=draft_view(model, mask))
-    if compiled is not None:
-        found[EAGER] = our_arm(model)
-    found[PLAIN] = our_arm(model, compiled=compiled)
-    found[AGAIN] = our_arm(model, compiled=compiled)
+            found[HF_ASSISTED] = hf_arm(target, assistant_model=draft_view(target.model, mask))
+    if target.compiled is not None:
+        found[EAGER] = our_arm(dataclasses.replace(target, compiled=None))
+    found[PLAIN] = our_arm(target)
+    found[AGAIN] = our_arm(target)
     served = dataclasses.replace(policy, ngram=policy.ngram or NGRAM, never_slower=True)
     lookup = DraftPolicy(max_length=1, ngram=NGRAM, never_slower=True, costs=policy.costs)
-    found[LOOKUP] = our_arm(model, None, lookup, compiled)
+    found[LOOKUP] = our_arm(target, None, lookup)
     if mask is not None:
-        found[MASK] = our_arm(model, mask, dataclasses.replace(policy, ngram=0, never_slower=False), compiled)
-        found[HYBRID] = our_arm(model, mask, served, compiled)
-        found[PREFIX] = our_arm(model, prefix_mask(mask), DraftPolicy(max_length=4, exit_threshold=0.5), compiled)
+        found[MASK] = our_arm(target, mask, dataclasses.replace(policy, ngram=0, never_slower=False))
+        found[HYBRID] = our_arm(target, mask, served)
+        found[PREFIX] = our_arm(target, prefix_mask(mask), DraftPolicy(max_length=4, exit_threshold=0.5))
     return found

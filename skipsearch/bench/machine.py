@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from skipsearch.evaluate.profile import synchronize
+from skipsearch.model.device import synchronize
 
 COPY_BYTES = {"cpu": 1 << 29, "cuda": 1 << 32}  # far beyond the caches
 

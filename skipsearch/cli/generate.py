@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -49,7 +50,7 @@ def generate(
     if tuned == "auto":
         tuned = "compiled" if on_the_fly else _backend_of(mask)
     loaded = opt.load(model, dtype, device, revision, trust)
-    from skipsearch.generate.continuation import check_room, continue_text
+    from skipsearch.generate.continuation import GenerateSettings, check_room, continue_text
     from skipsearch.online.self_speculative import self_speculative
     from skipsearch.report.progress import stages
     from skipsearch.report.tables import found_line, generation_line
@@ -66,21 +67,19 @@ def generate(
     else:
         name, method = ("plain", plain) if mask is None else ("mask", self_speculative(mask, backend=tuned))
     methods = {"plain": plain, name: method} if compare else {name: method}
-    settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    settings = GenerateSettings(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    )
     with stages(opt.err, quiet=as_json) as progress:
         for each in methods.values():  # warm-up, so that the first arm pays for nothing alone
-            few = min(16 if compare else 2, max_new_tokens)
-            continue_text(
-                loaded, prompt, each, stream=False, progress=progress.stage, max_new_tokens=few, **settings
-            )  # fmt: skip
+            few = replace(settings, max_new_tokens=min(16 if compare else 2, max_new_tokens))
+            continue_text(loaded, prompt, each, few, stream=False, progress=progress.stage)
     tuner = method.tuner_for(loaded.model) if on_the_fly else None
     results: dict[str, Any] = {}
     for label, each in methods.items():
         if compare and not as_json:
             opt.out.rule(label)
-        results[label] = found = continue_text(
-            loaded, prompt, each, stream=not as_json, max_new_tokens=max_new_tokens, **settings
-        )  # fmt: skip
+        results[label] = found = continue_text(loaded, prompt, each, settings, stream=not as_json)
         if not as_json:
             opt.out.print(generation_line(found))
         if tuner is not None and each is method:

@@ -39,12 +39,12 @@ def validate(
     from skipsearch.model.load import check_mask_belongs
     from skipsearch.report.progress import stages
     from skipsearch.report.tables import mask_table
-    from skipsearch.search.run import validate_file
+    from skipsearch.search.revalidate import validate_file
 
-    check_mask_belongs(file, loaded.model)
+    check_mask_belongs(file, loaded.target)
     if audited:
         from skipsearch.report.tables import audit_table
-        from skipsearch.search.run import audit_file
+        from skipsearch.search.revalidate import audit_file
 
         with stages(opt.err, quiet=as_json) as progress:
             found = audit_file(loaded, file, options, progress.stage).to_dict()
@@ -106,6 +106,7 @@ def doctor(
     """Print versions, device and backend, and what is missing; or calibrate."""
     if calibrated:
         loaded = opt.load(model, dtype, device, revision, trust)
+        from skipsearch.compiled.backend import with_backend
         from skipsearch.evaluate.calibrate import calibrate
         from skipsearch.report.progress import stages
         from skipsearch.report.tables import calibration_table
@@ -113,9 +114,9 @@ def doctor(
 
         options = opt.search_options("builtin", None, None, "test", True, seed=seed, backend=backend)
         with stages(opt.err, quiet=as_json) as progress:
-            data = calibrate(
-                loaded, chosen_prompts(loaded, options).calibration, progress.stage, backend=backend, seed=seed
-            )
+            prompts = chosen_prompts(loaded.target, loaded.tokenizer, options).calibration
+            target = with_backend(loaded.target, backend, progress.stage)
+            data = {"model": loaded.name, **calibrate(target, prompts, progress.stage, seed=seed)}
         opt.say(data, as_json, *(calibration_table(found) for found in data["contexts"]), _calibration_verdict(data))
         raise typer.Exit(0 if data["passed"] else 1)
     from skipsearch.report.doctor import examine
@@ -128,5 +129,5 @@ def doctor(
 
 def _calibration_verdict(data: dict[str, Any]) -> str:
     if data["passed"]:
-        return "the cost model foretells tokens per second here"
-    return "the cost model does not foretell tokens per second well here; is the machine busy with something else?"
+        return "the cost model predicts tokens per second here"
+    return "the cost model does not predict tokens per second well here; is the machine busy with something else?"

@@ -7,7 +7,8 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, cast
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -16,15 +17,16 @@ from skipsearch.compiled.model import GUESS, WIDTHS, CompiledModel
 from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendError, BackendWarning
 from skipsearch.mask import SkipMask
-from skipsearch.model.sublayers import context_limit, input_device
+from skipsearch.model.target import Target
 
 Backend = Literal["auto", "eager", "compiled"]
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], None]  # told a stage, steps done, steps in all
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.02}  # of the largest logit
 
+# Per model: its state when it was compiled, and the result or the reason why there is none.
 _known: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, CompiledModel | str]] = weakref.WeakKeyDictionary()
 _log = logging.getLogger(__name__)
-_lock = threading.RLock()  # the compiler sets what is global to the process
+_lock = threading.RLock()  # the compiler changes settings of the whole process
 
 
 def state_of(model: PreTrainedModel) -> int:
@@ -32,43 +34,45 @@ def state_of(model: PreTrainedModel) -> int:
     return hash(tuple((p.data_ptr(), p.dtype, p.device) for p in model.parameters()))
 
 
-def compiled_for(
-    model: PreTrainedModel, backend: Backend, *, progress: Progress | None = None,
-) -> CompiledModel | None:  # fmt: skip
-    """The compiled model, or None for eager decoding.
+def with_backend(target: Target, backend: Backend, progress: Progress | None = None) -> Target:
+    """The target with what runs its forwards: compiled, or eager where it cannot be.
 
     The first call compiles, or reads what was compiled before from the disk, and compares with the model.
     Later calls with the same model object are cheap; a model that was moved or changed is compiled again.
 
     Args:
-        backend: "auto" and "compiled" compile where possible and warn once, saying why, where not.
+        backend: "auto" and "compiled" compile where possible; where not, one warning says why.
         progress: told (stage, done, total).
+
+    Raises:
+        BackendError: `backend` is none of the three.
     """
     if backend not in ("auto", "eager", "compiled"):
         raise BackendError(f"backend is {backend!r}, must be auto, eager or compiled")
     if backend == "eager":
-        return None
+        return replace(target, compiled=None)
+    model = target.model
     with _lock:
         state = state_of(model)
         known, found = _known.get(model, (None, ""))
         if known == state and isinstance(found, str):
-            return None
+            return replace(target, compiled=None)
         try:
             if known != state or isinstance(found, str):
-                found = compile_and_prove(model, progress)
+                found = compile_and_prove(target, progress)
             else:
-                found.warm(found.pieces.layers_of(model), widths_of(found), progress)
+                found.warm(found.layers_of(model), widths_of(found), progress)
             _known[model] = state, found
         except Exception as error:
-            # Whatever a tracer or a compiler makes of a model it does not know: eager decoding is always there.
+            # Tracer and compiler raise anything for a model they do not know; eager decoding always works.
             said = str(error).strip().splitlines() or [type(error).__name__]
             why = (
                 said[0] if isinstance(error, BackendError) else f"compiling failed ({type(error).__name__}: {said[0]})"
             )
             _known[model] = state, why[:300]
             warnings.warn(f"decoding eagerly: {why[:300]}", BackendWarning, stacklevel=2)
-            return None
-        return found
+            return replace(target, compiled=None)
+        return replace(target, compiled=found)
 
 
 def widths_of(compiled: CompiledModel) -> list[int]:
@@ -76,57 +80,51 @@ def widths_of(compiled: CompiledModel) -> list[int]:
     return [compiled.chunk, *WIDTHS]
 
 
+class _Check:
+    """Owns the buffers of the check below until it returns."""
+
+
 @torch.no_grad()
-def compile_and_prove(model: PreTrainedModel, progress: Progress | None) -> CompiledModel:
+def compile_and_prove(target: Target, progress: Progress | None) -> CompiledModel:
     """Compile the model's pieces and compare logits with its own: a full forward, then single and several tokens.
 
     Raises:
         BackendError: the logits differ by more than rounding, or the model or machine cannot.
     """
-    if progress is None:  # nobody is told how far it is, so at least that it has begun
+    if progress is None:  # nobody shows how far it is, so at least say that it has begun
         _log.warning("compiling for this machine: about a minute at the first use, then read from the disk")
-    compiled = CompiledModel(model)
-    layers = compiled.pieces.layers_of(model)
+    compiled = CompiledModel(target)
+    layers = compiled.layers_of(target.model)
     compiled.warm(layers, widths_of(compiled), progress)
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    length = min(compiled.chunk + 9, context_limit(model))
-    ids = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(input_device(model))
-    expected = model(input_ids=ids, past_key_values=DynamicCache(config=model.config), use_cache=True).logits[0]
-    owner = _Owner()
-    buffers = compiled.lease(length, owner)
+    length = min(compiled.chunk + 9, target.context)
+    ids, cache = target.random_ids(length), DynamicCache(config=target.model.config)
+    expected = target.model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0]
+    owner = _Check()
+    buffers = compiled.acquire(length, owner)
     buffers.ids[:, :length] = ids
     buffers.positions.copy_(torch.arange(len(buffers.positions)).clamp(max=length - 1))
     at, got = 0, []
     for tokens in (min(compiled.chunk, length - 3), 1, length):
         tokens = min(tokens, length - at)
         scores = compiled.forward(layers, buffers, at, at, tokens, keep_last=tokens == compiled.chunk)
-        got.append((at + tokens - 1, scores.logits[0, min(tokens, scores.said.shape[1]) - 1].clone()))
+        got.append((at + tokens - 1, scores.logits[0, min(tokens, scores.top.shape[1]) - 1].clone()))
         at += tokens
     for place, logits in got:
         error = float((logits - expected[place]).abs().max() / expected[place].abs().max())
-        if not error < TOLERANCE.get(model.dtype, 0.1):
+        if not error < TOLERANCE.get(target.dtype, 0.1):
             raise BackendError(f"compiled logits differ from the model's by {error:.2g} of the largest")
     return compiled
 
 
-def warm_mask(
-    compiled: CompiledModel | None, model: PreTrainedModel, mask: SkipMask, progress: Progress | None = None
-) -> None:
+def warm_mask(target: Target, mask: SkipMask, progress: Progress | None = None) -> None:
     """Compile what drafting with a mask needs: at most the layers of which one sublayer alone is left."""
-    if compiled is not None:
-        warm_draft(compiled, draft_view(model, mask), progress)
+    if target.compiled is not None:
+        warm_draft(target, draft_view(target.model, mask), progress)
 
 
-def warm_draft(compiled: CompiledModel, draft: PreTrainedModel, progress: Progress | None = None) -> None:
+def warm_draft(target: Target, draft: PreTrainedModel, progress: Progress | None = None) -> None:
     """The same for a draft view."""
-    with _lock:
-        compiled.warm(compiled.pieces.layers_of(draft), [1, compiled.width_for(1 + GUESS)], progress)
-
-
-def backend_name(compiled: CompiledModel | None) -> str:
-    """As mask.json calls it."""
-    return "eager" if compiled is None else "compiled"
-
-
-class _Owner:
-    """Somebody to lend buffers to."""
+    if target.compiled is not None:
+        compiled = cast(CompiledModel, target.compiled)
+        with _lock:
+            compiled.warm(compiled.layers_of(draft), [1, compiled.width_for(1 + GUESS)], progress)

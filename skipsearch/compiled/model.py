@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from skipsearch.compiled.compile import Piece, compiler
 from skipsearch.compiled.pieces import EXAMPLE_IDS, EXAMPLE_POSITIONS, Layer, Pieces
 from skipsearch.compiled.tracing import EXAMPLE_SLOTS, make_buffer
 from skipsearch.errors import BackendError
+from skipsearch.model.target import Target
 
 WIDTHS = (1, 2, 4, 6, 9, 13)  # forwards of a block: a plain step, and drafts with the token before them
 GUESS = 3  # tokens that a draft reads in one forward beside its own last one
@@ -46,36 +46,44 @@ class Buffers:
     slots: Tensor
     at: Tensor
     layers: list[tuple[Tensor, Tensor]]
-    shown: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    slices: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     graphs: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
     pool: Any = None  # of the graphs, which overwrite each other's output
 
-    def show(self, slots: int) -> list[tuple[Tensor, Tensor]]:
+    def first(self, slots: int) -> list[tuple[Tensor, Tensor]]:
         """The first slots of each layer's buffers."""
-        if slots not in self.shown:
-            self.shown[slots] = [(k[:, :, :slots], v[:, :, :slots]) for k, v in self.layers]
-        return self.shown[slots]
+        if slots not in self.slices:
+            self.slices[slots] = [(k[:, :, :slots], v[:, :, :slots]) for k, v in self.layers]
+        return self.slices[slots]
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What a forward says of the tokens behind its own: logits [1, Q, V]; the likeliest and its probability [2, Q]."""
+    """What a forward predicts behind each of its tokens.
+
+    Attributes:
+        logits: [1, Q, V].
+        top: [2, Q], as doubles: the likeliest token, and its probability.
+    """
 
     logits: Tensor
-    said: Tensor
+    top: Tensor
 
 
 class CompiledModel:
     """A model and its draft views, run through compiled pieces.
 
+    Args:
+        target: is not kept; its tensors are.
+
     Raises:
         BackendError: why this model or machine cannot.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, target: Target) -> None:
         if compiler() is None:
             raise BackendError("no C++ compiler was found, backend 'compiled' needs one; install g++")
-        self.pieces = Pieces(model)
+        self.pieces = Pieces(target)
         self.device = self.pieces.device
         kind = "cuda" if self.device.type == "cuda" else "cpu"
         self.chunk, self.step = CHUNK[kind], STEP[kind]
@@ -87,8 +95,8 @@ class CompiledModel:
 
     # -- buffers -----------------------------------------------------------------------------------------------
 
-    def lease(self, capacity: int, owner: object) -> Buffers:
-        """Buffers with room for so many tokens, for as long as `owner` lives; then others get them."""
+    def acquire(self, capacity: int, owner: object) -> Buffers:
+        """Buffers with room for so many tokens. They are free for others when `owner` is gone."""
         size = -(-(capacity + SLACK) // self.step) * self.step
         with self._lock:
             fitting = [b for b in self._free if b.ids.shape[1] >= size]
@@ -111,6 +119,10 @@ class CompiledModel:
             )  # fmt: skip
         weakref.finalize(owner, self._free.append, buffers)
         return buffers
+
+    def layers_of(self, model: nn.Module) -> list[Layer]:
+        """The layers that the model, or a draft view of it, runs."""
+        return self.pieces.layers_of(model)
 
     # -- pieces ------------------------------------------------------------------------------------------------
 
@@ -164,9 +176,9 @@ class CompiledModel:
         outside = self.pieces.outside[1]
         out = self._head(width)[0](*outside, buffers.ids, buffers.positions, buffers.slots[:slots], at)
         hidden, slots_Q = out[0], out[1]
-        shown = buffers.show(slots)
+        slices = buffers.first(slots)
         for piece, index, extras, tensors in self._program(layers, width):
-            keys, values = shown[index]
+            keys, values = slices[index]
             hidden = piece(hidden, slots_Q, keys, values, *[out[i] for i in extras], *tensors)[0]
         if last is not None:
             hidden = hidden[:, last : last + 1]
@@ -196,9 +208,9 @@ class CompiledModel:
         def run() -> None:
             at = buffers.at
             for _ in range(steps):
-                said = self.run(layers, buffers, at, 1, slots).said
+                top = self.run(layers, buffers, at, 1, slots).top
                 at = at + 1
-                buffers.ids.index_copy_(1, at[1:], said[:1].long())
+                buffers.ids.index_copy_(1, at[1:], top[:1].long())
 
         self.graph(buffers, ("draft", steps, slots, *map(id, layers)), run)
 

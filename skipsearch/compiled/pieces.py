@@ -6,7 +6,7 @@ that are built alike share one, and a draft is nothing but a shorter list of cal
 anything that another has not. Attention reads static buffers whose length is a symbol, so nothing is
 compiled again as the context grows.
 
-Does not patch the model: pieces are traced from twins of its modules that share the tensors.
+Does not patch the model: pieces are traced from copies of its modules that share the tensors.
 Shapes: Q tokens of a forward, C tokens of a buffer, T slots that attention reads, H heads, D head size.
 """
 
@@ -31,15 +31,13 @@ from skipsearch.compiled.tracing import (
     Slots,
     build_of,
     cache_shapes,
+    copy_sharing_tensors,
     make_buffer,
     tensors_of,
-    twin,
 )  # fmt: skip
-from skipsearch.draft.view import Gone, with_layers
+from skipsearch.draft.view import RemovedLayer, with_layers
 from skipsearch.errors import BackendError
-from skipsearch.model.cache import layer_windows
-from skipsearch.model.masks import attention_masks
-from skipsearch.model.sublayers import find_sublayers, input_device, takes_positions
+from skipsearch.model.target import Target
 
 # Lengths to trace with. They and `EXAMPLE_SLOTS` differ: equal ones would be taken for one symbol.
 EXAMPLE_IDS, EXAMPLE_POSITIONS = 331, 359
@@ -73,26 +71,24 @@ class Pieces:
     """All pieces of one model.
 
     Args:
-        model: the target; layers of its draft views fit too.
+        target: is not kept; layers of its draft views fit too.
 
     Raises:
         BackendError: why the model cannot be cut.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        _check(model)
-        sublayers = find_sublayers(model)
-        self.path, self.as_tuple = sublayers.path, sublayers.layer_returns_tuple
-        self.device, self.dtype = input_device(model), model.dtype
-        self.windows = layer_windows(DynamicCache(config=model.config))
-        self.takes_positions = takes_positions(model)
-        layers = list(cast(nn.ModuleList, model.get_submodule(self.path)))
+    def __init__(self, target: Target) -> None:
+        _check(target.model)
+        self.path, self.as_tuple = target.sublayers.path, target.sublayers.layer_returns_tuple
+        self.device, self.dtype = target.device, target.dtype
+        self.attention, self.takes_positions = target.attention, target.takes_positions
+        layers = target.layers
         self.num_layers = len(layers)
         self.calls: list[Any] = []
         recorders = [Recorder(layer, self.as_tuple, self.calls) for layer in layers]
-        self._outside = twin(with_layers(model, recorders))
+        self._outside = copy_sharing_tensors(with_layers(target.model, self.path, recorders))
         self.outside = tensors_of(self._outside)
-        self.shapes = cache_shapes(model)
+        self.shapes = cache_shapes(target)
         self._layers: dict[int, Layer] = {}
         self._compiled: dict[Any, Piece] = {}
         self._lock = threading.Lock()
@@ -102,7 +98,7 @@ class Pieces:
         """The layers of the model or of a draft view of it that have anything to run."""
         found = []
         for index, module in enumerate(cast(nn.ModuleList, model.get_submodule(self.path))):
-            if isinstance(module, Gone):
+            if isinstance(module, RemovedLayer):
                 continue
             if id(module) not in self._layers:
                 names, tensors = tensors_of(module)
@@ -141,7 +137,7 @@ class Pieces:
         """(hidden, slots [Q], keys, values [1, H, T, D], *the head's extras it takes, *its tensors) -> hidden."""
         call = self.layer_calls[layer.index]
         extras = [example[leaf] for leaf in call.leaves if type(leaf) is int]
-        module = twin(layer.module)
+        module = copy_sharing_tensors(layer.module)
         constants = repr([leaf if type(leaf) is not int else ("extra",) for leaf in call.leaves])
 
         def run(hidden: Tensor, slots_Q: Tensor, keys: Tensor, values: Tensor, *rest: Tensor) -> list[Tensor]:
@@ -174,7 +170,7 @@ class Pieces:
         The likeliest tokens stand as doubles beside their probabilities, so that both reach the host at once.
         """
         names, tensors = self.outside
-        model = twin(self._outside)
+        model = copy_sharing_tensors(self._outside)
         layers = cast(nn.ModuleList, model.get_submodule(self.path))
         given: list[Tensor] = []
         layers[-1] = Last(vars(layers[-1])["layer"], self.as_tuple, given)
@@ -198,7 +194,7 @@ class Pieces:
         cache = DynamicCache(config=model.config)
         cache.layers = [Slots() for _ in range(self.num_layers)]
         given: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
-        masks = attention_masks(model, self.windows, slots_Q[None], lambda _window: slots_T[None])
+        masks = self.attention.masks(slots_Q[None], lambda _window: slots_T[None])
         given["attention_mask"] = pytree.tree_map(lambda seen: _added(seen, self.dtype), masks)
         if self.takes_positions:
             given["position_ids"] = positions_Q[None]

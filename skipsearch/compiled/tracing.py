@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from skipsearch.model.sublayers import input_device
+from skipsearch.model.target import Target
 
 EXAMPLE_SLOTS = 197  # slots to trace with
 
@@ -79,7 +79,7 @@ class OneLayer(DynamicCache):  # type: ignore[misc]
         return 0
 
 
-def twin(module: nn.Module) -> Any:
+def copy_sharing_tensors(module: nn.Module) -> Any:
     """A copy of the module tree with the same tensors, which tracing may swap without touching the model."""
     memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
     memo |= {id(m.config): m.config for m in module.modules() if hasattr(m, "config")}
@@ -108,10 +108,10 @@ def build_of(module: nn.Module, names: list[str], tensors: list[Tensor]) -> str:
 
 
 @torch.no_grad()
-def cache_shapes(model: PreTrainedModel) -> list[tuple[tuple[int, int, torch.dtype], ...]]:
+def cache_shapes(target: Target) -> list[tuple[tuple[int, int, torch.dtype], ...]]:
     """Heads, head size and dtype of each layer's keys and values, read off a forward of one token."""
-    cache = DynamicCache(config=model.config)
-    model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=input_device(model)), past_key_values=cache)
+    cache = DynamicCache(config=target.model.config)
+    target.model(input_ids=target.ids([0]), past_key_values=cache)
     return [
         tuple((states.shape[1], states.shape[3], states.dtype) for states in (layer.keys, layer.values))
         for layer in cache.layers

@@ -5,100 +5,110 @@ Rows stand at lengths of their own. Shapes: B rows, K drafted tokens, V vocabula
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, LogitsProcessorList, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
-from skipsearch.compiled.model import CompiledModel, Scores
-from skipsearch.decoding.accept import Sampling
-from skipsearch.decoding.processors import process
-from skipsearch.draft.view import draft_view
+from skipsearch.compiled.model import Scores
+from skipsearch.decoding.processors import TokenSelection, process
 from skipsearch.errors import DecodingError
-from skipsearch.mask import SkipMask
 from skipsearch.model.cache import SharedCache
-from skipsearch.model.masks import attention_masks
-from skipsearch.model.sublayers import context_limit, takes_positions
+from skipsearch.model.target import CompiledForwards, Target
 
-SLACK = 64  # room behind the longest sequence for what a batch's other rows draft
+SLACK = 64  # slots behind the longest sequence for what a batch's other rows draft
 ALIGNED = 16  # width of the deterministic mode's blocks: a full tile of half-precision kernels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How the prompts of a batch lie, and which of their keys exist already.
+
+    Attributes:
+        pads: tokens of padding on the left of each row; empty: none anywhere.
+        rows: numbers of the rows in the batch that the processors were made for; empty: 0, 1, 2, ...
+        past: a dynamic cache to continue from.
+        past_only: tokens that `past` holds and the prompts do not repeat.
+        chunk: the most tokens that one forward of the prefill takes; None: all.
+    """
+
+    pads: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()
+    past: Cache | None = None
+    past_only: int = 0
+    chunk: int | None = None
 
 
 class Batch:
     """A batch of sequences being decoded: their tokens, their shared cache, and forwards over them.
 
     Args:
-        model: the target.
+        target: verifies; compiled forwards serve one row, not aligned.
         input_ids: [B, T] prompts, padded on the left.
-        capacity: the most tokens a sequence may ever hold, padding included.
-        mask: sublayers that drafting skips; None decodes plainly.
-        draft: its draft view, if there is one already.
-        processors: applied position by position to draft and target alike.
-        sampling: generators; None decodes greedily.
-        past: a dynamic cache to continue from.
-        pads: how many tokens of each row are padding.
-        past_only: tokens that `past` holds and `input_ids` does not repeat.
+        capacity: the most tokens that a sequence may ever hold, padding included.
+        draft: the draft view; None decodes plainly.
+        selection: how tokens are chosen, by default greedily.
+        layout: padding, and a cache to continue from.
         aligned: verify in blocks of this width that begin at multiples of it, so that a token's logits
             come from the same shapes however it was drafted (one row; 0: blocks as they fall).
-        chunk: the most tokens that a prefill processes at once.
-        numbers: which rows these are of the batch that the processors were made for.
-        compiled: run forwards through it; one row, not aligned.
 
     Attributes:
         rows: which sequence of the batch each active row is; those that ended have left.
         lengths: tokens of each active row, padding included.
+        ids: tokens [B, C] of each row, drafts behind the committed ones.
+
+    Raises:
+        DecodingError: several rows, or a past without its tokens, in aligned blocks.
     """
 
+    ids: Tensor
+    compiled: CompiledForwards | None
+
     def __init__(
-        self, model: PreTrainedModel, input_ids: Tensor, *, capacity: int, mask: SkipMask | None = None,
-        draft: PreTrainedModel | None = None, processors: LogitsProcessorList | None = None,
-        sampling: Sampling | None = None, past: Cache | None = None, pads: list[int] | None = None,
-        past_only: int = 0, aligned: int = 0, chunk: int | None = None, numbers: list[int] | None = None,
-        compiled: CompiledModel | None = None,
+        self, target: Target, input_ids: Tensor, *, capacity: int, draft: PreTrainedModel | None = None,
+        selection: TokenSelection | None = None, layout: Layout | None = None, aligned: int = 0,
     ) -> None:  # fmt: skip
+        layout = layout or Layout()
         rows, length = input_ids.shape
-        self.target = model
-        self.rows, self.lengths = list(numbers or range(rows)), [length] * rows
-        self.vocabulary = model.config.get_text_config(decoder=True).vocab_size
-        self.compiled, buffers = compiled, None
-        if compiled is not None:
+        self.target, self.selection, self.aligned = target, selection or TokenSelection(), aligned
+        self.rows, self.lengths = list(layout.rows or range(rows)), [length] * rows
+        self.compiled, self.chunk = target.compiled, layout.chunk
+        buffers = None
+        if self.compiled is not None:
             assert rows == 1 and not aligned
-            self.buffers = buffers = compiled.lease(capacity + past_only, self)
-            self.target_layers = compiled.pieces.layers_of(model)
-            self.ids, chunk = buffers.ids, compiled.chunk
+            self.buffers = buffers = self.compiled.acquire(capacity + layout.past_only, self)
+            self.target_layers = self.compiled.layers_of(target.model)
+            self.ids, self.chunk = buffers.ids, self.compiled.chunk
         else:
             self.ids = torch.zeros((rows, capacity + SLACK), dtype=torch.long, device=input_ids.device)
-        self.draft_with(draft if draft is not None or mask is None else draft_view(model, mask))
+        self.draft_with(draft)
         self.ids[:, :length] = input_ids
-        pads = pads or [0] * rows
-        self.cache = SharedCache(model, capacity, past, rows, None if buffers is None else buffers.layers)
+        pads = list(layout.pads) or [0] * rows
+        self.cache = SharedCache(target, capacity, layout.past, rows, None if buffers is None else buffers.layers)
         # A token's slot in the cache is its place in `ids` less this: common padding is not computed at all.
-        self.offset = (0 if self.cache.committed[0] else min(pads)) - past_only
+        self.offset = (0 if self.cache.committed[0] else min(pads)) - layout.past_only
         self.pads = [pad - max(0, self.offset) for pad in pads]
         # What a batch's other rows draft, and what fills an aligned block, may lie beyond the context.
-        size = capacity + past_only + SLACK if buffers is None else len(buffers.positions)
+        size = capacity + layout.past_only + SLACK if buffers is None else len(buffers.positions)
         self.positions = torch.arange(size, device=input_ids.device)
-        self.positions.clamp_(max=max(context_limit(model), capacity + past_only) - 1)
+        self.positions.clamp_(max=max(target.context, capacity + layout.past_only) - 1)
         if buffers is not None:
             buffers.positions.copy_(self.positions)
-        self.processors = processors or LogitsProcessorList()
-        self.sampling, self.aligned, self.chunk = sampling, aligned, chunk
-        self.few_logits = model._supports_logits_to_keep()
-        self.takes_positions = takes_positions(model)
         for b, committed in enumerate(self.cache.committed):
             # Of a cache that holds the whole prompt, the last token is processed again; for the same shapes, all are.
             self.cache.committed[b] = 0 if aligned else min(committed, length - 1 - self.offset)
         if aligned and (rows > 1 or self.offset < 0):
             raise DecodingError(
                 f"deterministic decoding takes one sequence with all its tokens, got {rows} sequences and "
-                f"{past_only} tokens in past_key_values alone; pass whole prompts, one by one"
+                f"{layout.past_only} tokens in past_key_values alone; pass whole prompts, one by one"
             )
 
     def draft_with(self, view: PreTrainedModel | None) -> None:
-        """From now on, draft with this view; its predecessors' keys are not looked at."""
+        """Draft with this view from now on. Keys that an earlier view wrote are not used."""
         self.draft_model = view
-        self.draft_layers = [] if self.compiled is None or view is None else self.compiled.pieces.layers_of(view)
+        self.draft_layers = [] if self.compiled is None or view is None else self.compiled.layers_of(view)
 
     def put(self, row: int, ahead: int, tokens: list[int]) -> None:
         """Draft these tokens behind a row's last one and `ahead` others."""
@@ -108,8 +118,9 @@ class Batch:
     def _forward(self, model: PreTrainedModel, starts: list[int], width: int, keep: int) -> Tensor:
         """Logits [B, keep, V] of the last `keep` of `width` tokens, written to the cache from `starts` on."""
         if self.compiled is not None:
-            return self._compiled(model is self.target, starts[0], width, keep).logits
-        extra: dict[str, Any] = {"logits_to_keep": keep} if self.few_logits and keep < width else {}
+            return self._compiled(model is self.target.model, starts[0], width, keep).logits
+        leave_out = self.target.takes_logits_to_keep and keep < width
+        extra: dict[str, Any] = {"logits_to_keep": keep} if leave_out else {}
         first, rows = starts[0], len(starts)
         if all(start == first for start in starts) and not any(self.pads):
             self.cache.seek(starts)
@@ -128,10 +139,8 @@ class Batch:
                 length, offset = layer[self.cache.windows.index(window)].get_mask_sizes(width)
                 return torch.arange(offset, offset + length, device=device)[None]
 
-            extra["attention_mask"] = attention_masks(
-                model, self.cache.windows, slots_BQ, keys, pads if any(self.pads) else None
-            )
-        if self.takes_positions:
+            extra["attention_mask"] = self.target.attention.masks(slots_BQ, keys, pads if any(self.pads) else None)
+        if self.target.takes_positions:
             extra["position_ids"] = position_ids
         out = model(input_ids=ids, past_key_values=self.cache.cache, use_cache=True, **extra)
         logits: Tensor = out.logits[:, -keep:]
@@ -139,7 +148,8 @@ class Batch:
 
     def _process(self, logits_BV: Tensor, ends: list[int]) -> Tensor:
         """Scores [B, V] for the token behind the first ends[b] of each row, given that prefix."""
-        if not self.processors:
+        processors = self.selection.processors
+        if not processors:
             return logits_BV
         rows_of: dict[int, list[int]] = {}
         for row, end in enumerate(ends):
@@ -149,7 +159,7 @@ class Batch:
             every = len(rows) == len(ends)
             prefix = self.ids[: len(ends), :end] if every else self.ids[rows, :end]
             logits = logits_BV if every else logits_BV[rows]
-            scores = process(self.processors, [self.rows[row] for row in rows], prefix, logits)
+            scores = process(processors, [self.rows[row] for row in rows], prefix, logits)
             scores_BV[... if every else rows] = scores
         return scores_BV
 
@@ -157,17 +167,19 @@ class Batch:
         """The same through the compiled model, with the likeliest tokens and their probabilities."""
         assert self.compiled is not None
         layers = self.target_layers if target else self.draft_layers
-        scores = self.compiled.forward(layers, self.buffers, start, start + self.offset, width, keep_last=keep == 1)
-        have = scores.said.shape[1]
+        scores: Scores = self.compiled.forward(
+            layers, self.buffers, start, start + self.offset, width, keep_last=keep == 1
+        )
+        have = scores.top.shape[1]
         if have == keep:
             return scores
         last = min(width, have)
-        return Scores(scores.logits[:, last - keep : last], scores.said[:, last - keep : last])
+        return Scores(scores.logits[:, last - keep : last], scores.top[:, last - keep : last])
 
     def _target_logits(self, k: int) -> tuple[Tensor, Tensor | None]:
         """The target's logits [B, k + 1, V] for the token behind each row's last one and behind k drafts.
 
-        And, where the forward says it, the likeliest tokens and their probabilities [2, k + 1].
+        And, of a compiled forward, the likeliest tokens with their probabilities [2, k + 1].
         """
         last = self.lengths[0] - 1 - self.offset
         starts = self.cache.committed
@@ -178,20 +190,20 @@ class Batch:
             starts = self._prefill(starts, ahead)
             if self.compiled is not None:
                 scores = self._compiled(True, starts[0], last + k + 1 - starts[0], k + 1)
-                return scores.logits, scores.said
-            return self._forward(self.target, starts, last + k + 1 - starts[0], k + 1), None
+                return scores.logits, scores.top
+            return self._forward(self.target.model, starts, last + k + 1 - starts[0], k + 1), None
         first = last // self.aligned * self.aligned
         assert last + k < first + self.aligned, "a draft reaches beyond its aligned block"
         self._prefill(starts, first - starts[0])
-        # Rows of the block that are committed come out as they did before; what fills it behind is seen by no one.
-        logits = self._forward(self.target, [first], self.aligned, self.aligned)
+        # Committed rows of the block come out as they did before; nothing attends to the filling behind the draft.
+        logits = self._forward(self.target.model, [first], self.aligned, self.aligned)
         return logits[:, last - first : last - first + k + 1], None
 
     def _prefill(self, starts: list[int], width: int) -> list[int]:
         """Process so many tokens for their keys alone; returns where they end."""
         while width > 0:
             step = min(width, self.chunk or width)
-            self._forward(self.target, starts, step, 1)
+            self._forward(self.target.model, starts, step, 1)
             starts, width = [start + step for start in starts], width - step
         return starts
 

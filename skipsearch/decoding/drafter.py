@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from skipsearch.compiled.model import GUESS
 from skipsearch.decoding.ngram import NgramIndex
 from skipsearch.decoding.policy import DraftPolicy, ExitRule
-from skipsearch.decoding.scheduler import Pace
+from skipsearch.decoding.scheduler import Scheduler
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import Block
 
@@ -47,14 +47,14 @@ class Drafter:
     N-grams and the choice between sources are for a single sequence; rows of a batch draft with the mask.
 
     Args:
-        pace: estimates to go on from, shared by sequences that follow each other.
+        scheduler: estimates to go on from, shared by sequences that follow each other.
 
     Attributes:
         seconds: of the last block.
     """
 
-    def __init__(self, sequences: Sequences, policy: DraftPolicy, pace: Pace | None = None) -> None:
-        self.sequences, self.pace, self.seconds = sequences, pace or Pace(), 0.0
+    def __init__(self, sequences: Sequences, policy: DraftPolicy, scheduler: Scheduler | None = None) -> None:
+        self.sequences, self.scheduler, self.seconds = sequences, scheduler or Scheduler(), 0.0
         self.adopt(policy)
         self.single = len(sequences.rows) == 1
         self.index: NgramIndex | None = None
@@ -67,7 +67,7 @@ class Drafter:
         """From the next draft on, another mask, or none: what was learnt of the one before is let go."""
         self.sequences.draft_with(view)
         self.adopt(policy)
-        self.pace.forget_mask()
+        self.scheduler.forget_mask()
 
     def adopt(self, policy: DraftPolicy) -> None:
         """From the next draft on, another policy."""
@@ -88,19 +88,19 @@ class Drafter:
             return nothing
         if not self.single or not (self.policy.never_slower or self.index):
             return self._by_mask(rooms) if has_mask else nothing
-        rates = {"mask": self.pace.mask_rate} if has_mask else {}
+        rates = {"mask": self.scheduler.mask_rate} if has_mask else {}
         following: list[int] = []
         match, length = 0, 0
         if self.index is not None:
             match, following = self.index.lookup(limit=min(self.policy.ngram, rooms[0]))
             if match:
-                length, rates["ngram"] = self.pace.ngram_plan(match, len(following))
+                length, rates["ngram"] = self.scheduler.ngram_plan(match, len(following))
         if self.policy.never_slower or not rates:
-            if not self.pace.knows and self.pace.clock:
+            if not self.scheduler.knows_plain and self.scheduler.clock:
                 return nothing  # a plain step, to know what the others have to beat
-            if self.pace.knows or not rates:
-                rates["plain"] = self.pace.plain_rate
-        source = self.pace.choose(rates)
+            if self.scheduler.knows_plain or not rates:
+                rates["plain"] = self.scheduler.plain_rate
+        source = self.scheduler.choose(rates)
         if source == "mask":
             return self._by_mask(rooms)
         if source == "plain":
@@ -118,16 +118,16 @@ class Drafter:
 
         def stop(place: int, token: int, confidence: float) -> bool:
             tokens.append(token)
-            if policy.asks and rules[place].stops(confidence):
+            if policy.uses_confidence and rules[place].stops(confidence):
                 return True
             if self.index is None:
                 return False
             match, _ = self.index.lookup(tokens, 1)
-            return match > 2 and self.pace.ngram_acceptance(match) >= self.pace.mask_acceptance
+            return match > 2 and self.scheduler.ngram_acceptance(match) >= self.scheduler.mask_acceptance
 
         drafted, probs = sequences.draft(
-            limits, stop if policy.asks or self.index is not None else None,
-            self._guess if self.index is not None and sequences.sampling is None else None,
+            limits, stop if policy.uses_confidence or self.index is not None else None,
+            self._guess if self.index is not None and sequences.selection.sampling is None else None,
         )  # fmt: skip
         match = 0
         of_mask = drafted[0]
@@ -135,8 +135,8 @@ class Drafter:
         room = min(rooms[0], max(policy.max_length, policy.ngram)) - of_mask
         if self.index is not None and room > 0:
             match, following = self.index.lookup(tokens, min(policy.ngram, room))
-            chance = rules[0].chance if policy.curve else self.pace.mask_acceptance**of_mask
-            more = self.pace.tail(chance, of_mask, match, len(following)) if match else 0
+            chance = rules[0].chance if policy.curve else self.scheduler.mask_acceptance**of_mask
+            more = self.scheduler.tail(chance, of_mask, match, len(following)) if match else 0
             if more:
                 sequences.put(0, of_mask, following[:more])
                 drafted = [of_mask + more]
@@ -150,21 +150,21 @@ class Drafter:
         """An n-gram for the mask to check in one pass, behind what it has drafted; of one length, or none."""
         assert self.index is not None
         match, following = self.index.lookup(drafted, GUESS)
-        return following if match and self.pace.ngram_acceptance(match) >= GUESS_FROM else []
+        return following if match and self.scheduler.ngram_acceptance(match) >= GUESS_FROM else []
 
     def _certain(self, tokens: list[int]) -> Tensor | None:
         """Probabilities [1, K, V] of a source that proposes exactly these tokens; none for greedy decoding."""
-        if self.sequences.sampling is None:
+        if self.sequences.selection.sampling is None:
             return None
         ids = torch.tensor([tokens], device=self.sequences.ids.device)
-        return torch.nn.functional.one_hot(ids, self.sequences.vocabulary).float()
+        return torch.nn.functional.one_hot(ids, self.sequences.target.vocabulary).float()
 
     def learn(self, draft: Draft, blocks: list[Block]) -> None:
         """Take in what became of a draft. Called right after its verify."""
         self.seconds = seconds = time.perf_counter() - self._begun
         if self.single and self.index is None and self.sequences.draft_model is None:
-            if self.pace.clock:
-                self.pace.price(0, seconds)
+            if self.scheduler.clock:
+                self.scheduler.observe_verify(0, seconds)
             return
         if not self.single:
             for block in blocks:
@@ -176,8 +176,8 @@ class Drafter:
         if self.index is not None:
             self.index.extend(block.tokens)
         # Where nothing waits for the device, the clock cannot tell a draft from its verify.
-        apart = draft.source != "mask" or self.policy.asks or self.sequences.ids.device.type == "cpu"
-        self.pace.learn(
+        apart = draft.source != "mask" or self.policy.uses_confidence or self.sequences.ids.device.type == "cpu"
+        self.scheduler.learn(
             draft.source, of_mask=draft.of_mask, match=draft.match, drafted=block.drafted, accepted=block.accepted,
             seconds=seconds, verify_seconds=time.perf_counter() - self._drafted if apart else None,
         )  # fmt: skip

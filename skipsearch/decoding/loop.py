@@ -6,63 +6,87 @@ Plain decoding is the same loop without a draft. A row that ends leaves the batc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from skipsearch.decoding.drafter import Draft, Drafter
 from skipsearch.decoding.policy import DraftPolicy
-from skipsearch.decoding.scheduler import Pace
+from skipsearch.decoding.scheduler import Scheduler
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import Block, DecodeStats
 from skipsearch.decoding.tuner import Tuner
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """When a row ends.
+
+    Attributes:
+        max_length: tokens of a row in all, padding included.
+        eos_ids: end-of-sequence tokens.
+        should_stop: called after every token with its block, its place in it, and the ids [1, T] up to it.
+    """
+
+    max_length: int
+    eos_ids: frozenset[int] = frozenset()
+    should_stop: Callable[[Block, int, Tensor], bool] | None = None
+
+    def first_end(self, block: Block, ids_1T: Tensor, length: int) -> int | None:
+        """The place in a block of the token that ends its row; None if the row goes on.
+
+        Args:
+            ids_1T: the row's tokens.
+            length: how many of them stood before the block.
+        """
+        for i, token in enumerate(block.tokens):
+            if token in self.eos_ids:
+                return i
+            if self.should_stop is not None and self.should_stop(block, i, ids_1T[:, : length + i + 1]):
+                return i
+        return None
+
+
+def cut_block(block: Block, tokens: int) -> Block:
+    """The block's first tokens alone."""
+    return replace(block, tokens=block.tokens[:tokens], accepted=min(block.accepted, tokens))
+
+
 def decode(
-    sequences: Sequences, *, max_length: int, policy: DraftPolicy | None,
-    eos_ids: frozenset[int] = frozenset(), should_stop: Callable[[Block, int, Tensor], bool] | None = None,
-    stats: DecodeStats | None = None, pace: Pace | None = None, tuner: Tuner | None = None,
-    temperature: float = 0.0,
+    sequences: Sequences, ending: Ending, *, policy: DraftPolicy | None = None, stats: DecodeStats | None = None,
+    scheduler: Scheduler | None = None, tuner: Tuner | None = None, temperature: float = 0.0,
 ) -> Iterator[Block]:  # fmt: skip
-    """Yield block after block until each row meets an end-of-sequence token, `should_stop`, or `max_length`.
+    """Yield block after block until each row has ended.
 
     The prompt is processed before a row's first block, which then holds one token. A block is cut
-    where decoding ends; drafts never reach past `max_length`.
+    where decoding ends; drafts never reach past `ending.max_length`.
 
     Args:
-        max_length: tokens of a row in all, padding included.
-        policy: how to draft; None, or sequences without a mask, decode plainly.
-        should_stop: asked after every token with its block, its place in it, and the ids [1, T] up to it.
+        policy: how to draft; None, or sequences without a draft view, decode plainly.
         stats: counts are added to it; the prefill is no block.
-        pace: estimates of earlier sequences to go on from, and to add to.
-        tuner: of a single sequence: chooses in place of `policy` and `pace`, and may change its mind after each block.
+        scheduler: estimates of earlier sequences to go on from, and to add to.
+        tuner: for a single sequence: chooses in place of `policy` and `scheduler`, anew after each block.
         temperature: what the tuner is told that the sequence is sampled at.
     """
     stats = stats if stats is not None else DecodeStats()
     drafter, prefilled = None, False
-    if max(sequences.lengths) >= max_length:
+    if max(sequences.lengths) >= ending.max_length:
         return
     while sequences.rows:
         draft = Draft([0] * len(sequences.rows))
         before, ended = list(sequences.lengths), []
         if drafter is not None:
-            draft = drafter.draft(sequences.room(max_length))
+            draft = drafter.draft(sequences.room(ending.max_length))
         blocks = sequences.verify(draft.drafted, draft.probs)
         if drafter is not None:
             drafter.learn(draft, blocks)
         for b, block in enumerate(blocks):
-            for i, token in enumerate(block.tokens):
-                if token in eos_ids or (
-                    should_stop and should_stop(block, i, sequences.ids[b : b + 1, : before[b] + i + 1])
-                ):
-                    ended.append(b)
-                    break
-            else:
-                if sequences.lengths[b] >= max_length:
-                    ended.append(b)
-            if i + 1 < len(block.tokens):
-                sequences.truncate(b, before[b] + i + 1)
-                block = replace(block, tokens=block.tokens[: i + 1], accepted=min(block.accepted, i + 1))
+            last = ending.first_end(block, sequences.ids[b : b + 1], before[b])
+            if last is not None or sequences.lengths[b] >= ending.max_length:
+                ended.append(b)
+            if last is not None and last + 1 < len(block.tokens):
+                sequences.truncate(b, before[b] + last + 1)
+                block = cut_block(block, last + 1)
             if prefilled:
                 of_mask = draft.of_mask if drafter is None or drafter.single else block.drafted
                 stats.count(block.drafted, block.accepted, draft.source, of_mask)
@@ -73,7 +97,7 @@ def decode(
         if not prefilled and tuner is not None:
             drafter = tuner.begin(sequences, temperature)
         elif not prefilled and policy is not None:
-            drafter = Drafter(sequences, policy, pace)
+            drafter = Drafter(sequences, policy, scheduler)
         prefilled = True
         if len(ended) == len(sequences.rows):
             return  # left as they are, so that the cache can be handed over

@@ -76,7 +76,7 @@ class DraftPolicy:
             )
 
     @property
-    def asks(self) -> bool:
+    def uses_confidence(self) -> bool:
         """Whether it looks at the draft's confidence."""
         return self.exit_threshold is not None or bool(self.curve)
 
@@ -114,7 +114,7 @@ class ExitRule:
         """How many tokens a draft with these confidences holds, at most `limit`."""
         self.begin()
         longest = min(self.policy.max_length, limit)
-        if not self.policy.asks:
+        if not self.policy.uses_confidence:
             return longest
         return next((j + 1 for j in range(longest) if self.stops(confidence[j])), longest)
 

@@ -7,7 +7,7 @@ end or stand at another length would then read a neighbour's. These are handed w
 from __future__ import annotations
 
 import copy
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,12 +28,30 @@ _STATEFUL = {
 }  # fmt: skip
 
 
-def at_temperature(temperature: float, seed: int, device: torch.device) -> dict[str, Any]:
-    """Arguments of `Sequences` for sampling at this temperature; none for 0, which is greedy."""
-    if not temperature:
-        return {}
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
-    return {"sampling": Sampling.from_seed(seed, device), "processors": warpers}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSelection:
+    """How the next token is chosen from logits; the same for draft and target.
+
+    Attributes:
+        processors: applied to the logits behind each position.
+        sampling: random generators; None takes the likeliest token.
+    """
+
+    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    sampling: Sampling | None = None
+
+    @classmethod
+    def at_temperature(cls, temperature: float, seed: int, device: torch.device) -> TokenSelection:
+        """Sampling at this temperature; 0 is greedy."""
+        if not temperature:
+            return cls()
+        warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+        return cls(processors=warpers, sampling=Sampling.from_seed(seed, device))
+
+    @property
+    def plain_argmax(self) -> bool:
+        """Whether the likeliest token of the bare logits is chosen."""
+        return self.sampling is None and not self.processors
 
 
 def check(processors: LogitsProcessorList) -> None:

@@ -1,4 +1,4 @@
-"""Pace: running estimates of what each source of drafts brings, in tokens per second.
+"""Scheduler: running estimates of what each source of drafts brings, in tokens per second.
 
 From them follows which source drafts next, and that none does while plain steps are faster. A source that
 lost is tried again when the time since its last try makes the expected loss a small share: bounded cost.
@@ -23,7 +23,7 @@ def match_class(length: int) -> int:
     return min(length, 4) - 1 if length < 8 else 4
 
 
-class Pace:
+class Scheduler:
     """What plain steps, mask drafts and n-grams have brought so far.
 
     Args:
@@ -46,10 +46,10 @@ class Pace:
     def forget_mask(self) -> None:
         """Another mask drafts from now on."""
         self.tokens, self.seconds = 0.0, 0.0  # of blocks that a mask drafted
-        self.right, self.asked = 2.0, 3.0  # mask drafts accepted, and looked at
+        self.accepted, self.drafted = 2.0, 3.0  # of mask drafts, up to the first rejected one
 
     @property
-    def knows(self) -> bool:
+    def knows_plain(self) -> bool:
         """Whether a plain step's cost is known, without which nothing can be compared."""
         return 0 in self.verify
 
@@ -66,13 +66,13 @@ class Pace:
         part = (drafted - below) / (above - below)
         return (1 - part) * self.verify[below] + part * self.verify[above]
 
-    def knows_of(self, verify: dict[int, float]) -> None:
-        """Take over what verifies cost that are not known yet."""
+    def fill_in(self, verify: dict[int, float]) -> None:
+        """Take over the seconds of verifies that are not known yet."""
         for drafted, seconds in verify.items():
             self.verify.setdefault(drafted, seconds)
 
-    def price(self, drafted: int, seconds: float) -> None:
-        """Take in what verifying so many tokens has cost."""
+    def observe_verify(self, drafted: int, seconds: float) -> None:
+        """Take in the seconds of one verify of so many tokens."""
         old = self.verify.get(drafted)
         if old is None:
             self.verify[drafted] = seconds
@@ -92,7 +92,7 @@ class Pace:
 
     @property
     def mask_acceptance(self) -> float:
-        return self.right / self.asked
+        return self.accepted / self.drafted
 
     def ngram_acceptance(self, match: int) -> float:
         """Chance that the next token of an n-gram is right, while those before it were."""
@@ -137,7 +137,7 @@ class Pace:
         self, source: str, *, of_mask: int, match: int, drafted: int, accepted: int, seconds: float,
         verify_seconds: float | None,
     ) -> None:  # fmt: skip
-        """Take in what became of a block.
+        """Take in how a block ended.
 
         Args:
             of_mask: how many of the drafted tokens a mask drafted; an n-gram with `match` gave the others.
@@ -150,13 +150,13 @@ class Pace:
             # A block in which something was compiled or captured says nothing of the next one.
             seconds = min(seconds, FAR_OFF * (of_mask * self.step + self.verify_seconds(drafted)))
         if self.clock and verify_seconds is not None:
-            self.price(drafted, verify_seconds)
+            self.observe_verify(drafted, verify_seconds)
         if source == "mask":
             self.tokens = MEMORY_OF_MASK * self.tokens + accepted + 1
             self.seconds = MEMORY_OF_MASK * self.seconds + seconds
             looked = min(accepted + 1, of_mask)
-            self.right = MEMORY_OF_MASK * self.right + min(accepted, of_mask)
-            self.asked = MEMORY_OF_MASK * self.asked + looked
+            self.accepted = MEMORY_OF_MASK * self.accepted + min(accepted, of_mask)
+            self.drafted = MEMORY_OF_MASK * self.drafted + looked
         if match and accepted >= of_mask and drafted > of_mask:
             known, right = match_class(match), accepted - of_mask
             self.hits[known] = MEMORY_OF_NGRAM * self.hits[known] + right

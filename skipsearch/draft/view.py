@@ -32,7 +32,7 @@ class _Layers(nn.ModuleList):
         return super().__getitem__(index)
 
 
-class Gone(nn.Module):
+class RemovedLayer(nn.Module):
     """A layer skipped whole, norms included: keeps its place so that per-layer settings stay aligned."""
 
     def __init__(self, layer: nn.Module, as_tuple: bool) -> None:
@@ -81,9 +81,9 @@ def draft_view(model: PreTrainedModel, mask: SkipMask) -> PreTrainedModel:
     return root
 
 
-def with_layers(model: PreTrainedModel, layers: Sequence[nn.Module]) -> PreTrainedModel:
-    """A module of the model's class, sharing everything with it but its list of layers."""
-    return _on_path(model, find_sublayers(model).path, layers)[0]
+def with_layers(model: PreTrainedModel, path: str, layers: Sequence[nn.Module]) -> PreTrainedModel:
+    """A module of the model's class, sharing everything with it but the list of layers at this path."""
+    return _on_path(model, path, layers)[0]
 
 
 def _on_path(model: PreTrainedModel, path: str, layers: Sequence[nn.Module]) -> tuple[PreTrainedModel, list[nn.Module]]:
@@ -106,7 +106,7 @@ def _draft_layer(layer: nn.Module, i: int, mask: SkipMask, sublayers: Sublayers)
     if not skipped:
         return layer
     if len(skipped) == len(KINDS):
-        return Gone(layer, sublayers.layer_returns_tuple)
+        return RemovedLayer(layer, sublayers.layer_returns_tuple)
     new = _clone(layer)
     for kind in skipped:
         for name in sublayers.child[kind]:

@@ -8,19 +8,18 @@ is therefore replayed in fp32: the prefix through a full-precision copy of the m
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from skipsearch.compiled.backend import Progress
 from skipsearch.decoding.policy import DraftPolicy
-from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.prompts import Ids
-from skipsearch.evaluate.trace import Progress
-from skipsearch.evaluate.validate import timed_decode
+from skipsearch.evaluate.timing import our_arm
 from skipsearch.mask import SkipMask
-from skipsearch.model.sublayers import input_device
+from skipsearch.model.target import Target
 
 # With logits off by r, two tokens may change places if they lie within 2 r; r is measured in a pass of other
 # shapes than either run's, so twice that is allowed.
@@ -68,39 +67,37 @@ class Audit:
 
 
 def audit(
-    model: PreTrainedModel, prompts: tuple[Ids, ...], mask: SkipMask, policy: DraftPolicy, *, new_tokens: int,
+    target: Target, prompts: tuple[Ids, ...], mask: SkipMask, policy: DraftPolicy, *, new_tokens: int,
     progress: Progress,
 ) -> Audit:  # fmt: skip
     """Decode every prompt plainly and with the mask, and explain each difference.
 
     Holds a full-precision copy of the model while it explains one.
     """
-    draft = draft_view(model, mask)
+    target = replace(target, compiled=None)
+    plainly, speculatively = our_arm(target), our_arm(target, mask, policy)
     exact: PreTrainedModel | None = None
     found, tokens = [], 0
     for number, prompt in enumerate(prompts):
-        plain = timed_decode(model, prompt, new_tokens, None, None).ids
-        drafted = timed_decode(model, prompt, new_tokens, mask, policy, draft).ids
+        plain, drafted = plainly(prompt, new_tokens).ids, speculatively(prompt, new_tokens).ids
         tokens += len(drafted)
         if plain != drafted:
-            exact = exact or copy.deepcopy(model).float()
-            found.append(_explain(model, exact, number, prompt, plain, drafted))
+            exact = exact or copy.deepcopy(target.model).float()
+            found.append(_explain(target, exact, number, prompt, plain, drafted))
         progress("audit", number + 1, len(prompts))
     return Audit(prompts=len(prompts), tokens=tokens, divergences=tuple(found))
 
 
 @torch.no_grad()
-def _explain(
-    model: PreTrainedModel, exact: PreTrainedModel, number: int, prompt: Ids, plain: Ids, drafted: Ids
-) -> Divergence:
+def _explain(target: Target, exact: PreTrainedModel, number: int, prompt: Ids, plain: Ids, drafted: Ids) -> Divergence:
     pairs = list(zip(plain, drafted, strict=False))
     at = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
     if at == len(pairs):  # one is a prefix of the other: no rounding ends a text
         return Divergence(prompt=number, position=at, plain=-1, drafted=-1, margin=float("inf"), rounding=0.0,
                           explained=False)  # fmt: skip
-    ids = torch.tensor([prompt + plain[:at]], device=input_device(model))
+    ids = target.ids(prompt + plain[:at])
     wanted = exact(input_ids=ids, use_cache=False).logits[0].float()
-    rounding = float((model(input_ids=ids, use_cache=False).logits[0].float() - wanted).abs().max())
+    rounding = float((target.model(input_ids=ids, use_cache=False).logits[0].float() - wanted).abs().max())
     # fp32 rounds too: about one part in 2 ** 20 after a few hundred additions.
     rounding = max(rounding, float(wanted.abs().max()) * 2**-20)
     last = wanted[-1]

@@ -1,4 +1,4 @@
-"""Calibration: does the cost model foretell what decoding then takes? Predicted against measured tokens per second.
+"""Calibration: does the cost model predict what decoding then takes? Predicted against measured tokens per second.
 
 Masks from sparse to dense, every other one with a confidence exit, at two context lengths. Predicted: counts from exact
 replay, seconds from the profile. Measured: the same prompts decoded, masks in random order, plain decoding among them
@@ -15,20 +15,20 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import bootstrap, spearmanr
-from transformers import PreTrainedModel
 
-from skipsearch.compiled.backend import Backend, backend_name, compiled_for, warm_mask
+from skipsearch.compiled.backend import Progress, warm_mask
 from skipsearch.decoding.policy import DraftPolicy
-from skipsearch.evaluate.cost import Point, device_name
-from skipsearch.evaluate.objective import exact
+from skipsearch.evaluate.cost import Point
+from skipsearch.evaluate.mask_replay import MaskReplay
+from skipsearch.evaluate.objective import score_policy
 from skipsearch.evaluate.profile import profile
 from skipsearch.evaluate.prompts import Ids
 from skipsearch.evaluate.replay import Replay
-from skipsearch.evaluate.trace import Progress, record
-from skipsearch.evaluate.validate import our_arm
+from skipsearch.evaluate.timing import our_arm
+from skipsearch.evaluate.trace import DecodeSettings, Trace, record
 from skipsearch.mask import SkipMask
-from skipsearch.model.load import Loaded
-from skipsearch.model.sublayers import context_limit, find_sublayers, input_device
+from skipsearch.model.device import device_name
+from skipsearch.model.target import Target
 
 PROMPTS, TOKENS, SHORT, LONGEST = 4, 48, 64, 8
 EXITS = (0.3, 0.5, 0.7)
@@ -60,72 +60,72 @@ class Calibration:
 
 
 def calibrate(
-    loaded: Loaded, prompts: tuple[Ids, ...], progress: Progress, *, backend: Backend = "auto", seed: int = 0,
-    masks: int = 40, rounds: int = 3,
-) -> dict[str, Any]:  # fmt: skip
+    target: Target, prompts: tuple[Ids, ...], progress: Progress, *, seed: int = 0, masks: int = 40, rounds: int = 3
+) -> dict[str, Any]:
     """Measure at a short and at a long context, on the tokens of these prompts.
 
     Returns:
-        {"model", "device", "backend", "dtype", "passed", "contexts": [Calibration as a dict, ..]}.
+        {"device", "backend", "dtype", "passed", "contexts": [Calibration as a dict, ..]}.
     """
-    model = loaded.model
-    compiled = compiled_for(model, backend, progress=progress)
     stream = [token for prompt in prompts for token in prompt]
-    most = context_limit(model) - TOKENS - LONGEST - 4
+    most = target.context - TOKENS - LONGEST - 4
     long = max(SHORT + 1, min(most, len(stream) // 2, 8 * SHORT))
     found = []
     for context in (min(SHORT, most), min(long, most)):
         stride = max(1, (len(stream) - context) // PROMPTS)
         pieces = tuple(tuple(stream[i * stride : i * stride + context]) for i in range(PROMPTS))
-        found.append(_at(model, pieces, context, compiled, progress, masks, rounds, seed))
+        trace = record(target, pieces, DecodeSettings(new_tokens=TOKENS), progress)
+        found.append(_at(target, trace, _sparse_to_dense(target, masks, seed), rounds, progress))
     return {
-        "model": loaded.name, "device": device_name(input_device(model)), "backend": backend_name(compiled),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": device_name(target.device), "backend": target.backend,
+        "dtype": str(target.dtype).removeprefix("torch."),
         "passed": all(c.spearman >= SPEARMAN and c.median_error <= MEDIAN_ERROR for c in found),
         "contexts": [{name: getattr(c, name) for name in c.__slots__} for c in found],
     }  # fmt: skip
 
 
-def _at(
-    model: PreTrainedModel, prompts: tuple[Ids, ...], context: int, compiled: Any, progress: Progress, masks: int,
-    rounds: int, seed: int,
-) -> Calibration:  # fmt: skip
-    layers, rng = find_sublayers(model).num_layers, random.Random(seed)
-    trace = record(model, prompts, TOKENS, progress, compiled)
-    replay = Replay(model, trace, LONGEST)
-    chosen: list[tuple[SkipMask, DraftPolicy]] = []
-    for number in range(masks):  # sparse to dense, the first layer kept: without it hardly anything is accepted
+def _sparse_to_dense(target: Target, masks: int, seed: int) -> list[tuple[SkipMask, DraftPolicy]]:
+    """Masks that skip more and more, each with a policy. All keep the first layer: without it little is accepted."""
+    layers, rng = target.num_layers, random.Random(seed)
+    chosen = []
+    for number in range(masks):
         density = (number + 0.5) / masks * 0.85
         mask = SkipMask.from_bits([i % layers > 0 and rng.random() < density for i in range(2 * layers)])
         exit_threshold = rng.choice(EXITS) if number % 2 else None
         chosen.append((mask, DraftPolicy(max_length=rng.randint(1, LONGEST), exit_threshold=exit_threshold)))
-        warm_mask(compiled, model, mask)
-    arms = [our_arm(model, compiled=compiled), *(our_arm(model, *pair, compiled) for pair in chosen)]
+    return chosen
+
+
+def _at(
+    target: Target, trace: Trace, chosen: list[tuple[SkipMask, DraftPolicy]], rounds: int, progress: Progress
+) -> Calibration:
+    """Hold predictions for these masks against decoding at the trace's context length."""
+    for mask, _ in chosen:
+        warm_mask(target, mask)
+    arms = [our_arm(target), *(our_arm(target, mask, policy) for mask, policy in chosen)]
     for arm in arms:
-        arm(prompts[0], 4)
+        arm(trace.prompts[0], 4)
     seconds: list[list[float]] = [[] for _ in arms]
-    tokens = [0] * len(arms)
-    points: list[Point] = []
+    tokens, points, rng = [0] * len(arms), list[Point](), random.Random(len(arms))
+    context = round(trace.mean_context)
     for turn in range(rounds):
-        # In every round: what a shared machine can do changes within minutes.
-        points += profile(
-            model, "", contexts=[round(trace.mean_context)], max_length=LONGEST, progress=progress, compiled=compiled
-        ).points  # fmt: skip
+        # A profile in every round: the speed of a shared machine changes within minutes.
+        points += profile(target, contexts=[context], max_length=LONGEST, progress=progress)
         for done, i in enumerate(rng.sample(range(len(arms)), len(arms))):
-            runs = [arms[i](prompt, TOKENS) for prompt in prompts]
+            runs = [arms[i](prompt, TOKENS) for prompt in trace.prompts]
             seconds[i].append(sum(run.seconds for run in runs))
             tokens[i] = sum(run.tokens for run in runs)
             progress("calibrate", turn * len(arms) + done + 1, rounds * len(arms))
     plain, *measured = [n / statistics.median(s) for n, s in zip(tokens, seconds, strict=True)]
     expected = statistics.median(1 / point.verify[0] for point in points)
-    predicted, at_first = [], []  # the latter by the first profile alone, which is what a search has
+    replay, predicted, at_first = Replay(target, trace, LONGEST), list[float](), list[float]()
     for mask, policy in chosen:
-        drafts = replay.of(mask)
-        speeds = [exact(drafts, policy, point).tokens_per_second for point in points]
+        drafts = MaskReplay(replay, mask)
+        speeds = [score_policy(drafts, policy, point).tokens_per_second for point in points]
         predicted.append(statistics.median(speeds))
-        at_first.append(speeds[0])
+        at_first.append(speeds[0])  # by the first profile alone, which is what a search has
     return Calibration(
-        context=context, plain=(expected, plain),
+        context=len(trace.prompts[0]), plain=(expected, plain),
         rows=tuple(
             {"attention": len(m.attention), "mlp": len(m.mlp), "policy": str(p), "predicted": a, "measured": b}
             for (m, p), a, b in zip(chosen, predicted, measured, strict=True)

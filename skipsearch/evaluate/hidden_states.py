@@ -1,4 +1,4 @@
-"""States: one forward seen from its layers or sublayers, and which of them leave least behind when they are skipped.
+"""HiddenStates: one forward seen from its layers or sublayers, and which of them change it least when skipped.
 
 Shapes: U units (layers or sublayers); S numbers of skips; P rows; T positions; H hidden size.
 """
@@ -15,12 +15,12 @@ from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 from skipsearch.draft.view import with_layers
-from skipsearch.model.sublayers import find_sublayers
+from skipsearch.model.target import Target
 
 
 @dataclass(frozen=True, slots=True)
-class States:
-    """What units were called with, and what went through them.
+class HiddenStates:
+    """What units were called with, and the hidden states between them.
 
     Attributes:
         units: modules with the arguments of their call behind the hidden states.
@@ -33,11 +33,13 @@ class States:
     seen: Tensor
 
     def run(self, unit: int, hidden_PTH: Tensor) -> Tensor:
+        """One unit on other hidden states than it had."""
         module, args, named = self.units[unit]
         out: Tensor | tuple[Tensor, ...] = module(hidden_PTH, *args, **named)
         return out[0] if isinstance(out, tuple) else out
 
     def run_all(self, unit: int, hidden_SPTH: Tensor) -> Tensor:
+        """The same for several hidden states at once."""
         if hidden_SPTH.shape[1] == 1:  # arguments of one row go with any number of rows
             return self.run(unit, hidden_SPTH.flatten(0, 1))[:, None]
         return torch.stack([self.run(unit, hidden_PTH) for hidden_PTH in hidden_SPTH])
@@ -47,12 +49,13 @@ class States:
         return float(cosine_similarity(a[self.seen].float(), b[self.seen].float(), dim=-1).mean())
 
     def cosines(self, hidden_SPTH: Tensor, target_PTH: Tensor) -> list[float]:
+        """For each of several hidden states, its mean cosine with the target's."""
         near = cosine_similarity(hidden_SPTH[:, self.seen].float(), target_PTH[self.seen].float(), dim=-1)
         return [float(value) for value in near.mean(-1)]
 
 
 class _Recorded(nn.Module):
-    """A layer that remembers its call. Nothing is hooked to the layer itself, which others may be running."""
+    """A layer that remembers its call. The layer itself gets no hook, since others may be running it."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -68,40 +71,39 @@ class _Recorded(nn.Module):
 
 
 @torch.no_grad()
-def layer_states(model: PreTrainedModel, ids: Tensor, seen: Tensor) -> States:
+def layer_states(target: Target, ids: Tensor, seen: Tensor) -> HiddenStates:
     """Run the model once on ids [P, T], without a cache, and keep what its layers were called with."""
-    layers = [_Recorded(layer) for layer in model.get_submodule(find_sublayers(model).path).children()]
-    with_layers(model, layers)(input_ids=ids, use_cache=False)
-    return States(
+    layers = [_Recorded(layer) for layer in target.layers]
+    with_layers(target.model, target.sublayers.path, layers)(input_ids=ids, use_cache=False)
+    return HiddenStates(
         [(r.layer, r.args, r.named) for r in layers], [*(r.entering for r in layers), layers[-1].leaving], seen
     )
 
 
 @torch.no_grad()
-def sublayer_states(states: States, halves: Sequence[PreTrainedModel]) -> States:
+def sublayer_states(target: Target, states: HiddenStates, halves: Sequence[PreTrainedModel]) -> HiddenStates:
     """The same with sublayers as units: those of each layer in the order of `halves`, views that keep one kind each.
 
     Where both kinds of a layer read the same input (parallel residual), the second reads what the first has added.
     """
-    path = find_sublayers(halves[0]).path
-    lists = [list(half.get_submodule(path).children()) for half in halves]
+    lists = [list(half.get_submodule(target.sublayers.path).children()) for half in halves]
     units, hidden = [], [states.hidden[0]]
     for i, (_, args, named) in enumerate(states.units):
         units += [(layers[i], args, named) for layers in lists]
         for number in range(len(lists) - 1):
-            hidden.append(States(units, hidden, states.seen).run(len(units) - len(lists) + number, hidden[-1]))
+            hidden.append(HiddenStates(units, hidden, states.seen).run(len(units) - len(lists) + number, hidden[-1]))
         hidden.append(states.hidden[i + 1])
-    return States(units, hidden, states.seen)
+    return HiddenStates(units, hidden, states.seen)
 
 
 @torch.no_grad()
-def nearest(states: States, may_skip: Sequence[bool], least: int, most: int) -> list[frozenset[int]]:
+def nearest(states: HiddenStates, may_skip: Sequence[bool], least: int, most: int) -> list[frozenset[int]]:
     """For least..most skips: the units whose absence leaves the hidden states nearest the full ones.
 
     Dynamic programming: behind each unit and for each number of skips, the state of largest cosine is kept (CLaSp,
-    arXiv 2505.24196, with layers as units). No more skips are listed than units may be skipped.
+    arXiv 2505.24196, with layers as units). The list ends where no more units may be skipped.
     """
-    # by number of skips, from `fewest` on: those that can no longer reach the least are let go
+    # One entry for each number of skips, from `fewest` on; those that can no longer reach the least are dropped.
     held_SPTH, chosen, fewest = states.hidden[0][None], [frozenset[int]()], 0
     for u, free in enumerate(may_skip):
         left = sum(may_skip[u + 1 :])

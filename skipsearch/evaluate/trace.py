@@ -6,23 +6,36 @@ Everything the search scores is scored against it, so it is made once and kept.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from skipsearch.compiled.model import CompiledModel
-from skipsearch.decoding.loop import decode
-from skipsearch.decoding.processors import at_temperature
+from skipsearch.compiled.backend import Progress
+from skipsearch.decoding.loop import Ending, decode
+from skipsearch.decoding.processors import TokenSelection
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.evaluate.prompts import Ids, fingerprint
 from skipsearch.files import write_json
-from skipsearch.model.sublayers import input_device
+from skipsearch.model.target import Target
 
-Progress = Callable[[str, int, int], None]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeSettings:
+    """How prompts are decoded, to record or to time.
+
+    Attributes:
+        new_tokens: decoded from each prompt.
+        temperature: at which tokens are sampled; 0: greedily.
+        seed: of sampling, and of the order in which arms take turns.
+        rounds: repetitions of a timing.
+    """
+
+    new_tokens: int = 96
+    temperature: float = 0.0
+    seed: int = 0
+    rounds: int = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,45 +84,35 @@ class Trace:
         return sum((len(p) + len(c) / 2) * len(c) for p, c in pairs) / max(1, self.tokens)
 
 
-def eos_ids(model: PreTrainedModel) -> frozenset[int]:
-    """End-of-sequence tokens of the model's generation config."""
-    config = model.generation_config
-    eos = config.eos_token_id if config is not None else None
-    return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
-
-
-def record(
-    model: PreTrainedModel, prompts: tuple[Ids, ...], new_tokens: int, progress: Progress,
-    compiled: CompiledModel | None = None, temperature: float = 0.0, seed: int = 0,
-) -> Trace:  # fmt: skip
+def record(target: Target, prompts: tuple[Ids, ...], settings: DecodeSettings, progress: Progress) -> Trace:
     """Decode every prompt plainly: greedily, or sampling at a temperature."""
-    rows = []
+    rows, temperature = [], settings.temperature
     for i, prompt in enumerate(prompts):
-        limit = len(prompt) + new_tokens
-        ids = torch.tensor([prompt], device=input_device(model))
-        sampling = at_temperature(temperature, seed + 2 * i, ids.device)
-        sequences = Sequences(model, ids, capacity=limit, compiled=compiled, **sampling)
-        blocks = decode(sequences, max_length=limit, policy=None, eos_ids=eos_ids(model))
-        rows.append(tuple(token for block in blocks for token in block.tokens))
+        ending = Ending(max_length=len(prompt) + settings.new_tokens, eos_ids=target.eos_ids)
+        selection = TokenSelection.at_temperature(temperature, settings.seed + 2 * i, target.device)
+        sequences = Sequences(target, target.ids(prompt), capacity=ending.max_length, selection=selection)
+        rows.append(tuple(token for block in decode(sequences, ending) for token in block.tokens))
         progress("record", i + 1, len(prompts))
-    return Trace(prompts=prompts, continuations=tuple(rows), new_tokens=new_tokens, temperature=temperature)
+    return Trace(
+        prompts=prompts, continuations=tuple(rows), new_tokens=settings.new_tokens, temperature=temperature
+    )  # fmt: skip
 
 
 def record_or_load(
-    path: Path, model: PreTrainedModel, prompts: tuple[Ids, ...], new_tokens: int, identity: str, progress: Progress,
-    compiled: CompiledModel | None = None, temperature: float = 0.0, seed: int = 0,
-) -> Trace:  # fmt: skip
+    path: Path, target: Target, prompts: tuple[Ids, ...], settings: DecodeSettings, identity: str, progress: Progress
+) -> Trace:
     """The trace in `path` if it was made for this identity (model, dtype) and these prompts; else a new one, saved."""
+    new_tokens, temperature = settings.new_tokens, settings.temperature
     key = {"identity": identity, "prompts_sha256": fingerprint(prompts), "new_tokens": new_tokens}
     if temperature:
-        key |= {"temperature": temperature, "seed": seed}
+        key |= {"temperature": temperature, "seed": settings.seed}
     try:
         data = json.loads(path.read_text())
         if data["key"] == key:
             rows = tuple(tuple(row) for row in data["continuations"])
             return Trace(prompts=prompts, continuations=rows, new_tokens=new_tokens, temperature=temperature)
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # none yet, or not ours: it is made anew
-    trace = record(model, prompts, new_tokens, progress, compiled, temperature, seed)
+        pass  # there is none yet, or it is another one's: record anew
+    trace = record(target, prompts, settings, progress)
     write_json(path, {"key": key, "prompts": trace.prompts, "continuations": trace.continuations})
     return trace

@@ -1,39 +1,124 @@
-"""What `generate` was asked for: read, checked, and refused by name where a callable cannot honour it."""
+"""The arguments of `generate`: read, checked, and refused by name where a callable cannot honour them."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig
+from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from skipsearch.decoding.batch import Layout
+from skipsearch.decoding.processors import check
 from skipsearch.errors import DecodingError
+from skipsearch.model.target import Target
 
 
-def not_handed_on() -> dict[str, Any]:
-    """Arguments of `generate` that it drops for a callable, read where it keeps them so that none is ignored.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arguments:
+    """What one call of `generate` asks for.
 
-    To be called by the callable itself: `generate` is the frame above its own.
+    Attributes:
+        input_ids: [B, T] prompts, padded on the left.
+        layout: their padding, and a cache to continue from.
+        processors: logits processors.
+        criteria: stopping criteria that `decode` does not look after itself.
+        config: everything else.
+        eos_ids: end-of-sequence tokens.
+        streamer: receives tokens; None: nobody does.
+    """
+
+    input_ids: Tensor
+    layout: Layout
+    processors: LogitsProcessorList
+    criteria: tuple[StoppingCriteria, ...]
+    config: GenerationConfig
+    eos_ids: frozenset[int]
+    streamer: BaseStreamer | None
+
+    @property
+    def batch(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def temperature(self) -> float:
+        """0 is greedy."""
+        return float(self.config.temperature or 1.0) if self.config.do_sample else 0.0
+
+    @property
+    def padded_past(self) -> bool:
+        """Whether a cache that holds tokens stands behind padding."""
+        past = self.layout.past
+        return any(self.layout.pads) and past is not None and past.get_seq_length() > 0
+
+    @property
+    def keep_scores(self) -> bool:
+        return bool(self.config.return_dict_in_generate and self.config.output_scores)
+
+    @property
+    def keep_logits(self) -> bool:
+        return bool(self.config.return_dict_in_generate and self.config.output_logits)
+
+    def layout_of(self, rows: list[int]) -> Layout:
+        """The layout of some rows alone."""
+        return replace(self.layout, pads=tuple(self.layout.pads[row] for row in rows), rows=tuple(rows))
+
+
+def read_arguments(
+    target: Target, input_ids: Tensor, processors: LogitsProcessorList, criteria: StoppingCriteriaList,
+    config: GenerationConfig, model_kwargs: dict[str, Any], dropped: dict[str, Any],
+) -> Arguments:  # fmt: skip
+    """Check what a callable was given by `generate`.
+
+    Args:
+        dropped: see `dropped_arguments`.
+
+    Raises:
+        DecodingError: something that cannot be honoured.
+    """
+    streamer = dropped.get("streamer")
+    _refuse_modes(config, {**model_kwargs, **dropped, "streamer": None})
+    check(processors)
+    if target.device.type != input_ids.device.type:
+        raise DecodingError(
+            f"input_ids lie on {input_ids.device}, the model takes them on {target.device}; "
+            f"move them with .to({str(target.device)!r})"
+        )
+    if input_ids.shape[0] > 1:
+        _refuse_in_batch(model_kwargs.get("past_key_values"), streamer)
+    eos = config._eos_token_tensor  # type: ignore[attr-defined]
+    eos_ids = frozenset() if eos is None else frozenset(eos.flatten().tolist())
+    return Arguments(
+        input_ids=input_ids, layout=_read_layout(input_ids, config, model_kwargs), processors=processors,
+        criteria=tuple(c for c in criteria if not _built_in(c, eos_ids, config.max_length)), config=config,
+        eos_ids=eos_ids, streamer=streamer,
+    )  # fmt: skip
+
+
+def dropped_arguments() -> dict[str, Any]:
+    """Arguments of `generate` that it does not pass to a callable, read from its frame so that none is ignored.
+
+    The callable itself must call this: `generate` is the frame above its own.
     """
     caller = sys._getframe(2)
     names = ("streamer", "assistant_model", "synced_gpus") if caller.f_code.co_name == "generate" else ()
     return {name: caller.f_locals.get(name) or None for name in names}
 
 
-def built_in(criterion: Any, eos_ids: frozenset[int], max_length: int) -> bool:
+def _built_in(criterion: Any, eos_ids: frozenset[int], max_length: int) -> bool:
     """Whether `decode` looks after this criterion itself."""
     if isinstance(criterion, MaxLengthCriteria):
         return bool(criterion.max_length >= max_length)
     return isinstance(criterion, EosTokenCriteria) and set(criterion.eos_token_id.flatten().tolist()) == eos_ids
 
 
-def layout(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> tuple[list[int], int]:
-    """Padding on the left of each row, and how many tokens only `past_key_values` knows."""
+def _read_layout(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Layout:
+    """Padding on the left of each row, the cache to continue from, and how many tokens only that one holds."""
     mask: Tensor | None = model_kwargs.get("attention_mask")
     length = mask.shape[1] if mask is not None else getattr(config, "_mask_length", input_ids.shape[1])
     pads = [0] * input_ids.shape[0] if mask is None else (mask == 0).sum(1).tolist()
@@ -45,13 +130,16 @@ def layout(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, 
     given = model_kwargs.get("position_ids")
     if given is not None and (given.shape[1] != length or bool((given != expected).any())):
         raise DecodingError("position_ids are not those of the attention_mask; leave them out")
-    return pads, length - input_ids.shape[1]
+    return Layout(
+        pads=tuple(pads), past=model_kwargs.get("past_key_values"), past_only=length - input_ids.shape[1],
+        chunk=config.prefill_chunk_size,
+    )  # fmt: skip
 
 
 _HONOURED = {"past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
 
 
-def refuse_modes(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+def _refuse_modes(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
     """Raise DecodingError for what self-speculative decoding cannot honour."""
     if config.num_beams and config.num_beams > 1:
         raise DecodingError(f"num_beams is {config.num_beams}, must be 1: beams cannot be drafted by skipping")
@@ -73,7 +161,7 @@ def refuse_modes(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None
         )
 
 
-def refuse_in_batch(past: Cache | None, streamer: BaseStreamer | None) -> None:
+def _refuse_in_batch(past: Cache | None, streamer: BaseStreamer | None) -> None:
     """Raise DecodingError for what only a single sequence can have."""
     if streamer is not None:
         raise DecodingError("a streamer takes one sequence, got a batch; stream prompts one by one")

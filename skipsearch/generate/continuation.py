@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,12 +13,28 @@ from skipsearch.compiled.backend import Progress
 from skipsearch.errors import DecodingError
 from skipsearch.generate.method import SelfSpeculative
 from skipsearch.model.load import Loaded
-from skipsearch.model.sublayers import context_limit, input_device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateSettings:
+    """Arguments of `generate`; temperature 0 is greedy."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        if not self.temperature:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
 
 
 def continue_text(
-    loaded: Loaded, prompt: str, method: SelfSpeculative, *, stream: bool, max_new_tokens: int,
-    temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, progress: Progress | None = None,
+    loaded: Loaded, prompt: str, method: SelfSpeculative, settings: GenerateSettings, *, stream: bool,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Generate with this method and time it, prefill included, compiling not.
 
@@ -27,24 +44,21 @@ def continue_text(
     Raises:
         DecodingError: an empty prompt, or one that leaves no room in the context.
     """
-    model, tokenizer = loaded.model, loaded.tokenizer
-    inputs = check_room(loaded, prompt, max_new_tokens).to(input_device(model))
-    length = inputs["input_ids"].shape[1]
-    streamer = TextStreamer(tokenizer) if stream else None  # `generate` gives it the prompt first
-    method.warm_up(model, progress)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p} if temperature else {
-        "do_sample": False
-    }  # fmt: skip
-    torch.manual_seed(seed)
+    inputs = check_room(loaded, prompt, settings.max_new_tokens).to(loaded.target.device)
+    # Every causal LM takes these; some tokenizers also return token types.
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+    streamer = TextStreamer(loaded.tokenizer) if stream else None  # `generate` passes the prompt to it first
+    method.warm_up(loaded.model, progress)
+    torch.manual_seed(settings.seed)
     start = time.perf_counter()
-    output = model.generate(
-        **_known(inputs), max_new_tokens=max_new_tokens, custom_generate=method, streamer=streamer, **sampling
-    )
+    output = loaded.model.generate(
+        **inputs, max_new_tokens=settings.max_new_tokens, custom_generate=method, streamer=streamer,
+        **settings.sampling,
+    )  # fmt: skip
     seconds = time.perf_counter() - start
-    tokens = output[0, length:].tolist()
-    stats = method.stats
+    tokens, stats = output[0, inputs["input_ids"].shape[1] :].tolist(), method.stats
     return {
-        "text": tokenizer.decode(tokens), "tokens": tokens, "seconds": seconds,
+        "text": loaded.tokenizer.decode(tokens), "tokens": tokens, "seconds": seconds,
         "tokens_per_second": len(tokens) / seconds, "drafted": stats.drafted, "accepted": stats.accepted,
         "verifies": stats.verifies, "lossy": stats.lossy,
         "accepted_from": dict(stats.accepted_from), "acceptance_rate": stats.acceptance_rate, "tau": stats.tau,
@@ -59,7 +73,7 @@ def check_room(loaded: Loaded, prompt: str, max_new_tokens: int) -> Any:
     """
     inputs = loaded.tokenizer(prompt, return_tensors="pt")
     length = inputs["input_ids"].shape[1]
-    context = context_limit(loaded.model)
+    context = loaded.target.context
     if not length:
         raise DecodingError(f"prompt {prompt!r} has no tokens; give some text with --prompt")
     if length + max_new_tokens > context:
@@ -68,8 +82,3 @@ def check_room(loaded: Loaded, prompt: str, max_new_tokens: int) -> Any:
             f"{context}; pass --max-new-tokens {max(1, context - length)} or a shorter prompt"
         )
     return inputs
-
-
-def _known(inputs: Any) -> dict[str, Any]:
-    """What every causal LM takes of a tokenizer's output (some also return token types)."""
-    return {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}

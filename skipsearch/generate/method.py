@@ -1,4 +1,4 @@
-"""self_speculative: a mask as a `custom_generate` callable for `model.generate`.
+"""SelfSpeculative: a decoding method as a `custom_generate` callable for `model.generate`.
 
 Promises the output of plain `generate` under the same options, row by row (greedy: the same tokens;
 sampling: the same distribution). Options that a callable cannot honour are refused by name, never ignored.
@@ -9,50 +9,54 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from skipsearch.compiled.backend import Backend, Progress, compiled_for, state_of, warm_draft
-from skipsearch.compiled.model import CompiledModel
+from skipsearch.compiled.backend import Backend, Progress, state_of, warm_draft, with_backend
 from skipsearch.decoding.accept import Sampling
 from skipsearch.decoding.batch import ALIGNED
-from skipsearch.decoding.loop import decode
+from skipsearch.decoding.loop import Ending, decode
 from skipsearch.decoding.policy import DraftPolicy
-from skipsearch.decoding.processors import check
+from skipsearch.decoding.processors import TokenSelection
 from skipsearch.decoding.rows import rows_may_differ
-from skipsearch.decoding.scheduler import Pace
+from skipsearch.decoding.scheduler import Scheduler
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import Block, DecodeStats
 from skipsearch.decoding.tuner import Tuner
 from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendWarning, DecodingError
-from skipsearch.generate.arguments import built_in, layout, not_handed_on, refuse_in_batch, refuse_modes
+from skipsearch.generate.arguments import Arguments, dropped_arguments, read_arguments
 from skipsearch.joint.joint import Joint, jointly
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import MaskFile
 from skipsearch.model.load import check_mask_belongs
-from skipsearch.model.sublayers import input_device
-
-# Makes a model's tuner: with what runs forwards, policy and mask to begin with, and whom to tell of compiling.
-Tune = Callable[
-    [PreTrainedModel, CompiledModel | None, DraftPolicy, SkipMask | None, Progress | None], Tuner
-]  # fmt: skip
+from skipsearch.model.target import Target
 
 
-@dataclass(slots=True)
-class _Row:
-    """What one sequence of the batch has produced."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drafting:
+    """What drafts.
 
-    tokens: list[int] = field(default_factory=list)
-    logits: list[Tensor] = field(default_factory=list)
-    scores: list[Tensor] = field(default_factory=list)
+    Attributes:
+        mask: None decodes plainly.
+        policy: how to draft with it.
+        file: the mask file that both come from, if they do.
+    """
+
+    mask: SkipMask | None = None
+    policy: DraftPolicy = field(default_factory=DraftPolicy)
+    file: MaskFile | None = None
+
+
+# Makes a model's tuner: the target, what to draft with at first, and a callback for the progress of compiling.
+MakeTuner = Callable[[Target, Drafting, Progress | None], Tuner]
 
 
 class SelfSpeculative:
@@ -67,29 +71,26 @@ class SelfSpeculative:
     """
 
     def __init__(
-        self, mask: SkipMask | None, policy: DraftPolicy, file: MaskFile | None, streamer: BaseStreamer | None,
-        deterministic: bool = False, backend: Backend = "auto", tune: Tune | None = None,
-        joint: Joint | None = None, draft_model: PreTrainedModel | None = None,
+        self, drafting: Drafting, *, streamer: BaseStreamer | None = None, deterministic: bool = False,
+        backend: Backend = "auto", make_tuner: MakeTuner | None = None, joint: Joint | None = None,
     ) -> None:  # fmt: skip
-        self._tune, self.joint, self._draft_model = tune, joint, draft_model
+        self.drafting, self.deterministic, self.joint, self.backend = drafting, deterministic, joint, backend
+        self.stats = DecodeStats()
+        self._streamer, self._make_tuner, self._warned = streamer, make_tuner, set[str]()
         self._tuners: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, Tuner]] = weakref.WeakKeyDictionary()
-        self._tuning = threading.Lock()  # two first calls at once have one tuner
-        self.mask, self.policy, self.deterministic, self.stats = mask, policy, deterministic, DecodeStats()
-        self.backend, self._file, self._streamer, self._said = backend, file, streamer, set[str]()
-        self._paces: weakref.WeakKeyDictionary[PreTrainedModel, Pace] = weakref.WeakKeyDictionary()
+        self._tuning = threading.Lock()  # two first calls at once get one tuner
+        self._schedulers: weakref.WeakKeyDictionary[PreTrainedModel, Scheduler] = weakref.WeakKeyDictionary()
         self._drafts: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, PreTrainedModel]] = (
             weakref.WeakKeyDictionary()
         )
 
-    def _draft_for(self, model: PreTrainedModel) -> PreTrainedModel | None:
-        if self.mask is None:
-            return None
-        state = state_of(model)
-        if model not in self._drafts or self._drafts[model][0] != state:
-            if self._file is not None:
-                check_mask_belongs(self._file, model)
-            self._drafts[model] = state, draft_view(model, self.mask)
-        return self._drafts[model][1]
+    @property
+    def mask(self) -> SkipMask | None:
+        return self.drafting.mask
+
+    @property
+    def policy(self) -> DraftPolicy:
+        return self.drafting.policy
 
     def warm_up(self, model: PreTrainedModel, progress: Progress | None = None) -> None:
         """Compile what decoding of one sequence needs, or read it from the disk, so that no call has to wait for it.
@@ -97,60 +98,74 @@ class SelfSpeculative:
         Raises:
             MaskError: the mask file is for another model.
         """
-        draft, compiled = self._draft_for(model), self._compiled_for(model, 1, progress=progress)
-        if compiled is not None and draft is not None:
-            warm_draft(compiled, draft, progress)
-        if self._tune is not None:
-            self.tuner_for(model, compiled, progress)
+        target = Target.of(model)
+        draft, target = self._draft_for(target), self._backend_for(target, progress=progress)
+        if draft is not None:
+            warm_draft(target, draft, progress)
+        if self._make_tuner is not None:
+            self._tuner_for(target, progress)
 
-    def tuner_for(
-        self, model: PreTrainedModel, compiled: CompiledModel | None = None, progress: Progress | None = None
-    ) -> Tuner:
+    def tuner_for(self, model: PreTrainedModel) -> Tuner:
         """Who changes the mask while this model serves, and what it has found: one a model.
-
-        Args:
-            compiled: what runs forwards, of a tuner that is not there yet; None: as decoding of one sequence will.
 
         Raises:
             DecodingError: nobody does: this object was made with a mask.
         """
-        if self._tune is None:
+        if self._make_tuner is None:
             raise DecodingError("this method has one mask, nothing is searched; make it with self_speculative('auto')")
-        state = state_of(model)
+        return self._tuner_for(Target.of(model))
+
+    def _tuner_for(self, target: Target, progress: Progress | None = None) -> Tuner:
+        """The model's tuner; one that is made now decodes with the target's backend, or with the one for a sequence."""
+        assert self._make_tuner is not None
+        model, state = target.model, state_of(target.model)
         with self._tuning:
             if model not in self._tuners or self._tuners[model][0] != state:
-                compiled = compiled or self._compiled_for(model, 1, progress=progress)
-                self._tuners[model] = state, self._tune(model, compiled, self.policy, self.mask, progress)
+                if target.compiled is None:
+                    target = self._backend_for(target, progress=progress)
+                self._tuners[model] = state, self._make_tuner(target, self.drafting, progress)
             return self._tuners[model][1]
 
-    def _compiled_for(
-        self, model: PreTrainedModel, rows: int, padded_past: bool = False, progress: Progress | None = None
-    ) -> CompiledModel | None:
-        tuned = self._file.evidence.backend if self._file is not None and self._file.evidence is not None else None
+    def _draft_for(self, target: Target) -> PreTrainedModel | None:
+        if self.mask is None:
+            return None
+        model, state = target.model, state_of(target.model)
+        if model not in self._drafts or self._drafts[model][0] != state:
+            if self.drafting.file is not None:
+                check_mask_belongs(self.drafting.file, target)
+            self._drafts[model] = state, draft_view(model, self.mask)
+        return self._drafts[model][1]
+
+    def _backend_for(
+        self, target: Target, rows: int = 1, padded_past: bool = False, progress: Progress | None = None
+    ) -> Target:
+        """The target with the backend that serves so many rows."""
+        file = self.drafting.file
+        tuned = file.evidence.backend if file is not None and file.evidence is not None else None
         wanted = self.backend if self.backend != "auto" else "compiled" if tuned == "compiled" else "eager"
         if wanted == "compiled" and self.deterministic and self.backend == "auto":
-            return None
+            return target
         if wanted == "compiled" and (rows > 1 or self.deterministic or padded_past):
             what = "sequences one at a time" if rows > 1 else "no deterministic decoding" if self.deterministic else ""
             what = what or "no past_key_values behind padding"
             self._warn(f"decoding eagerly: backend 'compiled' takes {what}")
-            return None
-        compiled = compiled_for(model, wanted, progress=progress)
-        now = "eager" if compiled is None else "compiled"
-        if tuned is not None and tuned != now and self.joint is None:  # which is eager in any case
+            return target
+        target = with_backend(target, wanted, progress)
+        if tuned is not None and tuned != target.backend and self.joint is None:  # which is always eager
+            now = target.backend
             self._warn(f"the mask was tuned for backend {tuned!r}, decoding with {now!r}: another mask may be faster")
-        return compiled
+        return target
 
     def _warn(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
+        if text not in self._warned:
+            self._warned.add(text)
             warnings.warn(text, BackendWarning, stacklevel=4)
 
-    def _pace_for(self, model: PreTrainedModel, sampled: bool) -> Pace:
-        """Estimates go on from call to call. With sampling they know no clock, so that a seed decides all."""
+    def _scheduler_for(self, target: Target, sampled: bool) -> Scheduler:
+        """Estimates go on from call to call. With sampling they use no clock, so that a seed decides all."""
         if sampled:
-            return Pace(self.policy.costs or (0.5, 1.0), clock=False)
-        return self._paces.setdefault(model, Pace(self.policy.costs))
+            return Scheduler(self.policy.costs or (0.5, 1.0), clock=False)
+        return self._schedulers.setdefault(target.model, Scheduler(self.policy.costs))
 
     def __call__(
         self,
@@ -167,90 +182,96 @@ class SelfSpeculative:
             DecodingError: an option that cannot be honoured.
             MaskError: the mask file is for another model.
         """
-        # `generate` hands a callable's own argument names over twice, so these come as keywords alone.
-        batch, config = input_ids.shape[0], generation_config
-        past: Cache | None = model_kwargs.get("past_key_values")
-        unseen = not_handed_on()
-        streamer = self._streamer or unseen.get("streamer")
-        refuse_modes(config, {**model_kwargs, **unseen, "streamer": None})
-        check(logits_processor)
-        if (device := input_device(model)).type != input_ids.device.type:
-            raise DecodingError(
-                f"input_ids lie on {input_ids.device}, the model takes them on {device}; "
-                f"move them with .to({str(device)!r})"
-            )
-        if batch > 1:
-            refuse_in_batch(past, streamer)
-        pads, past_only = layout(input_ids, config, model_kwargs)
-        eos = config._eos_token_tensor  # type: ignore[attr-defined]
-        eos_ids = frozenset() if eos is None else frozenset(eos.flatten().tolist())
-        others = [c for c in stopping_criteria if not built_in(c, eos_ids, config.max_length)]
-        rows = [_Row() for _ in range(batch)]
-        keep_scores = bool(config.return_dict_in_generate and config.output_scores)
-        keep_logits = bool(config.return_dict_in_generate and config.output_logits)
-
-        self.stats = stats = DecodeStats()
-        padded_past = any(pads) and past is not None and past.get_seq_length() > 0
-        draft, compiled = self._draft_for(model), self._compiled_for(model, batch, padded_past)
-        if compiled is not None and draft is not None:
-            warm_draft(compiled, draft)
-        pace = self._pace_for(model, bool(config.do_sample))
-        tuner = self.tuner_for(model, compiled) if self._tune and batch == 1 and not self.deterministic else None
-        temperature = float(config.temperature or 1.0) if config.do_sample else 0.0
-        together = batch == 1 or (not (self.deterministic or self.joint) and rows_may_differ(model))
-        for group in [list(range(batch))] if together else [[b] for b in range(batch)]:
-            seed = int(torch.randint(2**62, ())) if config.do_sample else None
-            sampling = None if seed is None else Sampling.from_seed(seed, input_ids.device)
-            sequences = Sequences(
-                model, input_ids[group], capacity=max(config.max_length, input_ids.shape[1]) + 1,
-                mask=None if tuner else self.mask, draft=None if tuner else draft, processors=logits_processor,
-                past=past, pads=[pads[b] for b in group], past_only=past_only, numbers=group,
-                aligned=ALIGNED if self.deterministic else 0, chunk=config.prefill_chunk_size, compiled=compiled,
-                sampling=sampling,
-            )  # fmt: skip
-
-            def should_stop(block: Block, i: int, ids: Tensor) -> bool:
-                seen = None
-                if keep_scores:
-                    seen = (*rows[block.row].scores, *_steps(block.scores_KV[: i + 1]))
-                return any(bool(criterion(ids, seen).all()) for criterion in others)  # type: ignore[arg-type]
-
-            ends: dict[str, Any] = {
-                "max_length": config.max_length, "eos_ids": eos_ids, "should_stop": should_stop if others else None,
-                "stats": stats,
-            }  # fmt: skip
-            if self.joint is not None:
-                blocks = jointly(
-                    model, draft, self._draft_model, sequences, self.joint, logits_processor, sampling, **ends
-                )
-            else:
-                blocks = decode(sequences, policy=self.policy, pace=pace, tuner=tuner, temperature=temperature, **ends)
-            for block in blocks:
-                row = rows[block.row]
-                row.tokens += block.tokens
-                if keep_logits:
-                    row.logits += _steps(block.logits_KV[: len(block.tokens)])
-                if keep_scores:
-                    row.scores += _steps(block.scores_KV[: len(block.tokens)])
-                if streamer is not None:
+        # `generate` passes a callable's own argument names twice, so what it drops is read from its frame.
+        dropped = dropped_arguments()
+        target = Target.of(model)
+        given = read_arguments(
+            target, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs,
+            {**dropped, "streamer": self._streamer or dropped.get("streamer")},
+        )  # fmt: skip
+        self.stats = DecodeStats()
+        draft = self._draft_for(target)
+        target = self._backend_for(target, given.batch, given.padded_past)
+        if draft is not None:
+            warm_draft(target, draft)
+        outputs = [_RowOutput() for _ in range(given.batch)]
+        together = given.batch == 1 or (not (self.deterministic or self.joint) and rows_may_differ(target))
+        for group in [list(range(given.batch))] if together else [[b] for b in range(given.batch)]:
+            sequences = self._sequences(target, draft, given, group)
+            for block in self._blocks(sequences, given, outputs):
+                outputs[block.row].add(block, given)
+                if given.streamer is not None:
                     for token in block.tokens:
-                        streamer.put(torch.tensor([token]))
-        if streamer is not None:
-            streamer.end()
-        if past is not None and batch == 1:
+                        given.streamer.put(torch.tensor([token]))
+        if given.streamer is not None:
+            given.streamer.end()
+        past = given.layout.past if given.batch == 1 else None
+        if past is not None:
             sequences.cache.hand_over(past)
-        output = _padded(input_ids, rows, config)
-        if not config.return_dict_in_generate:
+        output = _padded(input_ids, outputs, generation_config)
+        if not generation_config.return_dict_in_generate:
             return output
         return GenerateDecoderOnlyOutput(
             sequences=output,  # type: ignore[arg-type]
-            scores=_stacked([row.scores for row in rows]) if keep_scores else None,  # type: ignore[arg-type]
-            logits=_stacked([row.logits for row in rows]) if keep_logits else None,  # type: ignore[arg-type]
-            past_key_values=past if batch == 1 else None,
+            scores=_stacked([row.scores for row in outputs]) if given.keep_scores else None,  # type: ignore[arg-type]
+            logits=_stacked([row.logits for row in outputs]) if given.keep_logits else None,  # type: ignore[arg-type]
+            past_key_values=past,
         )
 
+    def _sequences(
+        self, target: Target, draft: PreTrainedModel | None, given: Arguments, group: list[int]
+    ) -> Sequences:
+        """Some rows of a call, ready to be decoded."""
+        seed = int(torch.randint(2**62, ())) if given.config.do_sample else None
+        sampling = None if seed is None else Sampling.from_seed(seed, given.input_ids.device)
+        return Sequences(
+            target, given.input_ids[group], capacity=max(given.config.max_length, given.input_ids.shape[1]) + 1,
+            draft=draft, selection=TokenSelection(processors=given.processors, sampling=sampling),
+            layout=given.layout_of(group), aligned=ALIGNED if self.deterministic else 0,
+        )  # fmt: skip
 
-def _padded(input_ids: Tensor, rows: list[_Row], config: GenerationConfig) -> Tensor:
+    def _blocks(self, sequences: Sequences, given: Arguments, outputs: list[_RowOutput]) -> Iterator[Block]:
+        """Decode these rows, block after block."""
+
+        def should_stop(block: Block, i: int, ids: Tensor) -> bool:
+            scores = None
+            if given.keep_scores:
+                scores = (*outputs[block.row].scores, *_steps(block.scores_KV[: i + 1]))
+            return any(bool(criterion(ids, scores).all()) for criterion in given.criteria)  # type: ignore[arg-type]
+
+        ending = Ending(
+            max_length=given.config.max_length, eos_ids=given.eos_ids,
+            should_stop=should_stop if given.criteria else None,
+        )  # fmt: skip
+        if self.joint is not None:
+            return jointly(sequences, self.joint, ending, self.stats)
+        tuned = self._make_tuner is not None and given.batch == 1 and not self.deterministic
+        if tuned:
+            sequences.draft_with(None)  # the tuner chooses
+        return decode(
+            sequences, ending, policy=self.policy, stats=self.stats, temperature=given.temperature,
+            scheduler=self._scheduler_for(sequences.target, bool(given.config.do_sample)),
+            tuner=self._tuner_for(sequences.target) if tuned else None,
+        )  # fmt: skip
+
+
+@dataclass(slots=True)
+class _RowOutput:
+    """What one sequence of the batch has produced."""
+
+    tokens: list[int] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    scores: list[Tensor] = field(default_factory=list)
+
+    def add(self, block: Block, given: Arguments) -> None:
+        self.tokens += block.tokens
+        if given.keep_logits:
+            self.logits += _steps(block.logits_KV[: len(block.tokens)])
+        if given.keep_scores:
+            self.scores += _steps(block.scores_KV[: len(block.tokens)])
+
+
+def _padded(input_ids: Tensor, rows: list[_RowOutput], config: GenerationConfig) -> Tensor:
     """Prompts and new tokens [B, T]; rows that ended early are filled with the padding token."""
     pad = config._pad_token_tensor  # type: ignore[attr-defined]
     longest = max(len(row.tokens) for row in rows)

@@ -10,24 +10,24 @@ Shapes: B beams, V vocabulary, N nodes of the tree.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedModel
 
-from skipsearch.decoding.accept import Sampling, draw, probabilities
-from skipsearch.decoding.processors import process
+from skipsearch.decoding.accept import draw, probabilities
+from skipsearch.decoding.loop import Ending, cut_block
+from skipsearch.decoding.processors import TokenSelection, process
 from skipsearch.decoding.rows import rows_may_differ
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import Block, DecodeStats
 from skipsearch.errors import DecodingError
 from skipsearch.joint.tree import Reader, TokenTree
 from skipsearch.model.cache import SharedCache
+from skipsearch.model.target import Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +39,13 @@ class Joint:
         length: tokens of a draft, at least 1.
         threshold: a prefix is accepted if its joint likelihood under the target, over that under the draft, is above
             it; in [0, 1).
+        draft_model: a smaller model that drafts in place of the mask's view.
     """
 
     width: int = 4
     length: int = 4
     threshold: float = 0.5
+    draft_model: PreTrainedModel | None = None
 
     def __post_init__(self) -> None:
         for name in ("width", "length"):
@@ -82,11 +84,12 @@ def longest_prefix(tree: TokenTree, target_joint: list[float], draft_joint: list
     return max(clear, key=lambda node: (tree.depths[node], target_joint[node]))
 
 
-def check_draft_model(draft: PreTrainedModel, target: PreTrainedModel) -> None:
+def check_draft_model(draft: Target, target: Target) -> None:
     """Raise DecodingError if their vocabularies differ in size, or they lie on different devices."""
-    sizes = [model.config.get_text_config(decoder=True).vocab_size for model in (draft, target)]
-    if sizes[0] != sizes[1]:
-        raise DecodingError(f"draft_model has {sizes[0]} tokens, the model {sizes[1]}; choose one with its tokenizer")
+    if draft.vocabulary != target.vocabulary:
+        raise DecodingError(
+            f"draft_model has {draft.vocabulary} tokens, the model {target.vocabulary}; choose one with its tokenizer"
+        )
     if draft.device != target.device:
         raise DecodingError(f"draft_model lies on {draft.device}, the model on {target.device}; move one of them")
 
@@ -97,25 +100,20 @@ class JointDecoder:
     Args:
         target, draft: readers; a draft view's shares the target's cache, a separate model's has its own.
         ids: the prompt [1, T]; `pad` tokens of it are padding, which processors see and models do not.
-        processors: applied to both; "likelihood" is of what they leave.
-        sampling: generators; None takes the likeliest beams and tokens.
+        settings: of the beams and of acceptance.
+        selection: processors, applied to both ("likelihood" is of what they leave), and generators; without these the
+            likeliest beams and tokens are taken.
         row: which one of the batch that the processors were made for.
-
-    Raises:
-        DecodingError: no tree of tokens can be read through the model.
     """
 
     def __init__(
-        self, target: Reader, draft: Reader, ids: Tensor, settings: Joint, processors: LogitsProcessorList,
-        sampling: Sampling | None, pad: int = 0, row: int = 0,
+        self, target: Reader, draft: Reader, ids: Tensor, settings: Joint, selection: TokenSelection | None = None,
+        pad: int = 0, row: int = 0,
     ) -> None:  # fmt: skip
+        selection = selection or TokenSelection()
         self.target, self.draft, self.settings = target, draft, settings
-        self.processors, self.sampling, self.ids, self.pad, self.row = processors, sampling, ids, pad, row
-        for reader in (target, draft):
-            if any(reader.cache.windows) or not reader.takes_positions:
-                why = "sliding windows" if any(reader.cache.windows) else "no position_ids"
-                name = type(reader.model).__name__
-                raise DecodingError(f"{name} has {why}, so no tree of tokens can be read; decode losslessly")
+        self.processors, self.sampling = selection.processors, selection.sampling
+        self.ids, self.pad, self.row = ids, pad, row
 
     @property
     def readers(self) -> list[Reader]:
@@ -193,65 +191,46 @@ class JointDecoder:
         return torch.stack(scores)
 
 
-def decode_jointly(
-    decoder: JointDecoder, *, max_length: int, eos_ids: frozenset[int] = frozenset(),
-    should_stop: Callable[[Block, int, Tensor], bool] | None = None, stats: DecodeStats | None = None,
-) -> Iterator[Block]:  # fmt: skip
-    """Yield block after block until an end-of-sequence token, `should_stop`, or `max_length`; as `loop.decode`."""
+def decode_jointly(decoder: JointDecoder, ending: Ending, stats: DecodeStats | None = None) -> Iterator[Block]:
+    """Yield block after block until the sequence ends; as `loop.decode`."""
     stats = stats if stats is not None else DecodeStats()
     stats.lossy, ended = True, False
-    while not ended and (length := decoder.ids.shape[1]) < max_length:
-        drafted = min(decoder.settings.length, max_length - length - 1)
-        tokens, accepted, logits_NV, scores_NV = decoder.block(drafted, eos_ids)
+    while not ended and (length := decoder.ids.shape[1]) < ending.max_length:
+        drafted = min(decoder.settings.length, ending.max_length - length - 1)
+        tokens, accepted, logits_NV, scores_NV = decoder.block(drafted, ending.eos_ids)
         block = Block(
             row=decoder.row, tokens=tokens, drafted=drafted, accepted=accepted, _place=0,
             _logits_BKV=logits_NV[None], _scores_BKV=scores_NV[None],
         )  # fmt: skip
-        for i, token in enumerate(tokens):
-            if token in eos_ids or (should_stop and should_stop(block, i, decoder.ids[:, : length + i + 1])):
-                ended = True
-                decoder.cut(length + i + 1)
-                block = replace(block, tokens=tokens[: i + 1], accepted=min(accepted, i + 1))
-                break
+        last = ending.first_end(block, decoder.ids, length)
+        if last is not None:
+            ended = True
+            decoder.cut(length + last + 1)
+            block = cut_block(block, last + 1)
         stats.count(drafted, block.accepted, "mask", drafted)
         stats.committed += len(block.tokens)
         yield block
 
 
-def jointly(
-    model: PreTrainedModel, view: PreTrainedModel | None, draft_model: PreTrainedModel | None, sequences: Sequences,
-    settings: Joint, processors: LogitsProcessorList, sampling: Sampling | None, **ends: Any,
-) -> Iterator[Block]:  # fmt: skip
-    """Decode one row by MTAD, with the mask's view or a smaller model as draft.
-
-    Args:
-        ends: see `decode_jointly`.
+def jointly(sequences: Sequences, settings: Joint, ending: Ending, stats: DecodeStats) -> Iterator[Block]:
+    """Decode one row by MTAD, with its draft view or a smaller model as draft.
 
     Raises:
         DecodingError: keys were given beforehand, or no tree of tokens can be read through one of the models.
     """
+    target = sequences.target
     if sequences.offset < 0 or sequences.cache.committed[0]:
         raise DecodingError("past_key_values was given, which joint decoding does not take; pass the whole prompt")
-    if not rows_may_differ(model):
-        raise DecodingError(f"{type(model).__name__} cannot read a tree of tokens; decode losslessly")
+    if not rows_may_differ(target):
+        raise DecodingError(f"{type(target.model).__name__} cannot read a tree of tokens; decode losslessly")
     ids = sequences.ids[:1, : sequences.lengths[0]]
-    target = Reader(model, sequences.cache)
-    draft = Reader(view or model, sequences.cache)
-    if draft_model is not None:
-        check_draft_model(draft_model, model)
-        draft = Reader(draft_model, SharedCache(draft_model, ids.shape[1] + 64))
-    decoder = JointDecoder(target, draft, ids, settings, processors, sampling, sequences.offset, sequences.rows[0])
-    return decode_jointly(decoder, **ends)
-
-
-@torch.no_grad()
-def joint_log_probs(model: PreTrainedModel, ids_1T: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Every continuation of so many tokens [V**length, length] and its log-likelihood: for tiny vocabularies.
-
-    Multi-token joint decoding (MTJD, arXiv 2407.09722, section 3) takes the likeliest.
-    """
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    rows = torch.tensor(list(itertools.product(range(vocabulary), repeat=length)), device=ids_1T.device)
-    whole = torch.cat([ids_1T.expand(len(rows), -1), rows], 1)
-    logits = model(input_ids=whole).logits[:, ids_1T.shape[1] - 1 : -1].double().log_softmax(-1)
-    return rows, logits.gather(-1, rows[..., None])[..., 0].sum(-1)
+    reader = Reader(target, sequences.cache)
+    drafting = Reader(target, sequences.cache, sequences.draft_model)
+    if settings.draft_model is not None:
+        small = Target.of(settings.draft_model)
+        check_draft_model(small, target)
+        drafting = Reader(small, SharedCache(small, ids.shape[1] + 64))
+    decoder = JointDecoder(
+        reader, drafting, ids, settings, sequences.selection, sequences.offset, sequences.rows[0]
+    )  # fmt: skip
+    return decode_jointly(decoder, ending, stats)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from skipsearch.errors import DecodingError
 from skipsearch.model.cache import SharedCache
-from skipsearch.model.masks import attention_masks
-from skipsearch.model.sublayers import takes_positions
+from skipsearch.model.target import Target
 
 
 class TokenTree:
@@ -73,12 +73,21 @@ class Reader:
     """A model, or a draft view of it, reading one sequence through a cache.
 
     Args:
+        target: the model.
         cache: holds the keys of `cache.committed[0]` tokens; readers may share it.
+        view: a draft view of the model, to read with in its place.
+
+    Raises:
+        DecodingError: the model cannot read a tree of tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: SharedCache) -> None:
-        self.model, self.cache = model, cache
-        self.takes_positions, self.few_logits = takes_positions(model), model._supports_logits_to_keep()
+    def __init__(self, target: Target, cache: SharedCache, view: PreTrainedModel | None = None) -> None:
+        self.target, self.cache, self.model = target, cache, view or target.model
+        if any(target.attention.windows) or not target.takes_positions:
+            why = "sliding windows" if any(target.attention.windows) else "no position_ids"
+            raise DecodingError(
+                f"{type(target.model).__name__} has {why}, so no tree of tokens can be read; decode losslessly"
+            )
 
     @property
     def committed(self) -> int:
@@ -91,13 +100,14 @@ class Reader:
         if missing_1T.shape[1]:
             self.cache.seek([self.committed])
             positions_1T = torch.arange(self.committed, ids_1T.shape[1], device=ids_1T.device)[None]
-            self._forward(missing_1T, positions_1T, None, {"logits_to_keep": 1} if self.few_logits else {})
+            few = {"logits_to_keep": 1} if self.target.takes_logits_to_keep else {}
+            self._forward(missing_1T, positions_1T, None, few)
             self.cache.committed[0] = ids_1T.shape[1]
 
     @torch.no_grad()
     def read(self, tree: TokenTree, first: int = 0) -> Tensor:
         """Logits [N, V] behind the nodes from `first` on; those before it have been read."""
-        start, device = self.committed, self.model.device
+        start, device = self.committed, self.target.device
         depths_N = torch.tensor(tree.depths, device=device)
         ids_1N = torch.tensor([tree.tokens[first:]], device=device)
         position_1N = start + depths_N[None, first:]
@@ -105,14 +115,11 @@ class Reader:
         before_NT = torch.ones((len(tree) - first, start), dtype=torch.bool, device=device)
         only_1NT = torch.cat([before_NT, tree.sees()[first:].to(device)], 1)[None]
         self.cache.seek([start + first])
-        mask = attention_masks(
-            self.model, self.cache.windows, position_1N, lambda _window: keys_1T, only_RQK=only_1NT
-        )  # fmt: skip
+        mask = self.target.attention.masks(position_1N, lambda _window: keys_1T, only_RQK=only_1NT)
         return self._forward(ids_1N, position_1N, mask, {})[0]
 
     def _forward(self, ids_1N: Tensor, position_1N: Tensor, mask: Any, given: dict[str, Any]) -> Tensor:
-        if self.takes_positions:
-            given = {**given, "position_ids": position_1N}
+        given = {**given, "position_ids": position_1N}
         if mask is not None:
             given = {**given, "attention_mask": mask}
         out = self.model(input_ids=ids_1N, past_key_values=self.cache.cache, use_cache=True, **given)

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from skipsearch.errors import DecodingError
+from skipsearch.model.target import Target
 
 ROOM = 64  # slots added beyond what is asked for when a buffer is made or grows
 
@@ -43,10 +44,11 @@ class SharedCache:
     """Keys and values of a batch of sequences, written by draft and target, owned here.
 
     Args:
-        model: the target; its config says which layers slide.
+        target: its config says which layers have a sliding window.
         capacity: slots to reserve (more may come; the buffers then grow).
         past: a dynamic cache to continue from; it is copied, and `hand_over` writes it back.
-        buffers: keys and values of each layer to write into, with room for everything; they never grow.
+        buffers: keys and values of each layer to write into, with room for everything. They belong to the caller and
+            never grow.
 
     Attributes:
         cache: what a forward of target or draft takes as `past_key_values`.
@@ -56,18 +58,18 @@ class SharedCache:
     """
 
     def __init__(
-        self, model: PreTrainedModel, capacity: int, past: Cache | None = None, rows: int = 1,
+        self, target: Target, capacity: int, past: Cache | None = None, rows: int = 1,
         buffers: list[tuple[Tensor, Tensor]] | None = None,
     ) -> None:  # fmt: skip
-        self.lent = buffers is not None
+        self.borrowed = buffers is not None
         self.cursor = _Cursor(capacity)
-        self.cache = DynamicCache(config=model.config)
-        self.windows = layer_windows(self.cache)
+        self.cache = DynamicCache(config=target.model.config)
+        self.windows = target.attention.windows
         length = _length_of(past)
         self.cache.layers = [_BufferLayer(self.cursor, window) for window in self.windows]
-        for layer, lent in zip(self.cache.layers, buffers or [], strict=False):
-            layer.lazy_initialization(*lent)
-            layer.buffers = lent
+        for layer, pair in zip(self.cache.layers, buffers or [], strict=False):
+            layer.lazy_initialization(*pair)
+            layer.buffers = pair
         self.committed = [length] * rows
         self.floor = length if any(self.windows) else 0
         if past is not None and length:
@@ -96,11 +98,11 @@ class SharedCache:
                 self.committed[target] = self.committed[source]
         del self.committed[left:]
 
-    def shown(self, slots: int) -> list[tuple[Tensor, Tensor]]:
+    def keys_and_values(self, slots: int) -> list[tuple[Tensor, Tensor]]:
         """Each layer's keys and values [B, H, slots, D], not copied: what lies behind `committed` may be written to."""
         for layer in self.cache.layers:
             if layer.buffers[0].shape[2] < slots:
-                assert not self.lent, "buffers that were lent have no such room"
+                assert not self.borrowed, "borrowed buffers have no such room"
                 layer._reserve(slots)
         return [(layer.buffers[0][:, :, :slots], layer.buffers[1][:, :, :slots]) for layer in self.cache.layers]
 
@@ -114,8 +116,8 @@ class SharedCache:
                 first = 0 if window is None else max(0, length - window + 1)
                 layer.lazy_initialization(mine.buffers[0], mine.buffers[1])
                 shown = (b[: len(self.committed), :, first:length] for b in mine.buffers)
-                # Buffers that were lent go back, and the next sequence overwrites them.
-                layer.keys, layer.values = (b.clone() if self.lent else b for b in shown)
+                # Borrowed buffers go back, and the next sequence overwrites them.
+                layer.keys, layer.values = (b.clone() if self.borrowed else b for b in shown)
                 if window is not None:
                     layer.cumulative_length = length
             layers.append(layer)
@@ -184,11 +186,6 @@ class _BufferLayer(DynamicLayer):  # type: ignore[misc]
             self._reserve(length)
         for buffer, states in zip(self.buffers, (keys, values), strict=True):
             buffer[:, :, length - states.shape[-2] : length] = states
-
-
-def layer_windows(cache: Cache) -> list[int | None]:
-    """Per layer of a dynamic cache: the width of its sliding window, None if it sees everything."""
-    return [layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in cache.layers]
 
 
 def _zeros(states: Tensor, room: int) -> Tensor:

@@ -20,6 +20,7 @@ from skipsearch.errors import MaskError, ModelLoadError
 from skipsearch.maskfile import MaskFile, ModelCard
 from skipsearch.model.preset import Preset, presets
 from skipsearch.model.sublayers import find_sublayers
+from skipsearch.model.target import Target
 
 DEMO = Path(__file__).resolve().parents[1] / "demo" / "model"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,6 +39,11 @@ class Loaded:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     preset: Preset | None
+
+    @property
+    def target(self) -> Target:
+        """The model as it is now, with what is asked about it."""
+        return Target.of(self.model)
 
 
 def load_model(
@@ -132,23 +138,24 @@ def _explain(name: str, source: str, error: Exception) -> str:
 _FINGERPRINT_LEAVES_OUT = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures"}
 
 
-def model_card(model: PreTrainedModel, model_id: str) -> ModelCard:
+def model_card(target: Target, model_id: str) -> ModelCard:
     """Identity of a model for mask.json; the fingerprint covers its config, not where it lies or its dtype."""
-    config = {k: v for k, v in model.config.to_dict().items() if k not in _FINGERPRINT_LEAVES_OUT}
+    config = {k: v for k, v in target.model.config.to_dict().items() if k not in _FINGERPRINT_LEAVES_OUT}
     text = json.dumps(config, sort_keys=True, default=str)
     return ModelCard(
-        id=model_id, revision=getattr(model.config, "_commit_hash", None), architecture=type(model).__name__,
-        num_layers=find_sublayers(model).num_layers, config_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        id=model_id, revision=getattr(target.model.config, "_commit_hash", None),
+        architecture=type(target.model).__name__,
+        num_layers=target.num_layers, config_sha256=hashlib.sha256(text.encode()).hexdigest(),
     )  # fmt: skip
 
 
-def check_mask_belongs(file: MaskFile, model: PreTrainedModel) -> None:
+def check_mask_belongs(file: MaskFile, target: Target) -> None:
     """Compare a mask file with a model.
 
     Raises:
         MaskError: another layer count, or another config fingerprint (files without one pass on layers alone).
     """
-    card = model_card(model, file.model.id)
+    card = model_card(target, file.model.id)
     if file.model.num_layers != card.num_layers:
         raise MaskError(
             f"model.num_layers of the mask is {file.model.num_layers}, this model has {card.num_layers}; "

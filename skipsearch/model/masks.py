@@ -1,55 +1,82 @@
-"""Attention masks for forwards whose rows stand at different places, in the form that a model wants.
+"""AttentionLayout: which keys a query may see, as attention masks in the form that a model takes.
 
-Shapes: R rows, Q queries, K keys. Slots are places in a sequence; padding lies below `pads`.
+For forwards whose rows stand at different places. Shapes: R rows, Q queries, K keys. Slots are places in a sequence;
+padding lies below `pads`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 
-def attention_masks(
-    model: PreTrainedModel, windows: list[int | None], query_RQ: Tensor, keys: Callable[[int | None], Tensor],
-    pads_R: Tensor | None = None, only_RQK: Tensor | None = None,
-) -> Any:  # fmt: skip
-    """Which keys each query may see: a tensor [R, 1, Q, K], or one for each layer type of the model.
+@dataclass(frozen=True, slots=True)
+class AttentionLayout:
+    """How far each layer's attention sees.
 
-    Args:
-        windows: per layer, the width of its sliding window or chunk, None if it sees everything.
-        query_RQ: slot of each query.
-        keys: slots [R or 1, K] of the keys that a layer with this window hands to attention.
-        pads_R: slots below these hold padding.
-        only_RQK: keys that may be seen at all.
+    Attributes:
+        windows: per layer, the width of its sliding window or chunk; None if it sees everything.
+        layer_types: per layer, its name in the model's config ("full_attention", "sliding_attention", ...).
+        boolean: whether attention takes a mask of booleans (SDPA), or one that is added to the scores.
+        dtype: of the latter.
     """
-    config = model.config.get_text_config(decoder=True)
-    kinds = dict(zip(getattr(config, "layer_types", None) or ["all"] * len(windows), windows, strict=True))
 
-    def mask(name: str, window: int | None) -> Tensor:
-        query, key = query_RQ[:, :, None], keys(window)[:, None, :]
-        seen = key <= query
-        if window is not None and name.startswith("chunked"):
-            origin = 0 if pads_R is None else pads_R[:, None, None]
-            seen = seen & ((key - origin) // window == (query - origin) // window)
-        elif window is not None:
-            seen = seen & (query - key < window)
-        if pads_R is not None:
-            # A padding query sees itself, so that no row of the softmax is empty.
-            seen = seen & ((key >= pads_R[:, None, None]) | (key == query))
-        if only_RQK is not None:
-            seen = seen & only_RQK
-        return _as_wanted(model, seen[:, None])
+    windows: tuple[int | None, ...]
+    layer_types: tuple[str, ...]
+    boolean: bool
+    dtype: torch.dtype
 
-    found = {name: mask(name, window) for name, window in kinds.items()}
-    return found if len(found) > 1 else next(iter(found.values()))
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> AttentionLayout:
+        """Read off a model's config."""
+        windows = layer_windows(DynamicCache(config=model.config))
+        names = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ["all"] * len(windows)
+        return cls(tuple(windows), tuple(names), model.config._attn_implementation == "sdpa", model.dtype)
+
+    def masks(
+        self, query_RQ: Tensor, keys: Callable[[int | None], Tensor], pads_R: Tensor | None = None,
+        only_RQK: Tensor | None = None,
+    ) -> Any:  # fmt: skip
+        """Which keys each query may see: a tensor [R, 1, Q, K], or one for each layer type of the model.
+
+        Args:
+            query_RQ: slot of each query.
+            keys: slots [R or 1, K] of the keys that a layer with this window hands to attention.
+            pads_R: slots below these hold padding.
+            only_RQK: keys that may be seen at all.
+        """
+
+        def mask(name: str, window: int | None) -> Tensor:
+            query, key = query_RQ[:, :, None], keys(window)[:, None, :]
+            seen = key <= query
+            if window is not None and name.startswith("chunked"):
+                origin = 0 if pads_R is None else pads_R[:, None, None]
+                seen = seen & ((key - origin) // window == (query - origin) // window)
+            elif window is not None:
+                seen = seen & (query - key < window)
+            if pads_R is not None:
+                # A padding query sees itself, so that no row of the softmax is empty.
+                seen = seen & ((key >= pads_R[:, None, None]) | (key == query))
+            if only_RQK is not None:
+                seen = seen & only_RQK
+            return self._as_taken(seen[:, None])
+
+        kinds = dict(zip(self.layer_types, self.windows, strict=True))
+        found = {name: mask(name, window) for name, window in kinds.items()}
+        return found if len(found) > 1 else next(iter(found.values()))
+
+    def _as_taken(self, allowed: Tensor) -> Tensor:
+        if self.boolean:
+            return allowed
+        return torch.where(allowed, 0.0, torch.finfo(self.dtype).min).to(self.dtype)
 
 
-def _as_wanted(model: PreTrainedModel, allowed: Tensor) -> Tensor:
-    if model.config._attn_implementation == "sdpa":
-        return allowed
-    smallest = torch.finfo(model.dtype).min
-    return torch.where(allowed, 0.0, smallest).to(model.dtype)
+def layer_windows(cache: Cache) -> list[int | None]:
+    """Per layer of a dynamic cache: the width of its sliding window, None if it sees everything."""
+    return [layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in cache.layers]

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from skipsearch.errors import UnsupportedModel
 from skipsearch.mask import KINDS, Kind
+from skipsearch.model.device import input_device
+from skipsearch.model.stub import Probe, Stub, replaced_children, run_layer
 
 # How decoder layers name their branches; a branch may be several modules in a row.
 CHILD_NAMES: Mapping[Kind, tuple[tuple[str, ...], ...]] = {
@@ -61,26 +62,6 @@ def find_sublayers(model: PreTrainedModel) -> Sublayers:
     if model not in _found:
         _found[model] = _detect(model)
     return _found[model]
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids go: the embedding's device, also when its weights are offloaded."""
-    embedding = model.get_input_embeddings()
-    device: torch.device = next(embedding.parameters()).device
-    if device.type == "meta":
-        hook = getattr(embedding, "_hf_hook", None) or getattr(model, "_hf_hook", None)
-        device = torch.device(getattr(hook, "execution_device", None) or "cpu")
-    return device
-
-
-def context_limit(model: PreTrainedModel) -> int:
-    """Tokens that the model's positions reach; where the config knows no end, more than anybody has."""
-    return int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 20)
-
-
-def takes_positions(model: PreTrainedModel) -> bool:
-    """Whether the forward takes position ids; models with ALiBi count for themselves."""
-    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def _refuse(model: nn.Module, why: str) -> UnsupportedModel:
@@ -127,8 +108,8 @@ def _prove(
     for spread in (False, True):  # some layers reshape what a branch returns, or add to it in place
         stubs = {kind: Stub(returns[kind], _residual_place(layer, child[kind]), spread) for kind in KINDS}
         try:
-            with _replaced(layer, {name: stubs[kind] for kind in KINDS for name in child[kind]}):
-                out = _run_layer(layer, x)
+            with replaced_children(layer, {name: stubs[kind] for kind in KINDS for name in child[kind]}):
+                out = run_layer(layer, x)
             own = {kind: _norms_of_branch(layer, x, child, stubs, kind) for kind in KINDS}
             if out.dtype != x.dtype:  # a norm behind a skipped branch has turned the bare zero into a vector
                 raise TypeError(f"the residual stream becomes {out.dtype}")
@@ -198,66 +179,6 @@ def _return_arity(
     return returns, layer_tuple[0]
 
 
-class Stub(nn.Module):
-    """A skipped branch: adds nothing to the residual stream. Has no state, so any number of views may share it.
-
-    Args:
-        returns: how many values the branch returns: 0 for a bare tensor, n for an n-tuple.
-        residual: the branch adds the residual itself, and takes it at this place.
-        spread: zeros of the input's shape; else one zero without dimensions, which broadcasts over any shape,
-            keeps the other operand's dtype and may meet a tensor on any device.
-    """
-
-    zero: Tensor
-
-    def __init__(self, returns: int, residual: int | None, spread: bool) -> None:
-        super().__init__()
-        self.returns, self.residual, self.spread = returns, residual, spread
-        self.zero = torch.zeros(())
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        out = self.zero
-        if self.residual is not None:
-            out = kwargs["residual"] if "residual" in kwargs else args[self.residual]
-        elif self.spread:
-            out = torch.zeros_like(args[0] if args else kwargs["hidden_states"])
-        return (out, *[None] * (self.returns - 1)) if self.returns else out
-
-
-class _Probe(Stub):
-    """Stands for a running branch in the check: depends on its input, needs no other argument."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        out = (args[0] if args else kwargs["hidden_states"]).sin()
-        if self.residual is not None:
-            out = out + (kwargs["residual"] if "residual" in kwargs else args[self.residual])
-        return (out, *[None] * (self.returns - 1)) if self.returns else out
-
-
-@contextmanager
-def _replaced(layer: nn.Module, children: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Swap children for the length of the check; restored even when the layer raises."""
-    saved = {name: layer._modules[name] for name in children}
-    try:
-        layer._modules.update(children)
-        yield
-    finally:
-        layer._modules.update(saved)
-
-
-@torch.no_grad()
-def _run_layer(layer: nn.Module, x: Tensor) -> Tensor:
-    parameters = list(inspect.signature(type(layer).forward).parameters.values())[2:]
-    missing = {p.name: None for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-    training = layer.training
-    try:
-        out = layer.eval()(x, **missing)
-    finally:
-        layer.train(training)
-    result: Tensor = out[0] if isinstance(out, tuple) else out
-    return result
-
-
 def _random_input(model: PreTrainedModel, layer: nn.Module) -> Tensor:
     device = next((p.device for p in layer.parameters() if p.device.type != "meta"), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
@@ -272,13 +193,13 @@ def _norms_of_branch(
     other: Kind = "mlp" if kind == "attention" else "attention"
     swap: dict[str, nn.Module] = {name: stubs[kind] for name in child[kind]}
     probed = stubs[other]
-    swap |= {name: _Probe(probed.returns, probed.residual, probed.spread) for name in child[other]}
-    with _replaced(layer, swap):
-        expected = _run_layer(layer, x)
+    swap |= {name: Probe(probed.returns, probed.residual, probed.spread) for name in child[other]}
+    with replaced_children(layer, swap):
+        expected = run_layer(layer, x)
         free = []
         for name, module in layer.named_children():
             if "norm" in name.lower() or name.startswith("ln_"):
-                with _replaced(layer, {name: nn.Identity()}):
-                    if module is not None and torch.equal(_run_layer(layer, x), expected):
+                with replaced_children(layer, {name: nn.Identity()}):
+                    if module is not None and torch.equal(run_layer(layer, x), expected):
                         free.append(name)
     return tuple(free)

@@ -1,55 +1,47 @@
-"""A model's tuner, ready: compiled, tried for scoring drafts side by side, and with prices of its own."""
+"""A model's tuner, ready to serve: compiled, tried for scoring drafts side by side, and with measured costs."""
 
 from __future__ import annotations
 
 import time
 import warnings
 
-import torch
-from transformers import PreTrainedModel
-
 from skipsearch.compiled.backend import Progress, warm_mask
-from skipsearch.compiled.model import CompiledModel
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.errors import BackendWarning
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.trace import Trace
+from skipsearch.generate.method import Drafting
 from skipsearch.mask import KINDS, SkipMask
-from skipsearch.model.sublayers import find_sublayers, input_device
+from skipsearch.model.target import Target
 from skipsearch.online.tuner import OnTheFly
 
-TRIED_WITH = 24  # tokens that show whether drafts may be scored side by side
-PRICED_AT, PRICED, ROOM = 128, 3, 64  # tokens behind which steps are timed, how often, and places behind them
+TRIED_WITH = 24  # tokens that show whether drafts can be scored side by side
+TIMED_AT, TIMES, ROOM = 128, 3, 64  # context at which steps are timed, how often, and places behind it
 
 
 def make_tuner(
-    model: PreTrainedModel, compiled: CompiledModel | None, policy: DraftPolicy, mask: SkipMask | None,
-    progress: Progress | None, *, share: float, seed: int,
+    target: Target, drafting: Drafting, progress: Progress | None, *, share: float, seed: int
 ) -> OnTheFly:  # fmt: skip
-    """A tuner that has priced the steps of this model, and compiled what any mask may need.
+    """A tuner that has timed the steps of this model, and compiled what any mask may need.
 
     Where drafts cannot be scored side by side it searches nothing, and a warning says so.
     """
-    layers = find_sublayers(model).num_layers
-    for half in KINDS:  # whatever is found later compiles nothing more
-        warm_mask(compiled, model, SkipMask(**{half: range(layers)}, num_layers=layers), progress)  # type: ignore[arg-type]
+    layers = target.num_layers
+    for kind in KINDS:  # masks that are found later compile nothing more
+        warm_mask(target, SkipMask.from_sublayers([(kind, i) for i in range(layers)], layers), progress)
     begun = time.perf_counter()
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    prompt = torch.randint(vocabulary, (1, PRICED_AT), generator=torch.Generator().manual_seed(0))
-    ids, half_way = prompt[0, :TRIED_WITH].tolist(), TRIED_WITH // 2
-    trial = Trace(prompts=(tuple(ids[:half_way]),), continuations=(tuple(ids[half_way:]),), new_tokens=half_way)
-    if not Replay(model, trial).together:
+    prompt = target.random_ids(TIMED_AT)
+    ids, half = tuple(prompt[0, :TRIED_WITH].tolist()), TRIED_WITH // 2
+    if not Replay(target, Trace(prompts=(ids[:half],), continuations=(ids[half:],), new_tokens=half)).together:
         warnings.warn(
-            f"{type(model).__name__} cannot score drafts side by side, so no mask is searched while it serves",
+            f"{type(target.model).__name__} cannot score drafts side by side, so no mask is searched while it serves",
             BackendWarning, stacklevel=2,
         )  # fmt: skip
         share = 0.0
-    free = [(kind, i) for i in range(layers) for kind in KINDS]
-    tuner = OnTheFly(model, free, layers, policy, mask, share, seed)
-    prompt = prompt[:, : max(1, tuner.context - ROOM)].to(input_device(model))
-    sequences = Sequences(model, prompt, capacity=prompt.shape[1] + ROOM, compiled=compiled)
-    for _ in range(PRICED if share else 0):
+    tuner = OnTheFly(target, drafting.policy, drafting.mask, share, seed)
+    prompt = prompt[:, : max(1, target.context - ROOM)]
+    sequences = Sequences(target, prompt, capacity=prompt.shape[1] + ROOM)
+    for _ in range(TIMES if share else 0):
         sequences.verify([0])
         tuner.measure(sequences)
     tuner.prepared = time.perf_counter() - begun

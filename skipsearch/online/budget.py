@@ -1,4 +1,4 @@
-"""Budget: how much of the time search has taken, and whether its next step may begin."""
+"""Budget: how much of the time the search has taken, and whether its next step may begin."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SAVED = 48  # plain steps
-FIRST_GUESS = {"prices": 12.0, "states": 22.0, "pass": 6.0}  # seconds, in plain steps, before any was timed
+SAVED = 48  # plain steps that unused time may add up to
+# Plain steps that a step of each kind takes, before any was timed.
+FIRST_GUESS = {"costs": 12.0, "states": 22.0, "pass": 6.0}
 
 
 class Budget:
-    """Time is spent on decoding and on searching; of the seconds that masks can shorten the latter may take a share.
+    """Seconds of decoding and of searching. The search may take a share of those seconds that a mask can shorten.
 
     Attributes:
         decoding, searching: seconds so far.
-        improvable: those of decoding that no n-gram drafted for, which a mask could have made fewer.
+        improvable: seconds of blocks that no n-gram drafted: a mask could have shortened them.
         counts: steps of each kind that were taken.
     """
 
@@ -24,33 +25,33 @@ class Budget:
         self.share, self.decoding, self.improvable, self.searching = share, 0.0, 0.0, 0.0
         self.seconds: dict[str, float] = {}  # of a step of each kind
         self.counts = Counter[str]()
-        self._begun = self._forgone = 0.0
+        self._begun = self._expired = 0.0
 
     @contextmanager
     def search(self) -> Iterator[None]:
-        """Whatever is done here is searching."""
+        """Count the seconds spent inside as searching."""
         self._begun = time.perf_counter()
         try:
             yield
         finally:
             self.searching += time.perf_counter() - self._begun
 
-    def may(self, kind: str, plain_seconds: float, part: float = 1.0, times: int = 1) -> bool:
-        """Whether so many steps of a kind fit into that part of the share, with what was searched since `search`.
+    def allows(self, kind: str, plain_seconds: float, part: float = 1.0, times: int = 1) -> bool:
+        """Whether so many steps of a kind fit into that part of the share, beside what was searched so far.
 
-        What was not spent is not saved up beyond `SAVED` plain steps, so that no request pays for many others' rest.
+        Unused time adds up to `SAVED` plain steps at most, so that no request pays for the pauses of many others.
         """
         wanted = self.seconds.get(kind, FIRST_GUESS[kind] * plain_seconds) * times
-        searching = self.searching + self._forgone + time.perf_counter() - self._begun
+        searching = self.searching + self._expired + time.perf_counter() - self._begun
         allowed = self.share * part * self.improvable
         if (more := allowed - searching - max(wanted, SAVED * plain_seconds)) > 0:
-            self._forgone += more
+            self._expired += more
             searching += more
         return searching + wanted <= allowed
 
     @contextmanager
     def step(self, kind: str) -> Iterator[None]:
-        """Note what a step of a kind takes."""
+        """Time a step of a kind."""
         begun = time.perf_counter()
         yield  # one that fails is not counted
         seconds = time.perf_counter() - begun

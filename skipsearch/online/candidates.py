@@ -4,7 +4,7 @@ Sources: every second layer, to open; masks that keep hidden states near; flips 
 many of those masks skip a sublayer; and flips that a Bayesian linear model of what flips brought so far holds for the
 best (Thompson sampling). SWIFT (arXiv 2410.06916, section 4.2) mixes random and Bayesian masks at a fixed skip ratio.
 
-Shapes: D free sublayers.
+Shapes: D sublayers.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from skipsearch.evaluate.hidden_states import layer_states, nearest, sublayer_states
-from skipsearch.mask import KINDS, Kind, SkipMask
+from skipsearch.mask import KINDS, SkipMask, Sublayer
+from skipsearch.model.target import Target
 
 Array = NDArray[Any]
-Sub = tuple[Kind, int]
 FIRST = (0.65, 0.8, 0.5)  # shares of sublayers skipped in the first masks, likely ones first
 UNSEEN = 4  # tokens at the beginning whose states are like no others
 PRIOR, NOISE = 0.03, 0.06  # log-speed that a flip moves, and that a window's reading of it is off
@@ -33,8 +33,8 @@ SWAPS = 0.5  # of the random proposals leave as many sublayers as there were
 
 @torch.no_grad()
 def nearest_masks(
-    model: PreTrainedModel, halves: Sequence[PreTrainedModel], ids: Tensor, free: list[Sub], layers: int,
-    seen: Tensor | None = None,
+    target: Target, halves: Sequence[PreTrainedModel], ids: Tensor, seen: Tensor | None = None,
+    free: Sequence[Sublayer] | None = None,
 ) -> list[SkipMask]:  # fmt: skip
     """For each number of skipped sublayers that is likely, the mask that changes the hidden states least.
 
@@ -44,51 +44,57 @@ def nearest_masks(
         halves: views that keep one kind of sublayer each, attention's first.
         ids: texts [P, T] of the model's own; one is run much faster than several.
         seen: places [P, T] that count; by default all but the first few.
+        free: sublayers that may be skipped; by default all.
     """
     if seen is None:
         places = torch.arange(ids.shape[1], device=ids.device) >= min(UNSEEN, ids.shape[1] - 1)
         seen = places.expand(ids.shape)
-    states = sublayer_states(layer_states(model, ids, seen), halves)
-    units = [(kind, i) for i in range(layers) for kind in KINDS]
-    may_skip = set(free)
-    least, most = (round(share * len(free)) for share in (min(FIRST), max(FIRST)))
+    states = sublayer_states(target, layer_states(target, ids, seen), halves)
+    units = all_sublayers(target.num_layers)
+    may_skip = set(units if free is None else free)
+    least, most = (round(share * len(may_skip)) for share in (min(FIRST), max(FIRST)))
     found = nearest(states, [sub in may_skip for sub in units], least, most)
-    return [SkipMask.from_sublayers([units[u] for u in chosen], layers) for chosen in found]
+    return [SkipMask.from_sublayers([units[u] for u in chosen], target.num_layers) for chosen in found]
 
 
-def opening(free: list[Sub], layers: int) -> SkipMask:
-    """What costs nothing to think of: every second layer, the first and the last kept."""
+def all_sublayers(layers: int) -> list[Sublayer]:
+    """Every sublayer, layer by layer."""
+    return [(kind, i) for i in range(layers) for kind in KINDS]
+
+
+def opening(layers: int) -> SkipMask:
+    """The first mask to try, which needs no measurement: every second layer, the first and the last kept."""
     middle = range(1, layers - 1, 2)
-    return SkipMask.from_sublayers([(kind, i) for kind, i in free if i in middle], layers)
+    return SkipMask(attention=middle, mlp=middle, num_layers=layers)
 
 
 class Candidates:
     """Proposes masks of one model, and learns from comparisons.
 
     Args:
-        free: sublayers that may be skipped.
-        near: masks that skip more and more of them.
+        near: masks that skip more and more sublayers.
         seed: of what is random.
     """
 
-    def __init__(self, free: list[Sub], layers: int, near: list[SkipMask], seed: int) -> None:
-        self.free, self.layers, self.near, self.rng = free, layers, near, np.random.default_rng(seed)
-        skipped_D = np.array([sum(mask.skips(*sub) for mask in near) for sub in free])
+    def __init__(self, layers: int, near: list[SkipMask], seed: int) -> None:
+        self.layers, self.near, self.rng = layers, near, np.random.default_rng(seed)
+        self.free = all_sublayers(layers)
+        skipped_D = np.array([sum(mask.skips(*sub) for mask in near) for sub in self.free])
         order = np.argsort(-skipped_D, kind="stable")
-        self.rank_D = np.empty(len(free))  # 0: the first to be skipped, 1: the last
-        self.rank_D[order] = np.linspace(0, 1, len(free))
+        self.rank_D = np.empty(len(self.free))  # 0: the first to be skipped, 1: the last
+        self.rank_D[order] = np.linspace(0, 1, len(self.free))
         self.changes: list[Array] = []
         self.gains: list[float] = []
         self.turn = 0
 
     def first(self) -> list[SkipMask]:
-        """What to try before anything is known, likely ones first."""
+        """What to try before any comparison, likely ones first."""
         known = {len(mask): mask for mask in self.near}
         counts = dict.fromkeys(round(share * len(self.free)) for share in FIRST)
         return [known[count] for count in counts if count in known]
 
     def propose(self, incumbent: SkipMask, tried: set[SkipMask]) -> SkipMask | None:
-        """A mask near the incumbent that was not tried, if there seem to be any."""
+        """A mask near the incumbent that was not tried; None if none was found."""
         self.turn += 1
         skipped_D = self._bits(incumbent)
         weights_D = np.where(skipped_D > 0, self.rank_D, 1 - self.rank_D) + 0.05
@@ -111,12 +117,12 @@ class Candidates:
         return None
 
     def learn(self, incumbent: SkipMask, challenger: SkipMask, gain: float) -> None:
-        """The challenger was faster by this much, as a logarithm, on the same window."""
+        """Take in a comparison on one window: the logarithm of the challenger's speed over the incumbent's."""
         self.changes.append(self._bits(challenger) - self._bits(incumbent))
         self.gains.append(gain)
 
     def _draw(self) -> Array:
-        """What skipping each sublayer brings [D]: drawn from what is believed after all comparisons."""
+        """What skipping each sublayer brings [D]: drawn from the posterior after all comparisons."""
         x_ND, y_N = np.array(self.changes[-400:]), np.array(self.gains[-400:])
         precision = x_ND.T @ x_ND / NOISE**2 + np.eye(len(self.free)) / PRIOR**2
         covariance = np.linalg.inv(precision)

@@ -3,7 +3,7 @@
 A prompt's feature is which tokens it holds, as a vector of length 1: no forward is needed, and code, prose and sums lie
 apart (means of embeddings do not: a few frequent tokens make them all alike). The nearest known domain serves a prompt,
 as in KNN-SSD (nearest stored mask by prompt features); one that is too far away is rejected, and founds a new one,
-which begins with the nearest one's contest.
+which begins with the nearest one's incumbent.
 
 Shapes: V vocabulary; T tokens.
 """
@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from skipsearch.decoding.scheduler import Pace
+from skipsearch.decoding.scheduler import Scheduler
 from skipsearch.mask import SkipMask
-from skipsearch.online.incumbent import Contest
+from skipsearch.online.incumbent import RECENT, Incumbent
 
 MOST, REMEMBERED = 12, 64  # domains, and prompts of each, that are remembered
 # Cosine from which a prompt belongs to a domain; of few prompts less will do, since their mean is not yet the domain's.
@@ -33,33 +33,33 @@ class Domain:
 
     Attributes:
         centre: the mean feature [V].
-        pace: estimates of what its sources of drafts bring.
-        contest: whose incumbent serves it; domains share one until they prove to be different.
-        served_with: the mask that `pace` knows.
+        scheduler: estimates of what its sources of drafts bring.
+        incumbent: serves it; domains share one until they prove to be different.
+        served_with: the mask that the scheduler's estimates are of.
         recent: drafted and accepted tokens of late.
     """
 
     centre: Tensor
-    pace: Pace
-    contest: Contest
+    scheduler: Scheduler
+    incumbent: Incumbent
     served_with: SkipMask | None = None
     prompts: int = 0
     recent: Counter[str] = field(default_factory=Counter)
 
-    def likeness(self, feature: Tensor) -> float:
+    def similarity(self, feature: Tensor) -> float:
         """Cosine of a prompt's feature and the centre."""
         return float(feature @ self.centre / self.centre.norm().clamp(min=1e-9))
 
-    def least_likeness(self) -> float:
-        """Below it a prompt is of another domain."""
+    def threshold(self) -> float:
+        """The similarity below which a prompt is of another domain."""
         return NEAR * math.sqrt(self.prompts / (self.prompts + YOUNG))
 
 
 class Domains:
     """All domains met so far."""
 
-    def __init__(self, vocabulary: int, contest: Contest) -> None:
-        self.vocabulary, self.first, self.known = vocabulary, contest, list[Domain]()
+    def __init__(self, vocabulary: int, incumbent: Incumbent) -> None:
+        self.vocabulary, self.first, self.known = vocabulary, incumbent, list[Domain]()
 
     def feature(self, ids_T: Tensor) -> Tensor:
         """Of a prompt [V], of length 1."""
@@ -68,17 +68,46 @@ class Domains:
         feature: Tensor = found_V / found_V.norm().clamp(min=1e-9)
         return feature
 
+    def drifts(self, domain: Domain, drafted: int, accepted: int, likely: list[SkipMask]) -> bool:
+        """Take in what a domain has drafted; whether its acceptance fell after the search had paused.
+
+        If so, the search resumes for this domain alone.
+
+        Args:
+            likely: masks to try where there is none.
+        """
+        if domain.incumbent.paused_at is None:
+            return False
+        domain.recent.update(drafted=drafted, accepted=accepted)
+        if domain.recent["drafted"] < RECENT:
+            return False
+        fell = domain.incumbent.drifts(domain.recent["drafted"], domain.recent["accepted"])
+        domain.recent.clear()
+        if fell and any(other is not domain and other.incumbent is domain.incumbent for other in self.known):
+            domain.incumbent = domain.incumbent.copy()
+        elif fell:
+            domain.incumbent.resume(likely)
+        return fell
+
+    def best(self) -> Incumbent | None:
+        """The one with a mask that serves most prompts."""
+        prompts = Counter[Incumbent]()
+        for domain in self.known:
+            prompts[domain.incumbent] += domain.prompts
+        return max((found for found in prompts if found.mask is not None), key=prompts.__getitem__, default=None)
+
     def of(self, ids_T: Tensor) -> Domain:
         """The domain of a prompt, which from now on it belongs to."""
         feature = self.feature(ids_T)
-        near = max(self.known, key=lambda domain: domain.likeness(feature), default=None)
+        near = max(self.known, key=lambda domain: domain.similarity(feature), default=None)
         if near is None:
-            near = Domain(torch.zeros_like(feature), Pace(self.first.policy.costs), self.first)
+            near = Domain(torch.zeros_like(feature), Scheduler(self.first.policy.costs), self.first)
             self.known.append(near)
-        elif near.likeness(feature) < near.least_likeness():
-            pace = Pace()
-            pace.step, pace.verify = near.pace.step, dict(near.pace.verify)  # seconds know no domain
-            near = Domain(torch.zeros_like(feature), pace, near.contest)
+        elif near.similarity(feature) < near.threshold():
+            scheduler = Scheduler()
+            # Seconds are the same for all domains.
+            scheduler.step, scheduler.verify = near.scheduler.step, dict(near.scheduler.verify)
+            near = Domain(torch.zeros_like(feature), scheduler, near.incumbent)
             if len(self.known) == MOST:
                 self.known.remove(min(self.known, key=lambda domain: domain.prompts))
             self.known.append(near)

@@ -1,7 +1,7 @@
-"""Contest: the mask that serves some domains, and what is compared with it.
+"""Incumbent: the mask that serves some domains, and the challengers that are compared with it.
 
 Incumbent and challenger are scored on the same window; a challenger that is not ahead by far has to win again on other
-windows, so that none is chosen for its luck. Where nothing wins for long, the search comes to rest.
+windows, so that none is chosen by luck. When no challenger has won for long, the search pauses.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.evaluate.cost import Point
-from skipsearch.evaluate.mask_replay import Outlook
+from skipsearch.evaluate.mask_replay import PositionOutcomes
 from skipsearch.evaluate.objective import Score
 from skipsearch.mask import SkipMask
 from skipsearch.online.candidates import Candidates
@@ -22,44 +22,45 @@ from skipsearch.online.window import EXIT, LENGTH, score
 
 PAYS = 1.03  # speed-up on a window from which a first mask is served
 GROUP = 4  # proposals on a window; the best of them challenges
-SURE = 0.12  # log-ratio that is no luck on one window, even of the best of several
-MARGIN = 0.06  # mean log-ratio from which a challenger takes over on one window; on n of them the n-th part will do
+SURE = 0.12  # log-ratio that is significant on one window, even of the best of several
+MARGIN = 0.06  # mean log-ratio from which a challenger takes over after one window; after n, the n-th part of it
 LAST = 5  # windows that a challenger has
 BEHIND = -0.01  # mean log-ratio below which it is given up
 KEPT = 4  # windows that an incumbent's policy is chosen on
-PATIENCE = 40  # proposals without a winner: the search comes to rest
-DRIFT, RECENT = 4.0, 240  # standard errors of acceptance that are no chance, over so many drafted tokens
+PATIENCE = 40  # proposals without a winner after which the search pauses
+DRIFT, RECENT = 4.0, 240  # standard errors by which acceptance must fall, over so many drafted tokens
 
-Read = Callable[[SkipMask], tuple[Score, Outlook]]
+# Scores a mask on one window.
+Evaluate = Callable[[SkipMask], tuple[Score, list[PositionOutcomes]]]
 
 
 @dataclass
 class Challenger:
-    """A mask that was faster than the incumbent once, and has to show it again.
+    """A mask that was faster than the incumbent once, and has to win again.
 
     Attributes:
         gains: log-ratios of speeds on later windows.
-        outlooks: what drafts with it look like there.
+        outcomes: of its drafts there.
     """
 
     mask: SkipMask
     gains: list[float] = field(default_factory=list)
-    outlooks: Outlook = field(default_factory=list)
+    outcomes: list[PositionOutcomes] = field(default_factory=list)
 
 
 @dataclass(eq=False, slots=True)
-class Contest:
+class Incumbent:
     """One incumbent and its search.
 
     Attributes:
-        mask, policy: the incumbent; without a mask there is none yet.
+        mask, policy: what serves; without a mask there is no incumbent yet.
         queue: masks to try before others are proposed.
         tried: masks that were scored.
-        challenger: what has to win once more.
-        outlooks: what the incumbent's drafts looked like on the latest windows.
+        challenger: a mask that has to win once more.
+        outcomes: of the incumbent's drafts on the latest windows.
         rejected: proposals since the last that won.
-        rested_at: tokens served in all when the search came to rest; None while it goes on.
-        expected: acceptance since then, once that is known from `recent` tokens.
+        paused_at: tokens served in all when the search paused; None while it goes on.
+        expected: acceptance since then, once `recent` holds enough tokens to tell it.
         won: the incumbent was found here.
     """
 
@@ -68,43 +69,44 @@ class Contest:
     queue: list[SkipMask] = field(default_factory=list)
     tried: set[SkipMask] = field(default_factory=set)
     challenger: Challenger | None = None
-    outlooks: Outlook = field(default_factory=list)
+    outcomes: list[PositionOutcomes] = field(default_factory=list)
     rejected: int = 0
-    rested_at: int | None = None
+    paused_at: int | None = None
     expected: float | None = None
     won: bool = False
     recent: Counter[str] = field(default_factory=Counter)
 
     @property
     def passes(self) -> int:
-        """How many a window needs at least: a score of the incumbent serves several proposals better than one."""
+        """Passes that a window needs at least: one score of the incumbent is compared with several proposals."""
         if self.mask is None:
             return 1
         return 2 if self.challenger is not None or self.queue else 1 + GROUP
 
-    def look(self, read: Read, candidates: Candidates | None, may: Callable[[], bool]) -> str | None:
+    def evaluate(self, read: Evaluate, candidates: Candidates | None, may: Callable[[], bool]) -> str | None:
         """One window.
 
         Args:
             read: scores a mask on it.
-            candidates: who proposes, once that is known.
+            candidates: proposes masks, once it is there.
             may: whether there is time for one pass more; for `passes` of them there is.
 
-        Returns: what has changed.
+        Returns:
+            what has changed, in words; None: nothing.
         """
         if self.mask is None:
             return self._first(read, candidates, may)
-        held, outlook = read(self.mask)
-        self.outlooks = [*self.outlooks[1 - KEPT :], *outlook]
+        held, found = read(self.mask)
+        self.outcomes = [*self.outcomes[1 - KEPT :], *found]
         if self.challenger is not None:
             return self._compare(self.challenger, held, read, candidates)
         return None if candidates is None else self._challenge(held, read, candidates, may)
 
     def reconsider(self, point: Point) -> str | None:
-        """The incumbent on its latest windows: another policy may suit it better, or it may no longer pay."""
-        if self.mask is None or len(self.outlooks) < KEPT:
+        """Whether the incumbent still pays on its latest windows, and with which policy."""
+        if self.mask is None or len(self.outcomes) < KEPT:
             return None
-        found = score(self.outlooks, self.mask, point, choose=True)
+        found = score(self.outcomes, self.mask, point, choose=True)
         if found.speedup < 1:
             self.tried.add(self.mask)
             self._hold(None, [])
@@ -113,25 +115,30 @@ class Contest:
             self._draft(found.policy.max_length, found.policy.exit_threshold)
         return None
 
-    def rest(self, tokens: int) -> bool:
-        """Whether it is time to, and then do."""
+    def pause(self, tokens: int) -> bool:
+        """Pause the search if nothing has won for long; returns whether it did."""
         if self.rejected < PATIENCE or self.challenger is not None:
             return False
-        self.rested_at = tokens
+        self.paused_at = tokens
         self.recent.clear()
         return True
 
-    def wake(self) -> None:
-        """Search again: what did not pay on other text may pay on this."""
-        self.rested_at, self.expected, self.rejected = None, None, 0
-        self.tried.clear()
+    def resume(self, likely: list[SkipMask]) -> None:
+        """Search again: masks that did not pay on earlier text may pay now.
 
-    def apart(self) -> Contest:
-        """Another with the same incumbent, to be searched for on its own."""
-        return Contest(self.policy, self.mask, won=self.won)
+        Args:
+            likely: what to try where there is no mask.
+        """
+        self.paused_at, self.expected, self.rejected = None, None, 0
+        self.tried.clear()
+        self.queue += likely if self.mask is None else []
+
+    def copy(self) -> Incumbent:
+        """Another with the same mask, with a search of its own."""
+        return Incumbent(self.policy, self.mask, won=self.won)
 
     def drifts(self, drafted: int, accepted: int) -> bool:
-        """Whether a domain's acceptance is below what it was when the search came to rest, and that is no chance."""
+        """Whether acceptance is significantly below what it was when the search paused."""
         if self.expected is None:
             self.recent.update(drafted=drafted, accepted=accepted)
             if self.recent["drafted"] >= RECENT:
@@ -140,27 +147,27 @@ class Contest:
         error = math.sqrt(max(self.expected * (1 - self.expected), 0.01) / drafted)
         return accepted / drafted < self.expected - DRIFT * error
 
-    def _first(self, read: Read, candidates: Candidates | None, may: Callable[[], bool]) -> str | None:
+    def _first(self, read: Evaluate, candidates: Candidates | None, may: Callable[[], bool]) -> str | None:
         """No mask is served yet: one that pays on this window is."""
         for _ in range(GROUP):
             if not may() or (mask := self._next(candidates)) is None:
                 break
-            found, outlook = read(mask)
+            found, outcomes = read(mask)
             self.tried.add(mask)
             if found.speedup >= PAYS:
-                self._hold(mask, outlook)
+                self._hold(mask, outcomes)
                 return "first mask"
             self.rejected += 1
         return None
 
-    def _challenge(self, held: Score, read: Read, candidates: Candidates, may: Callable[[], bool]) -> str | None:
+    def _challenge(self, held: Score, read: Evaluate, candidates: Candidates, may: Callable[[], bool]) -> str | None:
         """Several proposals on one window: the one that gains most on the incumbent's score challenges it."""
         assert self.mask is not None
-        gains, outlooks = dict[SkipMask, float](), dict[SkipMask, Outlook]()
+        gains, outcomes = dict[SkipMask, float](), dict[SkipMask, list[PositionOutcomes]]()
         while len(gains) < GROUP and (not gains or may()):
             if (mask := self._next(candidates)) is None:
                 break
-            found, outlooks[mask] = read(mask)
+            found, outcomes[mask] = read(mask)
             gains[mask] = math.log(found.tokens_per_second / held.tokens_per_second)
             candidates.learn(self.mask, mask, gains[mask])
             self.tried.add(mask)
@@ -169,25 +176,25 @@ class Contest:
             return None
         best = max(gains, key=gains.__getitem__)
         if gains[best] > SURE:
-            self._hold(best, outlooks[best])
+            self._hold(best, outcomes[best])
             return "better mask"
         self.challenger = Challenger(best) if gains[best] > 0 else None
         self.rejected += len(gains) - (gains[best] > 0)
         return None
 
     def _compare(
-        self, challenger: Challenger, held: Score, read: Read, candidates: Candidates | None
+        self, challenger: Challenger, held: Score, read: Evaluate, candidates: Candidates | None
     ) -> str | None:  # fmt: skip
         """The challenger against the incumbent's score, on a window that it was not chosen on."""
         assert self.mask is not None
-        found, outlook = read(challenger.mask)
+        found, outcomes = read(challenger.mask)
         challenger.gains.append(math.log(found.tokens_per_second / held.tokens_per_second))
-        challenger.outlooks += outlook
+        challenger.outcomes += outcomes
         if candidates is not None:
             candidates.learn(self.mask, challenger.mask, challenger.gains[-1])
         mean = statistics.fmean(challenger.gains)
         if mean > MARGIN / len(challenger.gains):
-            self._hold(challenger.mask, challenger.outlooks)
+            self._hold(challenger.mask, challenger.outcomes)
             return "better mask"
         if mean < BEHIND or len(challenger.gains) >= LAST:
             self.challenger = None
@@ -195,7 +202,7 @@ class Contest:
         return None
 
     def _next(self, candidates: Candidates | None) -> SkipMask | None:
-        """What was put down to be tried, else a proposal; None before there are candidates, or after all were tried."""
+        """The next mask of the queue, else a proposal; None before there are candidates, or after all were tried."""
         while self.queue:
             mask = self.queue.pop(0)
             if mask not in self.tried and mask != self.mask:
@@ -205,9 +212,9 @@ class Contest:
         emptiest = min(self.tried, key=len, default=SkipMask(num_layers=candidates.layers))
         return candidates.propose(self.mask or emptiest, self.tried)
 
-    def _hold(self, mask: SkipMask | None, outlooks: Outlook) -> None:
+    def _hold(self, mask: SkipMask | None, outcomes: list[PositionOutcomes]) -> None:
         self.mask, self.challenger, self.rejected, self.won = mask, None, 0, True
-        self.outlooks = outlooks[-KEPT:]
+        self.outcomes = outcomes[-KEPT:]
         self.recent.clear()
         self._draft(LENGTH, EXIT)
 

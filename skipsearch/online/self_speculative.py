@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from skipsearch.compiled.backend import Backend
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.errors import DecodingError, MaskError
-from skipsearch.generate.method import SelfSpeculative
+from skipsearch.generate.method import Drafting, SelfSpeculative
 from skipsearch.joint.joint import Joint
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import MaskFile, load_mask
@@ -25,24 +25,13 @@ Masked = SkipMask | MaskFile | str | Path | None
 
 
 def self_speculative(
-    mask_or_path: Masked,
-    *,
-    streamer: BaseStreamer | None = None,
-    max_length: int | None = None,
-    exit_threshold: float | None = None,
-    adaptive: bool | None = None,
-    ngram: int | None = None,
-    never_slower: bool | None = None,
-    deterministic: bool = False,
-    backend: Backend | None = None,
-    start: Masked = None,
-    share: float | None = None,
-    seed: int = 0,
-    decoding: Literal["lossless", "mtad"] = "lossless",
-    beam_width: int | None = None,
-    threshold: float | None = None,
+    mask_or_path: Masked, *, streamer: BaseStreamer | None = None, max_length: int | None = None,
+    exit_threshold: float | None = None, adaptive: bool | None = None, ngram: int | None = None,
+    never_slower: bool | None = None, deterministic: bool = False, backend: Backend | None = None,
+    start: Masked = None, share: float | None = None, seed: int = 0,
+    decoding: Literal["lossless", "mtad"] = "lossless", beam_width: int | None = None, threshold: float | None = None,
     draft_model: PreTrainedModel | None = None,
-) -> SelfSpeculative:
+) -> SelfSpeculative:  # fmt: skip
     """A decoding method for `model.generate(..., custom_generate=...)`.
 
     Args:
@@ -72,58 +61,77 @@ def self_speculative(
         MaskError: the file or the policy is malformed.
         DecodingError: a setting is out of range, or goes with another one that was not given.
     """
-    online, joint = mask_or_path == "auto", decoding == "mtad"
+    beams = {"draft_model": draft_model, "beam_width": beam_width, "threshold": threshold}
+    _check(decoding, backend, mask_or_path == "auto", {"start": start, "share": share}, beams)
+    changes = {
+        "max_length": max_length, "exit_threshold": exit_threshold, "adaptive": adaptive, "ngram": ngram,
+        "never_slower": never_slower,
+    }  # fmt: skip
+    if decoding == "mtad":
+        _check_joint(mask_or_path, draft_model, {**changes, "deterministic": deterministic, "backend": backend})
+        return _jointly(_drafting(mask_or_path, {"max_length": max_length}), beams, streamer)
+    if mask_or_path != "auto":
+        drafting = _drafting(mask_or_path, changes)
+        return SelfSpeculative(drafting, streamer=streamer, deterministic=deterministic, backend=backend or "auto")
+    served = {"ngram": NGRAM, "never_slower": True}  # unless something else is asked for
+    drafting = _drafting(start, {**changes, **{k: v for k, v in served.items() if changes[k] is None}})
+    return SelfSpeculative(
+        drafting, streamer=streamer, deterministic=deterministic, backend=backend or "compiled",
+        make_tuner=partial(make_tuner, share=SHARE if share is None else share, seed=seed),
+    )  # fmt: skip
+
+
+def _check(
+    decoding: str, backend: str | None, online: bool, tuning: dict[str, Any], beams: dict[str, Any]
+) -> None:  # fmt: skip
+    """Raise DecodingError for a setting that is out of range, or that goes with another one that was not given."""
     if decoding not in ("lossless", "mtad"):
         raise DecodingError(f"decoding is {decoding!r}, must be 'lossless' or 'mtad'")
     if backend not in (None, "auto", "eager", "compiled"):
         raise DecodingError(f"backend is {backend!r}, must be 'auto', 'eager' or 'compiled'")
-    auto, mtad, leave = "'auto' alone", "decoding='mtad' alone", "leave it out"
-    for name, value, goes, with_what, mend in (
-        ("start", start, online, auto, "pass it as the first argument"), ("share", share, online, auto, leave),
-        ("draft_model", draft_model, joint, mtad, leave), ("beam_width", beam_width, joint, mtad, leave),
-        ("threshold", threshold, joint, mtad, leave),
+    for settings, fits, other in (
+        (tuning, online, "'auto' alone"), (beams, decoding == "mtad", "decoding='mtad' alone"),
     ):  # fmt: skip
-        if value is not None and not goes:
-            said = f"is {value!r}" if isinstance(value, int | float | str | Path | SkipMask) else "was given"
-            raise DecodingError(f"{name} {said}, which goes with {with_what}; {mend}")
-    share = SHARE if share is None else share
-    if not 0 <= share < 1:
+        for name, value in settings.items():
+            if value is not None and not fits:
+                got = f"is {value!r}" if isinstance(value, int | float | str | Path | SkipMask) else "was given"
+                mend = "pass it as the first argument" if name == "start" else "leave it out"
+                raise DecodingError(f"{name} {got}, which goes with {other}; {mend}")
+    share = tuning["share"]
+    if share is not None and not 0 <= share < 1:
         raise DecodingError(f"share is {share}, must be at least 0 and below 1; try 0.05")
-    mask, file, policy = _drafting(start if online else mask_or_path)
-    if online and not joint:
-        ngram, never_slower = NGRAM if ngram is None else ngram, True if never_slower is None else never_slower
-        backend = backend or "compiled"
-    changes: dict[str, Any] = {
-        "max_length": max_length, "exit_threshold": exit_threshold, "adaptive": adaptive, "ngram": ngram,
-        "never_slower": never_slower,
-    }  # fmt: skip
-    changes = {name: value for name, value in changes.items() if value is not None}
-    if policy.curve and changes.keys() & {"max_length", "exit_threshold", "adaptive"}:
-        changes |= {"curve": (), "prices": ()}  # a calibrated exit knows no other
-    policy = replace(policy, **changes)
-    if not joint:
-        tune = partial(make_tuner, share=share, seed=seed) if online else None
-        return SelfSpeculative(mask, policy, file, streamer, deterministic, backend or "auto", tune)
-    given = {"deterministic": deterministic, "'auto'": online, "backend": backend == "compiled",
-             **{name: value for name, value in changes.items() if name != "max_length"}}  # fmt: skip
-    if unheeded := sorted(name for name, value in given.items() if value):
-        raise DecodingError(f"joint decoding was given {', '.join(unheeded)}, which it cannot honour; leave it out")
-    if (mask is None) == (draft_model is None):
+
+
+def _check_joint(mask_or_path: Masked, draft_model: PreTrainedModel | None, settings: dict[str, Any]) -> None:
+    """Raise DecodingError for what joint decoding cannot honour, or two drafts, or none."""
+    settings = {**settings, "'auto'": mask_or_path == "auto", "backend": settings["backend"] == "compiled"}
+    if refused := sorted(name for name, value in settings.items() if value and name != "max_length"):
+        raise DecodingError(f"joint decoding was given {', '.join(refused)}, which it cannot honour; leave it out")
+    if (mask_or_path is None) == (draft_model is None):
         raise DecodingError(
             f"mask_or_path is {mask_or_path!r} and draft_model {'given' if draft_model is not None else 'None'}; "
             f"joint decoding drafts with one of the two, pass None as the other"
         )
-    chosen = {"width": beam_width, "threshold": threshold}
-    beams = Joint(length=policy.max_length, **{k: v for k, v in chosen.items() if v is not None})  # type: ignore[arg-type]
-    # Trees of tokens have no compiled pieces.
-    return SelfSpeculative(mask, policy, file, streamer, backend="eager", joint=beams, draft_model=draft_model)
 
 
-def _drafting(mask_or_path: Masked) -> tuple[SkipMask | None, MaskFile | None, DraftPolicy]:
-    """The mask, the file that it comes from, and the policy that goes with it."""
-    if mask_or_path is None or isinstance(mask_or_path, SkipMask):
-        return mask_or_path, None, DraftPolicy()
-    file = load_mask(mask_or_path) if isinstance(mask_or_path, str | Path) else mask_or_path
-    if not isinstance(file, MaskFile):
-        raise MaskError(f"mask_or_path must be a SkipMask, a MaskFile or a path, got {type(mask_or_path).__name__}")
-    return file.mask, file, DraftPolicy(**file.draft.model_dump())
+def _jointly(drafting: Drafting, beams: dict[str, Any], streamer: BaseStreamer | None) -> SelfSpeculative:
+    """Joint decoding; trees of tokens have no compiled pieces, so it is eager."""
+    names = {"draft_model": "draft_model", "beam_width": "width", "threshold": "threshold"}
+    chosen = {names[name]: value for name, value in beams.items() if value is not None}
+    joint = Joint(length=drafting.policy.max_length, **chosen)
+    return SelfSpeculative(drafting, streamer=streamer, backend="eager", joint=joint)
+
+
+def _drafting(mask_or_path: Masked, changes: dict[str, Any]) -> Drafting:
+    """The mask, the file that it comes from, and its policy with these changes; None leaves a field as it is."""
+    found = Drafting(mask=mask_or_path) if isinstance(mask_or_path, SkipMask) else Drafting()
+    if mask_or_path is not None and not isinstance(mask_or_path, SkipMask):
+        file = load_mask(mask_or_path) if isinstance(mask_or_path, str | Path) else mask_or_path
+        if not isinstance(file, MaskFile):
+            got = type(mask_or_path).__name__
+            raise MaskError(f"mask_or_path must be a SkipMask, a MaskFile or a path, got {got}")
+        found = Drafting(mask=file.mask, file=file, policy=DraftPolicy(**file.draft.model_dump()))
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if found.policy.curve and changes.keys() & {"max_length", "exit_threshold", "adaptive"}:
+        changes |= {"curve": (), "prices": ()}  # in place of the calibrated exit
+    return replace(found, policy=replace(found.policy, **changes))

@@ -1,4 +1,4 @@
-"""Served: a sequence under way, and what its blocks have told since it was last looked at."""
+"""ServedSequence: a sequence that is being decoded, and what its blocks have told since the search last ran on it."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from skipsearch.online.domains import Domain
 from skipsearch.online.window import LONGEST
 
 
-class Served(Drafter):
-    """The drafter of a sequence under way.
+class ServedSequence(Drafter):
+    """The drafter of a sequence.
 
     Attributes:
-        seen, due: up to where it was looked at, and from which length on it is looked at again.
-        decoding, improvable, tokens, drafted, accepted: of the blocks since the last look.
+        searched, due: the length up to which masks were scored on it, and the length at which the search runs again.
+        decoding, improvable, tokens, drafted, accepted: of the blocks since the search last ran; see `Budget`.
     """
 
     def __init__(self, sequences: Sequences, domain: Domain, temperature: float) -> None:
-        super().__init__(sequences, domain.contest.policy, domain.pace)
-        self.domain, self.temperature, self.seen = domain, temperature, sequences.lengths[0]
-        self.due = self.seen + LONGEST
-        self.forget()
+        super().__init__(sequences, domain.incumbent.policy, domain.scheduler)
+        self.domain, self.temperature, self.searched = domain, temperature, sequences.lengths[0]
+        self.due = self.searched + LONGEST
+        self.reset()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
+        """Begin to count anew."""
         self.decoding, self.improvable, self.tokens, self.drafted, self.accepted = 0.0, 0.0, 0, 0, 0
 
     def note(self, draft: Draft, block: Block) -> None:
-        """One block more."""
+        """One more block."""
         self.decoding += self.seconds
         if draft.source != "ngram":
             self.improvable += self.seconds

@@ -2,8 +2,8 @@
 
 SWIFT (arXiv 2410.06916) searches while decoding, by matchness of 32 tokens at a fixed skip ratio. Here a candidate is
 scored by replay on the last tokens in tokens per second, the incumbent and its challenger on the same window; a
-challenger that wins has to win again on other windows, so that none is chosen for its luck. Search takes at most its
-share of the time that decoding took, on the clock. Kinds of prompts share an incumbent until one proves different.
+challenger that wins has to win again on other windows, so that none is chosen by luck. The search takes at most its
+share of the seconds that decoding took. Kinds of prompts share an incumbent until one proves different.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-import weakref
-from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,45 +18,43 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from skipsearch import maskfile
 from skipsearch.decoding.drafter import Draft, Drafter
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import Block
 from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendWarning, DecodingError
-from skipsearch.evaluate.mask_replay import Outlook
+from skipsearch.evaluate.mask_replay import PositionOutcomes
 from skipsearch.evaluate.objective import Score
 from skipsearch.mask import KINDS, SkipMask
+from skipsearch.maskfile import DraftFields, MaskFile, Provenance
 from skipsearch.model.load import model_card
-from skipsearch.model.sublayers import context_limit
+from skipsearch.model.target import Target
 from skipsearch.online.budget import Budget
 from skipsearch.online.candidates import Candidates, nearest_masks, opening
-from skipsearch.online.domains import Domain, Domains
-from skipsearch.online.incumbent import PATIENCE, RECENT, Contest
-from skipsearch.online.live_costs import corner_views, measure, point
-from skipsearch.online.served_sequence import Served
+from skipsearch.online.domains import Domains
+from skipsearch.online.incumbent import PATIENCE, Incumbent
+from skipsearch.online.live_costs import LiveCosts
+from skipsearch.online.served_sequence import ServedSequence
 from skipsearch.online.window import LENGTH, LONGEST, SHORTEST, Window, score
 
-SHARE = 0.05  # of decoding's seconds that search may take
-BEFORE = 0.4  # of that share, while nothing that was found pays for it
+SHARE = 0.05  # of decoding's seconds that the search may take
+WITHOUT_MASK = 0.4  # of that share, while no mask is served whose gain pays for it
 HALVED = 16  # proposals without a winner that halve its share
-LONG_REST = 20_000  # tokens after which it looks again where no mask was found
-AGAIN = (32, 256)  # passes after which prices are measured once more
-LONGER = 2  # and they are at contexts so many times as long
+LONG_PAUSE = 20_000  # tokens after which it searches again where no mask was found
+AGAIN = (32, 256)  # passes after which costs are measured once more
 STATES_OF = 16  # tokens whose hidden states tell what to skip first
-SAME_FOR_ALL = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper")  # that scoring can do without
+SAME_FOR_ALL = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper")  # scoring may leave these out
 
 
 class OnTheFly:
-    """A `Tuner` for one model.
+    """A `Tuner` for one model, which it does not keep alive.
 
     Args:
-        model: the target.
-        free: sublayers that may be skipped.
+        target: the model.
         policy: how to draft; its length and exit are chosen anew for each mask.
-        mask: where to start, if anything is known.
-        share: of decoding's seconds that search may take at most.
+        mask: where to start, if a mask is known.
+        share: of decoding's seconds that the search may take at most.
         seed: of what is random in the search.
 
     Attributes:
@@ -67,201 +63,166 @@ class OnTheFly:
     """
 
     def __init__(
-        self, model: PreTrainedModel, free: list[Any], layers: int, policy: DraftPolicy, mask: SkipMask | None = None,
-        share: float = SHARE, seed: int = 0,
-    ) -> None:  # fmt: skip
-        self._model = weakref.ref(model)  # whoever keeps a tuner for a model does not keep the model
-        self.free, self.layers, self.seed, self.budget = free, layers, seed, Budget(share)
-        self.context = context_limit(model)
-        first = Contest(policy, mask)
+        self, target: Target, policy: DraftPolicy, mask: SkipMask | None = None, share: float = SHARE, seed: int = 0
+    ) -> None:
+        self.layers, self.context, self.seed, self.budget = target.num_layers, target.context, seed, Budget(share)
+        self.card = model_card(target, target.model.config._name_or_path or "model")
+        first = Incumbent(policy, mask)
         if mask is None:
-            first.queue.append(opening(free, layers))
+            first.queue.append(opening(self.layers))
         else:
-            first.rejected = PATIENCE // 2  # there is little to find
-        self.domains = Domains(model.config.get_text_config(decoder=True).vocab_size, first)
-        self.corners = corner_views(model, layers)
+            first.rejected = PATIENCE // 2  # a given mask was searched for already
+        self.domains = Domains(target.vocabulary, first)
+        self.costs = LiveCosts(target)
         self.tokens, self.prepared = 0, 0.0
         self.events: list[tuple[float, int, str]] = []
-        self.steps: dict[str, float] = {}  # prices, and those of verifies
-        self.verifies: dict[int, float] = {}
-        self.priced_at = 0  # tokens
-        self.candidates: Candidates | None = None  # what flips bring is mostly the model's, not the domain's
+        # One for all domains: what a flip brings depends on the model more than on the text.
+        self.candidates: Candidates | None = None
         self._views: dict[SkipMask, PreTrainedModel] = {}
-        self._lock, self._beginning = threading.Lock(), threading.Lock()
+        self._searching, self._beginning = threading.Lock(), threading.Lock()
 
-    @property
-    def model(self) -> PreTrainedModel:
-        model = self._model()
-        assert model is not None, "a tuner is used while its model serves"
-        return model
-
-    # -- what decoding tells -----------------------------------------------------------------------------------
+    # -- called by decoding ------------------------------------------------------------------------------------
 
     def begin(self, sequences: Sequences, temperature: float) -> Drafter:
         """The domain's incumbent drafts."""
-        with self._beginning:  # no waiting for another sequence's search
+        with self._beginning:  # does not wait for a search on another sequence
             begun = time.perf_counter()
             domain = self.domains.of(sequences.ids[0, max(0, sequences.offset) : sequences.lengths[0]])
-            domain.pace.knows_of(self.verifies)
+            domain.scheduler.fill_in(self.costs.verifies)
             self.budget.searching += time.perf_counter() - begun
-            mask = domain.contest.mask
-            if mask != domain.served_with:  # found on other domains' text meanwhile
-                domain.pace.forget_mask()
+            mask = domain.incumbent.mask
+            if mask != domain.served_with:  # found on another domain's text meanwhile
+                domain.scheduler.forget_mask()
                 domain.served_with = mask
-            sequences.draft_with(None if mask is None else self._view(mask))
-            return Served(sequences, domain, temperature)
+            sequences.draft_with(self._view(sequences.target, mask))
+            return ServedSequence(sequences, domain, temperature)
 
     def after(self, drafter: Drafter, draft: Draft, block: Block, ended: bool) -> None:
-        """Search, if there is a share of time left for it, and let the drafter have what was found."""
-        assert isinstance(drafter, Served)
+        """Search, if there is a share of time left for it; the drafter continues with the mask that was found."""
+        assert isinstance(drafter, ServedSequence)
         served, sequences = drafter, drafter.sequences
         served.note(draft, block)
         if not ended and sequences.lengths[0] < served.due:
             return
         served.due = sequences.lengths[0] + SHORTEST
-        if not self._lock.acquire(blocking=False):
-            return  # another sequence's turn
+        if not self._searching.acquire(blocking=False):
+            return  # a search on another sequence is under way
         try:
             with self.budget.search():
-                self._look(served)
+                self._account(served)
+                if self._can_score(served):
+                    self._search(served)
         except RuntimeError as error:  # out of memory, or a layer that cannot be called alone: the request goes on
             self.budget.share = 0.0
-            sequences.draft_with(None if served.domain.contest.mask is None else self._view(served.domain.contest.mask))
+            sequences.draft_with(self._view(sequences.target, served.domain.incumbent.mask))
             warnings.warn(f"the search for masks has stopped: {error}", BackendWarning, stacklevel=2)
         finally:
-            self._lock.release()
+            self._searching.release()
 
-    def _look(self, served: Served) -> None:
-        domain, sequences = served.domain, served.sequences
+    def _account(self, served: ServedSequence) -> None:
+        """Take in what was decoded since the last time, and resume a search that has paused for too long."""
+        domain = served.domain
         self.budget.decoding += served.decoding
         self.budget.improvable += served.improvable
         self.tokens += served.tokens
-        self._watch(domain, served.drafted, served.accepted)
-        served.forget()
-        rested = domain.contest.rested_at
-        if rested is not None and domain.contest.mask is None and self.tokens > rested + LONG_REST:
-            self._wake(domain.contest)
-            self._note("looks again")
-        if domain.contest.rested_at is None and domain.pace.knows and self._can_score(sequences):
-            self._search(served)
-
-    def _can_score(self, sequences: Sequences) -> bool:
-        """Whether the text is known and says what the target alone would say, and passes stay within the context."""
-        return (
-            sequences.offset >= 0 and not any(sequences.pads) and not sequences.aligned
-            and sequences.lengths[0] - sequences.offset + LENGTH < self.context
-            and all(type(processor).__name__ in SAME_FOR_ALL for processor in sequences.processors)
-        )  # fmt: skip
-
-    def _watch(self, domain: Domain, drafted: int, accepted: int) -> None:
-        """Acceptance below what it was when the search came to rest wakes it, for this domain alone."""
-        if domain.contest.rested_at is None:
-            return
-        domain.recent.update(drafted=drafted, accepted=accepted)
-        if domain.recent["drafted"] < RECENT:
-            return
-        if domain.contest.drifts(domain.recent["drafted"], domain.recent["accepted"]):
-            if any(other is not domain and other.contest is domain.contest for other in self.domains.known):
-                domain.contest = domain.contest.apart()
-            else:
-                self._wake(domain.contest)
+        if self.domains.drifts(domain, served.drafted, served.accepted, self._likely()):
             self._note("drift")
-        domain.recent.clear()
+        served.reset()
+        paused = domain.incumbent.paused_at
+        if paused is not None and domain.incumbent.mask is None and self.tokens > paused + LONG_PAUSE:
+            domain.incumbent.resume(self._likely())
+            self._note("searches again")
 
-    def _wake(self, contest: Contest) -> None:
-        contest.wake()
-        if contest.mask is None:
-            contest.queue += self._likely()
+    def _can_score(self, served: ServedSequence) -> bool:
+        """Whether its search goes on, its text is known and the target's own, and passes stay within the context."""
+        sequences = served.sequences
+        return (
+            served.domain.incumbent.paused_at is None and served.domain.scheduler.knows_plain
+            and sequences.offset >= 0 and not any(sequences.pads) and not sequences.aligned
+            and sequences.lengths[0] - sequences.offset + LENGTH < self.context
+            and all(type(processor).__name__ in SAME_FOR_ALL for processor in sequences.selection.processors)
+        )  # fmt: skip
 
     def _likely(self) -> list[SkipMask]:
         """What to try where there is no mask."""
-        return [opening(self.free, self.layers), *(self.candidates.first() if self.candidates else [])]
+        return [opening(self.layers), *(self.candidates.first() if self.candidates else [])]
 
     # -- search ------------------------------------------------------------------------------------------------
 
-    def _search(self, served: Served) -> None:
-        """The next steps that there is time for: prices, states, and masks scored on the fresh text."""
-        sequences, counts, contest, pace = served.sequences, self.budget.counts, served.domain.contest, served.pace
-        fresh = sequences.lengths[0] - served.seen
-        part = (BEFORE if contest.mask is None else 1) / (1 + contest.rejected / HALVED)
-        may = partial(self.budget.may, plain_seconds=pace.verify_seconds(0), part=part)
-        times = counts["prices"]
-        dearer = sequences.lengths[0] > LONGER * self.priced_at  # attention costs more by now
-        if dearer or (times < len(AGAIN) and counts["pass"] >= AGAIN[times]):
-            if not may("prices"):
+    def _search(self, served: ServedSequence) -> None:
+        """The next steps that there is time for: costs, hidden states, and masks scored on the new text."""
+        sequences, counts, incumbent = served.sequences, self.budget.counts, served.domain.incumbent
+        new = sequences.lengths[0] - served.searched
+        part = (WITHOUT_MASK if incumbent.mask is None else 1) / (1 + incumbent.rejected / HALVED)
+        allows = partial(self.budget.allows, plain_seconds=served.scheduler.verify_seconds(0), part=part)
+        times = counts["costs"]
+        if self.costs.outgrown(sequences.lengths[0]) or (times < len(AGAIN) and counts["pass"] >= AGAIN[times]):
+            if not allows("costs"):
                 return
-            with self.budget.step("prices"):
+            with self.budget.step("costs"):
                 self.measure(sequences)
-        if fresh < SHORTEST:
+        if new < SHORTEST:
             return
-        if self.candidates is None and (contest.mask is not None or not contest.queue):
-            if not may("states"):
+        if self.candidates is None and (incumbent.mask is not None or not incumbent.queue):
+            if not allows("states"):
                 return
             with self.budget.step("states"):
-                self.candidates = self._candidates(sequences)
-            if contest.mask is None or contest.won:  # a given mask is better than these
-                contest.queue += self.candidates.first()
-        if not may("pass", times=contest.passes):
-            return
-        window = Window(self.model, sequences, fresh, served.temperature)
-        served.seen = sequences.lengths[0]
-        served.due = served.seen + LONGEST
-        prices = point(self.steps, pace, self.layers, LENGTH)
+                self.candidates = self._find_candidates(sequences)
+            if incumbent.mask is None or incumbent.won:  # a given mask is better than these
+                incumbent.queue += self.candidates.first()
+        if allows("pass", times=incumbent.passes):
+            self._score_window(served, new, partial(allows, "pass"))
 
-        def read(mask: SkipMask) -> tuple[Score, Outlook]:
+    def _score_window(self, served: ServedSequence, tokens: int, may: partial[bool]) -> None:
+        """Compare masks on the last tokens; what wins drafts from now on."""
+        sequences, incumbent = served.sequences, served.domain.incumbent
+        window = Window(sequences, tokens, served.temperature)
+        served.searched = sequences.lengths[0]
+        served.due = served.searched + LONGEST
+        point = self.costs.point(served.scheduler, LENGTH)
+
+        def read(mask: SkipMask) -> tuple[Score, list[PositionOutcomes]]:
             with self.budget.step("pass"):
-                outlook = window.outlook(mask)
-                return score(outlook, mask, prices), outlook
+                outcomes = window.outcomes(mask)
+                return score(outcomes, mask, point), outcomes
 
-        before, policy = contest.mask, contest.policy
-        what = contest.look(read, self.candidates, partial(may, "pass")) or contest.reconsider(prices)
+        before, policy = incumbent.mask, incumbent.policy
+        what = incumbent.evaluate(read, self.candidates, may) or incumbent.reconsider(point)
         if what is not None:
             self._note(what)
-        if contest.mask != before:
-            if contest.mask is None:
-                contest.queue += self._likely()
-            served.change(None if contest.mask is None else self._view(contest.mask), contest.policy)
-            served.domain.served_with = contest.mask
-        elif contest.policy != policy:
-            served.adopt(contest.policy)
-        if contest.rest(self.tokens):
-            self._note("at rest")
+        if incumbent.mask != before:
+            if incumbent.mask is None:
+                incumbent.queue += self._likely()
+            served.change(self._view(sequences.target, incumbent.mask), incumbent.policy)
+            served.domain.served_with = incumbent.mask
+        elif incumbent.policy != policy:
+            served.adopt(incumbent.policy)
+        if incumbent.pause(self.tokens):
+            self._note("pauses")
 
     def measure(self, sequences: Sequences) -> None:
         """Time steps on a sequence, which is left as it was."""
-        steps, verifies = measure(sequences, self.corners)
-        if sequences.lengths[0] > LONGER * self.priced_at:
-            self.steps, self.verifies, self.priced_at = steps, verifies, sequences.lengths[0]
-            for known in self.domains.known:
-                known.pace.verify.update(verifies)
-        # A disturbance only ever adds.
-        self.steps = {name: min(seconds, self.steps[name]) for name, seconds in steps.items()}
-        self.verifies = {k: min(seconds, self.verifies.get(k, seconds)) for k, seconds in verifies.items()}
-        for known in self.domains.known:
-            known.pace.knows_of(self.verifies)
+        longer = self.costs.outgrown(sequences.lengths[0])
+        self.costs.measure(sequences)
+        for domain in self.domains.known:
+            if longer:
+                domain.scheduler.verify.update(self.costs.verifies)
+            domain.scheduler.fill_in(self.costs.verifies)
 
-    def _candidates(self, sequences: Sequences) -> Candidates:
+    def _find_candidates(self, sequences: Sequences) -> Candidates:
         first = max(sequences.offset, 0, sequences.lengths[0] - STATES_OF)
-        ids, halves = sequences.ids[:1, first : sequences.lengths[0]], [self.corners[kind] for kind in KINDS]
-        near = nearest_masks(self.model, halves, ids, self.free, self.layers)
-        return Candidates(self.free, self.layers, near, self.seed)
+        ids, halves = sequences.ids[:1, first : sequences.lengths[0]], [self.costs.views[kind] for kind in KINDS]
+        return Candidates(self.layers, nearest_masks(sequences.target, halves, ids), self.seed)
 
-    # -- what is known -----------------------------------------------------------------------------------------
+    # -- results -----------------------------------------------------------------------------------------------
 
-    def _view(self, mask: SkipMask) -> PreTrainedModel:
-        if mask not in self._views:
-            self._views[mask] = draft_view(self.model, mask)
-        return self._views[mask]
+    def _view(self, target: Target, mask: SkipMask | None) -> PreTrainedModel | None:
+        if mask is not None and mask not in self._views:
+            self._views[mask] = draft_view(target.model, mask)
+        return None if mask is None else self._views[mask]
 
     def _note(self, what: str) -> None:
         self.events.append((self.budget.decoding + self.budget.searching, self.tokens, what))
-
-    def best(self) -> Contest | None:
-        """That with a mask which serves most prompts."""
-        prompts = Counter[Contest]()
-        for domain in self.domains.known:
-            prompts[domain.contest] += domain.prompts
-        return max((c for c in prompts if c.mask is not None), key=prompts.__getitem__, default=None)
 
     def save(self, path: str | Path, name: str | None = None) -> None:
         """Write its mask and policy as a mask file, without evidence: `skipsearch validate` adds it.
@@ -269,17 +230,17 @@ class OnTheFly:
         Raises:
             DecodingError: no mask has been found to pay so far.
         """
-        found = self.best()
+        found = self.domains.best()
         if found is None or found.mask is None:
             raise DecodingError(
                 f"no mask was found to pay: {self.tokens} tokens, {self.budget.improvable:.1f} of "
                 f"{self.budget.decoding:.1f} s without n-grams, {self.budget.counts['pass']} masks scored; "
                 "serve more text, or raise share"
             )
-        card = model_card(self.model, name or self.model.config._name_or_path or "model")
-        draft = maskfile.Draft(**asdict(replace(found.policy, costs=())))
-        origin = maskfile.Provenance(study="on the fly", seed=self.seed)
-        maskfile.MaskFile.of(found.mask, model=card, draft=draft, provenance=origin).save(path)
+        card = self.card if name is None else self.card.model_copy(update={"id": name})
+        draft = DraftFields(**asdict(replace(found.policy, costs=())))
+        origin = Provenance(study="on the fly", seed=self.seed)
+        MaskFile.of(found.mask, model=card, draft=draft, provenance=origin).save(path)
 
     def report(self) -> dict[str, Any]:
         """Plain figures of what was done."""
@@ -287,6 +248,6 @@ class OnTheFly:
             "decoding_s": round(self.budget.decoding, 3), "searching_s": round(self.budget.searching, 3),
             "prepared_s": round(self.prepared, 3), "share": round(self.budget.spent, 4),
             "passes": self.budget.counts["pass"], "domains": len(self.domains.known),
-            "contests": len({domain.contest for domain in self.domains.known}),
+            "incumbents": len({domain.incumbent for domain in self.domains.known}),
             "events": [(round(at, 3), tokens, what) for at, tokens, what in self.events],
         }  # fmt: skip

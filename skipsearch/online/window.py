@@ -1,4 +1,4 @@
-"""Window: the tokens generated last, as a replay that masks are scored on, at the cost of one short pass each.
+"""Window: the tokens generated last, as a replay on which a mask is scored in one short pass.
 
 The keys and values of what stands before each token are those of the live sequence: nothing is run again, nothing is
 copied, and what drafts write lies behind the last token, where the next forward overwrites it.
@@ -9,12 +9,11 @@ Shapes: S block starts; K drafted tokens; V vocabulary.
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedModel
 
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.evaluate.cost import Point
-from skipsearch.evaluate.mask_replay import Outlook
-from skipsearch.evaluate.objective import Score, foreseen
+from skipsearch.evaluate.mask_replay import MaskReplay, PositionOutcomes
+from skipsearch.evaluate.objective import Score, estimate
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.trace import Trace
 from skipsearch.mask import SkipMask
@@ -28,13 +27,12 @@ class Window:
     """The last tokens of a sequence, for scoring masks.
 
     Args:
-        model: the target.
         sequences: of one row, which holds all its tokens, and is not used otherwise meanwhile.
         tokens: how many of the last ones.
         temperature: at which they were sampled; 0: greedily.
     """
 
-    def __init__(self, model: PreTrainedModel, sequences: Sequences, tokens: int, temperature: float = 0.0) -> None:
+    def __init__(self, sequences: Sequences, tokens: int, temperature: float = 0.0) -> None:
         assert len(sequences.rows) == 1 and sequences.offset >= 0
         text = sequences.ids[0, sequences.offset : sequences.lengths[0]].tolist()
         # A draft reads the token before its first one, and what a pass adds must fit behind the text.
@@ -46,31 +44,30 @@ class Window:
         )  # fmt: skip
         self.starts = [(0, t) for t in range(first, len(text), LENGTH)]
         room = len(self.starts) * LENGTH
-        reference = sequences.cache.shown(len(text) + room)
-        self.replay = Replay(model, trace, LENGTH, lanes=len(self.starts), reference=reference)
+        reference = sequences.cache.keys_and_values(len(text) + room)
+        self.replay = Replay(sequences.target, trace, LENGTH, segments=len(self.starts), reference=reference)
         if temperature:
-            self._know_target()
+            self._read_target()
 
     @torch.no_grad()
-    def _know_target(self) -> None:
-        """What the target itself gives each token: acceptance of sampled text is judged by it."""
+    def _read_target(self) -> None:
+        """The target's own log-probability of each token, on which acceptance of sampled text depends."""
         replay = self.replay
-        everything = replay.of(SkipMask(num_layers=len(replay.reference)))
-        _, at_PQ, logits_PQV = everything.logits(self.starts)
+        _, at_PQ, logits_PQV = replay.logits(replay.target.model, self.starts)
         replay.target_PT[0, at_PQ[0] + 1] = replay.log_probs(logits_PQV, replay.ids[:, at_PQ[0] + 1])[0]
 
-    def outlook(self, mask: SkipMask) -> Outlook:
-        """Position by position, whether the draft is right and how sure: one pass."""
-        right_SK, sure_SK = self.replay.of(mask).look(self.starts)
-        right, sure = right_SK.flatten().tolist(), sure_SK.flatten().tolist()
-        return [(right[: self.tokens], sure[: self.tokens], max(1, self.tokens - LENGTH))]
+    def outcomes(self, mask: SkipMask) -> list[PositionOutcomes]:
+        """What drafts with a mask do at each position: one pass."""
+        correct_SK, confidence_SK = MaskReplay(self.replay, mask).evaluate(self.starts)
+        correct, confidence = correct_SK.flatten().tolist(), confidence_SK.flatten().tolist()
+        return [PositionOutcomes(correct[: self.tokens], confidence[: self.tokens], max(1, self.tokens - LENGTH))]
 
 
-def score(outlook: Outlook, mask: SkipMask, point: Point, choose: bool = False) -> Score:
+def score(outcomes: list[PositionOutcomes], mask: SkipMask, point: Point, choose: bool = False) -> Score:
     """What a mask reaches on one or several windows, with the exit of most masks.
 
     Args:
         choose: the best policy instead: of many windows only, since what suits one seldom suits the next.
     """
     lengths = [k for k in (1, 2, 3, 4, 6, 8) if k < len(point.verify)]
-    return foreseen(outlook, mask, point, lengths if choose else lengths[-1:], EXITS if choose else [EXIT])
+    return estimate(outcomes, mask, point, lengths if choose else lengths[-1:], EXITS if choose else [EXIT])

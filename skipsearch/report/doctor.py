@@ -27,7 +27,7 @@ def examine() -> dict[str, Any]:
     if versions["torch"] != "not installed":
         import torch
 
-        from skipsearch.evaluate.cost import device_name
+        from skipsearch.model.device import device_name
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         facts |= {

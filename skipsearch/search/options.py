@@ -8,9 +8,10 @@ from pathlib import Path
 from skipsearch.compiled.backend import Backend
 from skipsearch.errors import SkipsearchError
 from skipsearch.evaluate.prompts import PromptSource
+from skipsearch.evaluate.trace import DecodeSettings
 
 MAX_LENGTH = 12  # the longest draft that a policy may have
-TRIAL_LENGTH, TRIAL_LANES = 6, 5  # what a trial looks at: so long drafts, so many parts of a continuation at once
+TRIAL_LENGTH, TRIAL_SEGMENTS = 6, 5  # of a trial: the longest draft, and parts of a continuation walked at once
 SAMPLERS = ("trust-region", "gp", "tpe", "nsga2", "random")
 NGRAM = 10  # the longest continuation that is looked up
 
@@ -27,7 +28,7 @@ class SearchOptions:
         prompts, held_out: how many to search with and to validate on.
         prompt_tokens: cut prompts to so many tokens.
         new_tokens: decoded from each prompt.
-        trial_tokens: of 8 prompts, what sublayers are looked at one by one with.
+        trial_tokens: tokens of 8 prompts on which sublayers are skipped one at a time.
         rounds: repetitions of validation.
         backend: what the mask shall be served with: compiled, eager, or auto: compiled where possible.
         contexts: context lengths that the mask is to serve, evenly mixed; empty: those of the calibration prompts.
@@ -57,6 +58,13 @@ class SearchOptions:
     seed: int = 0
     storage: str | None = None
     study: str = "search"
+
+    @property
+    def decoding(self) -> DecodeSettings:
+        """How prompts are decoded, to record and to validate."""
+        return DecodeSettings(
+            new_tokens=self.new_tokens, temperature=self.temperature, seed=self.seed, rounds=self.rounds
+        )  # fmt: skip
 
     def __post_init__(self) -> None:
         for name in ("trials", "prompts", "held_out", "new_tokens", "trial_tokens", "rounds"):

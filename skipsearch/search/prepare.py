@@ -6,114 +6,114 @@ import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from skipsearch.compiled.backend import compiled_for
-from skipsearch.compiled.model import CompiledModel
+from skipsearch.compiled.backend import Progress, with_backend
 from skipsearch.errors import PromptError
 from skipsearch.evaluate.cost import Costs, Point, set_up
 from skipsearch.evaluate.profile import profile_or_load
 from skipsearch.evaluate.prompts import Prompts, fingerprint, lengthened, load_prompts
-from skipsearch.evaluate.trace import Progress, Trace, record_or_load
+from skipsearch.evaluate.trace import Trace, record_or_load
 from skipsearch.model.load import Loaded, model_card
 from skipsearch.model.preset import with_space
-from skipsearch.model.sublayers import context_limit, find_sublayers
+from skipsearch.model.target import Target
 from skipsearch.search.options import MAX_LENGTH, SearchOptions
 from skipsearch.search.space import Space
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """Everything that scoring needs, made or read back: prompts, trace, costs, and what runs forwards."""
+    """Everything that scoring needs, made or read back.
 
+    Attributes:
+        target: the model with the backend that the mask shall be served with.
+        prompts, trace, costs, space: see there.
+        identity: everything that scores depend on, by name.
+        contexts: context lengths that the mask is to serve; empty: those of the calibration prompts.
+    """
+
+    target: Target
     prompts: Prompts
     trace: Trace
     costs: Costs
-    identity: dict[str, str]
-    compiled: CompiledModel | None
     space: Space
+    identity: dict[str, str]
     contexts: tuple[int, ...] = ()
 
     @property
     def point(self) -> Point:
         """Costs at the context lengths that the mask is to serve, by default the calibration prompts'."""
-        return self.costs.mix(self.contexts or (self.trace.mean_context,))
+        return self.costs.mean_over(self.contexts or (self.trace.mean_context,))
 
 
-def chosen_prompts(loaded: Loaded, options: SearchOptions) -> Prompts:
+def chosen_prompts(target: Target, tokenizer: PreTrainedTokenizerBase, options: SearchOptions) -> Prompts:
     """The prompts of a run, checked against the model's context; the held-out ones as long as is to be served.
 
     Raises:
         PromptError: see `load_prompts`; no room for any prompt, or for a context that is to be served.
     """
-    context = context_limit(loaded.model)
+    context = target.context
     room = context - options.new_tokens - MAX_LENGTH
     if room < 1:
         raise PromptError(
             f"new_tokens is {options.new_tokens}, at most {context - MAX_LENGTH - 1} fit the model's context of "
             f"{context}; pass a smaller --new-tokens"
         )
-    most = longest_profiled(loaded.model)
+    most = _longest_profiled(target)
     for wanted in options.contexts:
         if not 1 <= wanted <= most:
             raise PromptError(f"context is {wanted}, must be in 1..{most} for this model; pass another --context")
     found = load_prompts(
-        options.source, loaded.tokenizer, calibration=options.prompts, held_out=options.held_out,
+        options.source, tokenizer, calibration=options.prompts, held_out=options.held_out,
         max_tokens=options.prompt_tokens, room=room, seed=options.seed,
     )  # fmt: skip
     if not options.contexts:
         return found
-    # Costs say what length does to the search; what is really decoded has to be as long.
+    # The search knows longer contexts by their costs; validation decodes at them.
     return replace(found, held_out=lengthened(found.held_out, options.contexts, options.new_tokens, room))
 
 
-def longest_profiled(model: PreTrainedModel) -> int:
+def _longest_profiled(target: Target) -> int:
     """The longest context at which whole blocks can be timed."""
-    return context_limit(model) - MAX_LENGTH - 4
+    return target.context - MAX_LENGTH - 4
 
 
 def prepare(loaded: Loaded, folder: Path, options: SearchOptions, progress: Progress) -> Prepared:
     """Prompts, record and profile."""
-    model = loaded.model
-    prompts = chosen_prompts(loaded, options)
-    layers, preset = find_sublayers(model).num_layers, loaded.preset
+    target, preset = loaded.target, loaded.preset
+    prompts = chosen_prompts(target, loaded.tokenizer, options)
     if options.space is not None:
-        preset = with_space(preset, options.space, layers, loaded.name)
-    space = Space.of(layers, preset)
-    compiled = compiled_for(model, options.backend, progress=progress)  # takes long: what can be wrong is seen by now
+        preset = with_space(preset, options.space, target.num_layers, loaded.name)
+    space = Space.of(target.num_layers, preset)
+    target = with_backend(target, options.backend, progress)  # slow; errors in the options were found before it
     # Weights, not only the config: a fine-tuned model must not continue the study of its base.
     identity = {
-        "model": str(model_card(model, loaded.name).config_sha256),
-        "weights": _weights_fingerprint(model),
-        "set_up": set_up(model, "eager" if compiled is None else "compiled"),
+        "model": str(model_card(target, loaded.name).config_sha256),
+        "weights": _weights_fingerprint(target.model),
+        "set_up": set_up(target),
         "prompts": fingerprint(prompts.calibration),
         "space": str(space),
         "tokens": f"{options.new_tokens} recorded",
-        "context": ", ".join(map(str, options.contexts)) or "as the prompts", "temperature": str(options.temperature),
-    }  # fmt: skip
+        "context": ", ".join(map(str, options.contexts)) or "as the prompts",
+        "temperature": str(options.temperature),
+    }
     made_with = f"{identity['model']} {identity['weights']} {identity['set_up']}"
     trace = record_or_load(
-        folder / "trace.json", model, prompts.calibration, options.new_tokens, made_with, progress, compiled,
-        options.temperature, options.seed,
+        folder / "trace.json", target, prompts.calibration, options.decoding, made_with, progress
     )  # fmt: skip
     if not trace.tokens:
         raise PromptError("the model ends every calibration prompt at once; choose other prompts with --prompts")
     mean = trace.mean_context
     longest = max(map(len, prompts.calibration)) + options.new_tokens
-    contexts = sorted({round(mean), max(round(mean) + 1, min(longest, longest_profiled(model))), *options.contexts})
+    contexts = {round(mean), max(round(mean) + 1, min(longest, _longest_profiled(target))), *options.contexts}
     costs = profile_or_load(
-        folder / "costs.json", model, made_with, contexts=contexts, max_length=MAX_LENGTH, progress=progress,
-        compiled=compiled, temperature=options.temperature,
+        folder / "costs.json", target, made_with, contexts=sorted(contexts), max_length=MAX_LENGTH, progress=progress,
+        temperature=options.temperature,
     )  # fmt: skip
     return Prepared(
-        prompts=prompts,
-        trace=trace,
-        costs=costs,
-        identity=identity,
-        compiled=compiled,
-        space=space,
+        target=target, prompts=prompts, trace=trace, costs=costs, space=space, identity=identity,
         contexts=options.contexts,
-    )
+    )  # fmt: skip
 
 
 def _weights_fingerprint(model: PreTrainedModel) -> str:

@@ -6,8 +6,8 @@ Running it again with the same settings continues where it stopped.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,22 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from skipsearch.compiled.backend import backend_name, compiled_for, warm_mask
+from skipsearch.compiled.backend import Progress, warm_mask
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.errors import MaskError, ModelLoadError, ResultsError, SkipsearchError
-from skipsearch.evaluate.audit import Audit, audit
 from skipsearch.evaluate.cost import Costs, draft_step
-from skipsearch.evaluate.objective import Score, Scorer, score, standard_error
+from skipsearch.evaluate.mask_replay import MaskReplay
+from skipsearch.evaluate.objective import Score, score, standard_error
 from skipsearch.evaluate.prompts import PromptSource
 from skipsearch.evaluate.replay import Replay
-from skipsearch.evaluate.trace import Progress
+from skipsearch.evaluate.scorer import Scorer
 from skipsearch.evaluate.validate import Measured, evidence, measure
 from skipsearch.files import write_json
 from skipsearch.mask import SkipMask
-from skipsearch.maskfile import Draft, MaskFile, Provenance, load_mask
+from skipsearch.maskfile import DraftFields, MaskFile, Provenance, load_mask
 from skipsearch.model.load import Loaded, check_mask_belongs, model_card
-from skipsearch.search.options import MAX_LENGTH, NGRAM, TRIAL_LANES, TRIAL_LENGTH, SearchOptions
-from skipsearch.search.prepare import Prepared, chosen_prompts, prepare
+from skipsearch.search.options import MAX_LENGTH, NGRAM, TRIAL_LENGTH, TRIAL_SEGMENTS, SearchOptions
+from skipsearch.search.prepare import Prepared, prepare
 from skipsearch.search.seeds import all_seeds
 from skipsearch.search.study import Study, storage_url
 
@@ -65,31 +65,6 @@ class SearchResult:
     seconds: dict[str, float]
 
 
-def search_trials(
-    loaded: Loaded, prepared: Prepared, folder: Path, options: SearchOptions, progress: Progress,
-    report: Callable[[int, float], None] = lambda done, best: None,
-) -> Study:  # fmt: skip
-    """Open or resume the study, put the seeds in, and run trials."""
-    model = loaded.model
-    space, url = prepared.space, options.storage or storage_url(folder)
-    study = Study(url, options.study, space, prepared.identity, options.sampler, options.seed, options.pareto)
-    # Those that its first trials were priced with, so that all are, whoever runs them.
-    prepared = replace(prepared, costs=Costs.of(study.shared("costs", asdict(prepared.costs))))
-    if len(study.finished()) < options.trials:
-        few = prepared.trace.head(8, options.trial_tokens)
-        study.enqueue(
-            all_seeds(
-                model, few, space, prepared.point, progress, loaded.preset, earlier_mask(loaded, folder)
-            )
-        )  # fmt: skip
-        replay = Replay(model, prepared.trace, TRIAL_LENGTH, memory=options.memory, lanes=TRIAL_LANES)
-        scorer = Scorer(replay, prepared.point, front=options.pareto)
-        study.optimize(scorer, trials=options.trials, time_budget=options.time_budget, report=report)
-    if not study.best(1):
-        raise SkipsearchError("no trial has finished within the time budget; raise --time-budget")
-    return study
-
-
 def search(
     model: PreTrainedModel | Loaded,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -117,46 +92,38 @@ def search(
     if prompts is not None:
         source = prompts if isinstance(prompts, PromptSource) else PromptSource(name="texts", texts=tuple(prompts))
         options = replace(options, source=source)
-    if isinstance(model, Loaded):
-        loaded = model
-    else:
-        if tokenizer is None:
-            raise ModelLoadError("tokenizer is None, a bare model needs one; pass it as the second argument")
-        loaded = Loaded(name=model.config._name_or_path or "model", model=model, tokenizer=tokenizer, preset=None)
+    loaded = _as_loaded(model, tokenizer)
     folder = Path(out) if out is not None else Path("results") / loaded.name
     _check_writable(folder)
     seconds: dict[str, float] = {}
-    begin = time.monotonic()
     try:
-        prepared = prepare(loaded, folder, options, progress)
+        with _clocked(seconds, "prepare"):
+            prepared = prepare(loaded, folder, options, progress)
     except SkipsearchError:
         with suppress(OSError):
-            folder.rmdir()  # if it is empty: made for nothing
+            folder.rmdir()  # if nothing was written to it
         raise
-    seconds["prepare"] = time.monotonic() - begin
-    begin = time.monotonic()
-    study = search_trials(loaded, prepared, folder, options, progress, report)
-    study.export_csv(folder / "trials.csv")
-    write_json(folder / "front.json", {"front": study.front()})
-    predicted, trial, error = rescore(loaded.model, prepared, study, progress, options.memory)
-    seconds["search"] = time.monotonic() - begin
-    begin = time.monotonic()
-    measured, policy = _measure(loaded.model, prepared, predicted, options, progress)
-    file = MaskFile.of(
-        predicted.mask,
-        model=model_card(loaded.model, loaded.preset.model_id if loaded.preset else loaded.name),
-        draft=Draft(**asdict(policy)),
-        evidence=evidence(
-            loaded.model, prepared.prompts.held_out, measured, predicted.cost_ratio, backend_name(prepared.compiled),
-            options.temperature,
-        ),
-        provenance=Provenance(
+    with _clocked(seconds, "search"):
+        study = search_trials(loaded, prepared, folder, options, progress, report)
+        study.export_csv(folder / "trials.csv")
+        write_json(folder / "front.json", {"front": study.front()})
+        predicted, trial, error = rescore(prepared, study, progress, options.memory)
+    with _clocked(seconds, "validate"):
+        measured, policy = _measure(prepared, predicted, options, progress)
+        provenance = Provenance(
             torch=torch.__version__, transformers=transformers.__version__, study=options.study, trial=trial,
             seed=options.seed,
-        ),
-    )  # fmt: skip
-    file.save(folder / "mask.json")
-    seconds["validate"] = time.monotonic() - begin
+        )  # fmt: skip
+        file = MaskFile.of(
+            predicted.mask,
+            model=model_card(prepared.target, loaded.preset.model_id if loaded.preset else loaded.name),
+            draft=DraftFields(**asdict(policy)),
+            evidence=evidence(
+                prepared.target, prepared.prompts.held_out, measured, predicted.cost_ratio, options.temperature
+            ),
+            provenance=provenance,
+        )
+        file.save(folder / "mask.json")
     result = SearchResult(
         mask=predicted.mask, file=file, predicted=predicted, standard_error=error,
         scored_tokens=prepared.trace.tokens, front=study.front(), measured=measured, folder=folder,
@@ -166,46 +133,81 @@ def search(
     return result
 
 
+def _as_loaded(model: PreTrainedModel | Loaded, tokenizer: PreTrainedTokenizerBase | None) -> Loaded:
+    if isinstance(model, Loaded):
+        return model
+    if tokenizer is None:
+        raise ModelLoadError("tokenizer is None, a bare model needs one; pass it as the second argument")
+    return Loaded(name=model.config._name_or_path or "model", model=model, tokenizer=tokenizer, preset=None)
+
+
+@contextmanager
+def _clocked(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Note how long a stage takes."""
+    begin = time.monotonic()
+    yield
+    seconds[stage] = time.monotonic() - begin
+
+
+def search_trials(
+    loaded: Loaded, prepared: Prepared, folder: Path, options: SearchOptions, progress: Progress,
+    report: Callable[[int, float], None] = lambda done, best: None,
+) -> Study:  # fmt: skip
+    """Open or resume the study, put the seeds in, and run trials."""
+    target, space, url = prepared.target, prepared.space, options.storage or storage_url(folder)
+    study = Study(url, options.study, space, prepared.identity, options.sampler, options.seed, options.pareto)
+    # The costs that the study's first trials were scored with, so that all trials are, whoever runs them.
+    prepared = replace(prepared, costs=Costs.of(study.shared("costs", asdict(prepared.costs))))
+    if len(study.finished()) < options.trials:
+        few = prepared.trace.head(8, options.trial_tokens)
+        earlier = earlier_mask(loaded, folder)
+        study.enqueue(all_seeds(target, few, space, prepared.point, progress, loaded.preset, earlier))
+        replay = Replay(target, prepared.trace, TRIAL_LENGTH, memory=options.memory, segments=TRIAL_SEGMENTS)
+        scorer = Scorer(replay, prepared.point, front=options.pareto)
+        study.optimize(scorer, trials=options.trials, time_budget=options.time_budget, report=report)
+    if not study.best(1):
+        raise SkipsearchError("no trial has finished within the time budget; raise --time-budget")
+    return study
+
+
 def earlier_mask(loaded: Loaded, folder: Path) -> SkipMask | None:
     """What an earlier run found for this model, if it is still there."""
     try:
         file = load_mask(folder / "mask.json")
-        check_mask_belongs(file, loaded.model)
+        check_mask_belongs(file, loaded.target)
     except MaskError:
         return None
     return file.mask
 
 
 def _measure(
-    model: PreTrainedModel, prepared: Prepared, found: Score, options: SearchOptions, progress: Progress
+    prepared: Prepared, found: Score, options: SearchOptions, progress: Progress
 ) -> tuple[Measured, DraftPolicy]:
     """Validate the mask alone and as it is to be served; n-grams are kept only where they help."""
-    warm_mask(prepared.compiled, model, found.mask, progress)
+    warm_mask(prepared.target, found.mask, progress)
     point = prepared.point
-    step = draft_step(point, found.mask, found.policy.asks)
+    step = draft_step(point, found.mask, found.policy.uses_confidence)
     costs = tuple(round(seconds, 7) for seconds in (step, *point.verify))
     served = replace(found.policy, ngram=NGRAM, never_slower=True, costs=costs)
     measured = measure(
-        model, prepared.prompts.held_out, found.mask, found.policy, new_tokens=options.new_tokens,
-        rounds=options.rounds, seed=options.seed, progress=progress, compiled=prepared.compiled, served=served,
-        temperature=options.temperature,
-    )  # fmt: skip
+        prepared.target, prepared.prompts.held_out, found.mask, found.policy, options.decoding, progress, served
+    )
     assert measured.served is not None
     return measured, served if measured.served > measured.speedup else replace(served, ngram=0)
 
 
 def rescore(
-    model: PreTrainedModel, prepared: Prepared, study: Study, progress: Progress, memory: float | None = None
-) -> tuple[Score, int, float]:  # fmt: skip
+    prepared: Prepared, study: Study, progress: Progress, memory: float | None = None
+) -> tuple[Score, int, float]:
     """The best of the finalists on the whole trace, its trial number, and its speed-up's standard error."""
-    replay, point = Replay(model, prepared.trace, MAX_LENGTH, memory=memory), prepared.point
+    replay, point = Replay(prepared.target, prepared.trace, MAX_LENGTH, memory=memory), prepared.point
     finalists = study.best(6)
     scored = []
     for number, (mask, _, trial) in enumerate(finalists):
         scored.append((score(replay, mask, point, thorough=True), trial))
         progress("finalists", number + 1, len(finalists))
     best, trial = max(scored, key=lambda pair: pair[0].tokens_per_second)
-    return best, trial, standard_error(replay.of(best.mask), best.policy, point)
+    return best, trial, standard_error(MaskReplay(replay, best.mask), best.policy, point)
 
 
 def summary(result: SearchResult) -> dict[str, object]:
@@ -224,29 +226,6 @@ def summary(result: SearchResult) -> dict[str, object]:
         "trials": result.trials, "seconds": {k: round(v, 1) for k, v in result.seconds.items()},
         "files": {name: str(result.folder / name) for name in ("mask.json", "trials.csv")},
     }  # fmt: skip
-
-
-def validate_file(loaded: Loaded, file: MaskFile, options: SearchOptions, progress: Progress) -> MaskFile:
-    """Time a mask file again on held-out prompts; returns it with fresh evidence."""
-    prompts = chosen_prompts(loaded, options).held_out
-    policy = DraftPolicy(**file.draft.model_dump())
-    compiled = compiled_for(loaded.model, options.backend, progress=progress)
-    warm_mask(compiled, loaded.model, file.mask, progress)
-    measured = measure(
-        loaded.model, prompts, file.mask, replace(policy, ngram=0, never_slower=False), new_tokens=options.new_tokens,
-        rounds=options.rounds, seed=options.seed, progress=progress, compiled=compiled,
-        served=policy if policy.ngram or policy.never_slower else None, temperature=options.temperature,
-    )  # fmt: skip
-    known = file.evidence.cost_ratio if file.evidence else 0.0
-    fresh = evidence(loaded.model, prompts, measured, known, backend_name(compiled), options.temperature)
-    return file.model_copy(update={"evidence": fresh})
-
-
-def audit_file(loaded: Loaded, file: MaskFile, options: SearchOptions, progress: Progress) -> Audit:
-    """Compare a mask file's output with plain decoding on held-out prompts, and explain each difference."""
-    prompts = chosen_prompts(loaded, options).held_out
-    policy = DraftPolicy(**file.draft.model_dump())
-    return audit(loaded.model, prompts, file.mask, policy, new_tokens=options.new_tokens, progress=progress)
 
 
 def _check_writable(folder: Path) -> None:

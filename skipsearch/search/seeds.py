@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
+from skipsearch.compiled.backend import Progress
 from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.cost import Point
-from skipsearch.evaluate.hidden_states import States, layer_states, nearest
-from skipsearch.evaluate.trace import Progress, Trace
-from skipsearch.mask import Kind, SkipMask
+from skipsearch.evaluate.hidden_states import HiddenStates, layer_states, nearest
+from skipsearch.evaluate.trace import Trace
+from skipsearch.mask import SkipMask, Sublayer
 from skipsearch.model.preset import Preset
-from skipsearch.model.sublayers import input_device
+from skipsearch.model.target import Target
 from skipsearch.search.space import Space
 
 Seed = tuple[str, SkipMask]
@@ -25,13 +25,13 @@ LEVELS = 256  # of harm, in the knapsack
 
 
 def all_seeds(
-    model: PreTrainedModel, trace: Trace, space: Space, point: Point, progress: Progress, preset: Preset | None = None,
+    target: Target, trace: Trace, space: Space, point: Point, progress: Progress, preset: Preset | None = None,
     earlier: SkipMask | None = None,
 ) -> list[Seed]:  # fmt: skip
-    """What a study tries first, the most promising in front, so that giving up early has something to compare with."""
-    loss = single_skip_loss(model, trace, space, progress)
+    """What a study tries first, the most promising in front: later masks are given up by comparison with the best."""
+    loss = single_skip_loss(target, trace, space, progress)
     before = [] if earlier is None else [("earlier", earlier)]
-    states = layer_states(model, *trace.padded(input_device(model)))
+    states = layer_states(target, *trace.padded(target.device))
     return [
         ("empty", SkipMask(num_layers=space.num_layers)), *before, *published(preset, space),
         *by_sensitivity(space, loss, point), *knapsack(space, loss, point), *nearest_states(space, states),
@@ -57,32 +57,30 @@ def uniform(space: Space) -> list[Seed]:
 
 
 @torch.no_grad()
-def single_skip_loss(
-    model: PreTrainedModel, trace: Trace, space: Space, progress: Progress
-) -> dict[tuple[Kind, int], float]:
+def single_skip_loss(target: Target, trace: Trace, space: Space, progress: Progress) -> dict[Sublayer, float]:
     """For each free sublayer: the share of trace tokens whose argmax changes when it alone is skipped.
 
     One teacher-forced pass a sublayer over prompts and continuations.
     """
-    ids, generated = trace.padded(input_device(model))
-    wanted, predicted_here = model(input_ids=ids[:, :-1], use_cache=False).logits.argmax(-1), generated[:, 1:]
+    ids, generated = trace.padded(target.device)
+    wanted, predicted_here = target.model(input_ids=ids[:, :-1], use_cache=False).logits.argmax(-1), generated[:, 1:]
     loss = {}
     for number, (kind, layer) in enumerate(space.free):
-        view = draft_view(model, SkipMask.from_sublayers([(kind, layer)], space.num_layers))
+        view = draft_view(target.model, SkipMask.from_sublayers([(kind, layer)], space.num_layers))
         same = view(input_ids=ids[:, :-1], use_cache=False).logits.argmax(-1) == wanted
         loss[kind, layer] = 1 - float(same[predicted_here].float().mean())
         progress("sensitivity", number + 1, len(space.free))
     return loss
 
 
-def saves(point: Point, sub: tuple[Kind, int]) -> float:
+def seconds_saved(point: Point, sub: Sublayer) -> float:
     """Seconds that a draft step without this sublayer saves."""
     return max(float(getattr(point, sub[0])[sub[1]]), 1e-12)
 
 
-def by_sensitivity(space: Space, loss: dict[tuple[Kind, int], float], point: Point) -> list[Seed]:
+def by_sensitivity(space: Space, loss: dict[Sublayer, float], point: Point) -> list[Seed]:
     """The least harmful sublayers first, weighed by the seconds that skipping them saves: 1/8, 2/8, ... 7/8 of all."""
-    order = sorted(space.free, key=lambda sub: (loss[sub] + 1e-3) / saves(point, sub))
+    order = sorted(space.free, key=lambda sub: (loss[sub] + 1e-3) / seconds_saved(point, sub))
     seeds = []
     for eighths in range(1, 8):
         count = round(len(order) * eighths / 8)
@@ -90,9 +88,7 @@ def by_sensitivity(space: Space, loss: dict[tuple[Kind, int], float], point: Poi
     return seeds
 
 
-def knapsack(
-    space: Space, loss: dict[tuple[Kind, int], float], point: Point, shares: Sequence[float] = SHARES
-) -> list[Seed]:
+def knapsack(space: Space, loss: dict[Sublayer, float], point: Point, shares: Sequence[float] = SHARES) -> list[Seed]:
     """The most seconds saved for a given harm, exactly, if harms added up.
 
     KnapSpec's formulation (arXiv 2602.20217) under the measured costs; the harm of a sublayer is the logarithm of how
@@ -105,7 +101,7 @@ def knapsack(
         weight = max(1, round(harm[sub] / unit))
         with_it = np.full(LEVELS + 1, -np.inf)
         if weight <= LEVELS:
-            with_it[weight:] = best[: LEVELS + 1 - weight] + saves(point, sub)
+            with_it[weight:] = best[: LEVELS + 1 - weight] + seconds_saved(point, sub)
         taken.append((weight, with_it > best))
         best = np.maximum(best, with_it)
     seeds = []
@@ -119,7 +115,7 @@ def knapsack(
     return seeds
 
 
-def nearest_states(space: Space, states: States, shares: Sequence[float] = SHARES) -> list[Seed]:
+def nearest_states(space: Space, states: HiddenStates, shares: Sequence[float] = SHARES) -> list[Seed]:
     """Whole layers whose absence leaves the hidden states nearest the full model's (CLaSp, arXiv 2505.24196).
 
     On many tokens at once, where the paper takes the last one.
@@ -132,7 +128,7 @@ def nearest_states(space: Space, states: States, shares: Sequence[float] = SHARE
     return [(f"states:{count}", _whole(chosen[count], space)) for count in counts if count in chosen]
 
 
-def block_influence(space: Space, states: States) -> list[Seed]:
+def block_influence(space: Space, states: HiddenStates) -> list[Seed]:
     """Whole layers whose output is most like their input (ShortGPT, arXiv 2403.03853)."""
     free = {i for _, i in space.free}
     likeness = {i: states.cosine(states.hidden[i], states.hidden[i + 1]) for i in free}

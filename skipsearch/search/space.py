@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from skipsearch.mask import KINDS, Kind, SkipMask
+from skipsearch.mask import KINDS, SkipMask, Sublayer
 from skipsearch.model.preset import Preset, Structure
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ class Space:
         return ", ".join([*words, *([] if self.max_skipped is None else [f"max_skipped {self.max_skipped}"])])
 
     @property
-    def free(self) -> list[tuple[Kind, int]]:
+    def free(self) -> list[Sublayer]:
         """Sublayers that some mask of the space skips."""
         if self.structure == "sublayers":
             return [(kind, i) for kind in KINDS for i in range(self.num_layers) if not self.fixed.skips(kind, i)]

@@ -17,13 +17,15 @@ from hypothesis import strategies as st
 
 from skipsearch import SkipMask
 from skipsearch.bench.arms import AGAIN, HF_ASSISTED, HF_EAGER, HYBRID, MASK, PLAIN, arms, prefix_mask
-from skipsearch.bench.bench import BenchOptions, _rows, bench, weight_bytes
+from skipsearch.bench.bench import BenchOptions, bench, weight_bytes
 from skipsearch.bench.groups import prompt_groups
 from skipsearch.bench.machine import Energy, copy_bandwidth, peak_memory
+from skipsearch.bench.rows import group_rows
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.errors import PromptError, SkipsearchError
-from skipsearch.evaluate.validate import Run, Timing
+from skipsearch.evaluate.timing import Run, Timing
+from skipsearch.model.target import Target
 from skipsearch.report.bench import bench_picture, read_bench, save_bench
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +36,7 @@ SKIP = SkipMask(attention=[0, 2], mlp=[1], num_layers=4)
 def measured(tiny: Any) -> dict[str, Any]:
     groups = {"one": (tuple(range(3, 12)), tuple(range(20, 34))), "two": (tuple(range(40, 47)), tuple(range(60, 71)))}
     options = BenchOptions(new_tokens=16, rounds=1, backend="eager")
-    return bench(tiny("llama"), groups, SKIP, DraftPolicy(max_length=3, exit_threshold=0.02), options, quiet)
+    return bench(Target.of(tiny("llama")), groups, SKIP, DraftPolicy(max_length=3, exit_threshold=0.02), options, quiet)
 
 
 def row(data: dict[str, Any], arm: str, group: str = "all") -> dict[str, Any]:
@@ -68,7 +70,7 @@ def test_bound_and_share_by_hand() -> None:
         return Timing(seconds=np.full(2, seconds), prefill=np.full(2, 0.1), runs=runs)
 
     timed = {PLAIN: timing(12.0, Counter({(0, 0): 24})), MASK: timing(8.0, Counter({(4, 2): 8}))}
-    found = {r["arm"]: r for r in _rows("g", timed, {MASK: {"c": 0.25, "bytes": 100}}, 400, 1000.0, 0)}
+    found = {r["arm"]: r for r in group_rows("g", timed, {MASK: {"c": 0.25, "bytes": 100}}, 400, 1000.0, 0)}
     assert found[MASK]["speedup_plain"] == pytest.approx(1.5)
     assert found[MASK]["own_bound"] == pytest.approx(3 / (1 + 0.25 * 4))
     assert found[MASK]["share_of_own_bound"] == pytest.approx(1.0)
@@ -93,7 +95,7 @@ def test_unknown_arm_is_refused(tiny: Any) -> None:
     """Prevents a misspelt arm from being left out in silence."""
     with pytest.raises(SkipsearchError, match="arm is 'masc', must be one of"):
         options = BenchOptions(only=("masc",), backend="eager")
-        bench(tiny("llama"), {"g": ((3, 4, 5),)}, SKIP, DraftPolicy(), options, quiet)
+        bench(Target.of(tiny("llama")), {"g": ((3, 4, 5),)}, SKIP, DraftPolicy(), options, quiet)
 
 
 def test_prompts_by_group(demo: Any, tmp_path: Path) -> None:
@@ -142,7 +144,7 @@ def test_machine_says_what_it_can() -> None:
 
 def test_arms_without_a_mask(tiny: Any) -> None:
     """Prevents a bench from needing a mask: plain decoding and n-grams are worth measuring alone."""
-    assert not {MASK, HYBRID, HF_ASSISTED} & arms(tiny("llama"), None, DraftPolicy(), None, 64).keys()
+    assert not {MASK, HYBRID, HF_ASSISTED} & arms(Target.of(tiny("llama")), None, DraftPolicy(), 64).keys()
 
 
 def test_widened_model_is_the_same_function(tiny: Any) -> None:

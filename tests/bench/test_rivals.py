@@ -12,8 +12,10 @@ import torch
 from traces import POINT, make_trace
 
 from skipsearch import SkipMask
+from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.replay import Replay
 from skipsearch.model.sublayers import find_sublayers
+from skipsearch.model.target import Target
 from skipsearch.search.space import Space
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -38,8 +40,8 @@ def test_matchness_is_what_replay_sees_of_single_tokens(bench: Any) -> None:
     window = swift.Window.of(bench.model, prompt, continuation)
     assert window.matchness(bench.model, SkipMask(num_layers=4)) == 1.0
     # The first token of the window has the full model's keys alone before it, as in a draft of one token.
-    drafts = Replay(bench.model, trace, 1).of(mask)
-    _, _, logits = drafts.logits([(0, len(prompt) + 0)])
+    replay = Replay(Target.of(bench.model), trace, 1)
+    _, _, logits = replay.logits(draft_view(bench.model, mask), [(0, len(prompt) + 0)])
     alone = int(logits.flatten(0, 1)[0].argmax())
     first = swift.Window(window.before, window.ids[:, :2])
     assert first.matchness(bench.model, mask) == float(alone == continuation[0])

@@ -12,9 +12,10 @@ from test_compiled import MASK
 
 from skipsearch import self_speculative
 from skipsearch.compiled import backend
-from skipsearch.compiled.backend import compile_and_prove, compiled_for
+from skipsearch.compiled.backend import compile_and_prove, with_backend
 from skipsearch.compiled.model import CompiledModel
 from skipsearch.errors import BackendError, BackendWarning
+from skipsearch.model.target import Target
 
 
 def test_what_cannot_be_compiled_is_decoded_eagerly_with_one_warning(tiny: Any, ids: Any, monkeypatch: Any) -> None:
@@ -45,7 +46,7 @@ def test_logits_that_differ_are_refused(tiny: Any, monkeypatch: Any) -> None:
 
     monkeypatch.setattr(CompiledModel, "forward", wrong)
     with pytest.raises(BackendError, match="compiled logits differ"):
-        compile_and_prove(model, None)
+        compile_and_prove(Target.of(model), None)
 
 
 def test_changed_weights_are_seen(ids: Any, tiny: Any) -> None:
@@ -63,4 +64,4 @@ def test_changed_weights_are_seen(ids: Any, tiny: Any) -> None:
 def test_an_unknown_backend_is_refused(tiny: Any) -> None:
     """Prevents a misspelt backend from meaning eager."""
     with pytest.raises(BackendError, match="backend is 'cuda', must be auto, eager or compiled"):
-        compiled_for(tiny("llama"), "cuda")  # type: ignore[arg-type]
+        with_backend(Target.of(tiny("llama")), "cuda")  # type: ignore[arg-type]

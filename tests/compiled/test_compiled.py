@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,31 +11,32 @@ import torch
 from transformers import DynamicCache
 
 from skipsearch import SkipMask, load_mask, self_speculative
-from skipsearch.compiled.backend import compile_and_prove, compiled_for
-from skipsearch.compiled.model import CompiledModel
-from skipsearch.decoding.loop import decode
+from skipsearch.compiled.backend import compile_and_prove, with_backend
+from skipsearch.compiled.model import GUESS
+from skipsearch.decoding.loop import Ending, decode
 from skipsearch.decoding.policy import DraftPolicy
-from skipsearch.decoding.sequences import GUESS, Sequences
+from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendWarning, DecodingError
-from skipsearch.online import incumbent as contest
+from skipsearch.model.target import Target
+from skipsearch.online import incumbent
 
 MASK = SkipMask(attention=[0, 2], mlp=[1, 2], num_layers=4)
 
 
 @pytest.fixture(scope="module")
-def llama(tiny: Any) -> tuple[Any, CompiledModel]:
-    model = tiny("llama")
-    compiled = compiled_for(model, "compiled")
-    assert compiled is not None
-    return model, compiled
+def llama(tiny: Any) -> Target:
+    target = with_backend(Target.of(tiny("llama")), "compiled")
+    assert target.compiled is not None
+    return target
 
 
-def decoded(model: Any, ids: Any, new: int, mask: Any, policy: Any, compiled: Any, **given: Any) -> tuple[Any, Any]:
+def decoded(target: Target, ids: Any, new: int, mask: Any, policy: Any, **given: Any) -> tuple[Any, Any]:
     stats = DecodeStats()
-    sequences = Sequences(model, ids, capacity=ids.shape[1] + new, mask=mask, compiled=compiled, **given)
-    blocks = decode(sequences, max_length=ids.shape[1] + new, policy=policy, stats=stats)
+    draft = None if mask is None else draft_view(target.model, mask)
+    sequences = Sequences(target, ids, capacity=ids.shape[1] + new, draft=draft, **given)
+    blocks = decode(sequences, Ending(max_length=ids.shape[1] + new), policy=policy, stats=stats)
     return [token for block in blocks for token in block.tokens], stats
 
 
@@ -56,10 +58,10 @@ POLICIES = [
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_same_tokens_as_generate(llama: Any, policy: DraftPolicy) -> None:
     """Prevents a policy, a padded width or a guess from changing the output; prompts cross chunks and slot steps."""
-    model, compiled = llama
+    model = llama.model
     for length in (1, 5, 61, 64, 70):
         ids = torch.arange(length)[None] % 90 + 3
-        tokens, stats = decoded(model, ids, 40, MASK, policy, compiled)
+        tokens, stats = decoded(llama, ids, 40, MASK, policy)
         assert tokens == greedy(model, ids, 40), length
         assert sum(stats.blocks_from.values()) == stats.verifies
         assert sum(stats.accepted_from.values()) == stats.accepted
@@ -68,22 +70,23 @@ def test_same_tokens_as_generate(llama: Any, policy: DraftPolicy) -> None:
 
 def test_blocks_are_those_of_eager_decoding(llama: Any, ids: Any) -> None:
     """Prevents the draft of K steps without the host from drafting something else."""
-    model, compiled = llama
+    targets = (llama, replace(llama, compiled=None))
     for policy in POLICIES[:4]:
-        ours, eager = (decoded(model, ids, 50, MASK, policy, c)[1].blocks for c in (compiled, None))
+        ours, eager = (decoded(target, ids, 50, MASK, policy)[1].blocks for target in targets)
         assert ours == eager, str(policy)
 
 
 def test_another_mask_compiles_nothing_new(llama: Any, ids: Any) -> None:
     """Prevents a compile for each mask: a draft is a choice of pieces that are there."""
-    model, compiled = llama
+    model = llama.model
     for mask in (SkipMask(attention=[0], num_layers=4), SkipMask(mlp=[0], num_layers=4)):
-        decoded(model, ids, 8, mask, POLICIES[0], compiled)
+        decoded(llama, ids, 8, mask, POLICIES[0])
+    compiled: Any = llama.compiled
     known = len(compiled.pieces._compiled)
     mask = SkipMask(attention=[1, 3], mlp=[0, 2], num_layers=4)
-    assert decoded(model, ids, 30, mask, POLICIES[0], compiled)[0] == greedy(model, ids, 30)
+    assert decoded(llama, ids, 30, mask, POLICIES[0])[0] == greedy(model, ids, 30)
     everything = SkipMask(attention=range(4), mlp=range(4), num_layers=4)
-    assert decoded(model, ids, 30, everything, POLICIES[0], compiled)[0] == greedy(model, ids, 30)
+    assert decoded(llama, ids, 30, everything, POLICIES[0])[0] == greedy(model, ids, 30)
     assert len(compiled.pieces._compiled) == known
 
 
@@ -91,9 +94,9 @@ def test_masks_are_found_and_saved_while_the_compiled_backend_serves(
     llama: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     """Prevents another tuner than the one that served from being asked, and compiled drafts of new masks from lying."""
-    model, _ = llama
-    monkeypatch.setattr(contest, "PAYS", 0.0)  # whatever is tried is served
-    monkeypatch.setattr(contest, "SURE", -9.0)
+    model = llama.model
+    monkeypatch.setattr(incumbent, "PAYS", 0.0)  # whatever is tried is served
+    monkeypatch.setattr(incumbent, "SURE", -9.0)
     method = self_speculative("auto", share=0.9, ngram=0, never_slower=False)
     for start in range(4):
         ids = torch.arange(start, start + 20)[None] % 90 + 3
@@ -110,13 +113,15 @@ def test_masks_are_found_and_saved_while_the_compiled_backend_serves(
 
 def test_two_sequences_at_once_have_buffers_of_their_own(llama: Any) -> None:
     """Prevents interleaved sequences from writing into each other's keys, and buffers from piling up."""
-    model, compiled = llama
+    model = llama.model
     gc.collect()
+    compiled: Any = llama.compiled
     free = len(compiled._free)
     prompts = [torch.arange(9)[None] + 3, torch.arange(12)[None] + 40]
-    both = [Sequences(model, ids, capacity=60, mask=MASK, compiled=compiled) for ids in prompts]
+    both = [Sequences(llama, ids, capacity=60, draft=draft_view(model, MASK)) for ids in prompts]
     streams = [
-        decode(s, max_length=ids.shape[1] + 20, policy=POLICIES[0]) for s, ids in zip(both, prompts, strict=True)
+        decode(s, Ending(max_length=ids.shape[1] + 20), policy=POLICIES[0])
+        for s, ids in zip(both, prompts, strict=True)
     ]
     found: list[list[int]] = [[], []]
     while any(len(tokens) < 20 for tokens in found):
@@ -130,10 +135,10 @@ def test_two_sequences_at_once_have_buffers_of_their_own(llama: Any) -> None:
 
 def test_a_guess_that_is_wrong_changes_nothing(llama: Any, ids: Any) -> None:
     """Prevents the draft from keeping guessed tokens that it would not have said."""
-    model, compiled = llama
+    model = llama.model
     drafts = []
     for guess in (None, lambda _tokens: [7] * GUESS):
-        sequences = Sequences(model, ids, capacity=60, mask=MASK, compiled=compiled)
+        sequences = Sequences(llama, ids, capacity=60, draft=draft_view(model, MASK))
         sequences.verify([0])
         sequences.draft([8], lambda *_: False, guess)
         drafts.append(sequences.ids[0, sequences.lengths[0] :][:8].tolist())
@@ -144,15 +149,15 @@ def test_a_guess_that_is_wrong_changes_nothing(llama: Any, ids: Any) -> None:
 def test_other_builds_of_layers(tiny: Any, family: str) -> None:
     """Prevents sliding windows, layers of two builds, and learned positions beyond the context from going wrong."""
     model = tiny(family)
-    compiled = compile_and_prove(model, None)
+    target = replace(Target.of(model), compiled=compile_and_prove(Target.of(model), None))
     ids = torch.arange(30)[None] + 3
     for new in (20, 60):
-        assert decoded(model, ids, new, MASK, POLICIES[0], compiled)[0] == greedy(model, ids, new)
+        assert decoded(target, ids, new, MASK, POLICIES[0])[0] == greedy(model, ids, new)
 
 
 def test_options_of_generate_through_the_compiled_backend(llama: Any, ids: Any) -> None:
     """Prevents padding, processors, returned scores or a handed-over cache from being lost on the way."""
-    model, _ = llama
+    model = llama.model
     method = self_speculative(MASK, backend="compiled")
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1)
     seen = torch.cat([torch.zeros(1, 4, dtype=torch.long), torch.ones_like(ids)], 1)
@@ -179,7 +184,7 @@ def test_options_of_generate_through_the_compiled_backend(llama: Any, ids: Any) 
 
 def test_sampling_with_a_seed_does_not_depend_on_the_clock(llama: Any, ids: Any) -> None:
     """Prevents never_slower, which looks at the clock, from making seeded output irreproducible."""
-    model, _ = llama
+    model = llama.model
     outputs = []
     for _ in range(2):
         method = self_speculative(MASK, max_length=4, ngram=6, never_slower=True, backend="compiled")
@@ -191,7 +196,7 @@ def test_sampling_with_a_seed_does_not_depend_on_the_clock(llama: Any, ids: Any)
 
 def test_past_behind_padding_is_decoded_eagerly(llama: Any, ids: Any) -> None:
     """Prevents padding from being attended to when a cache is handed over with it."""
-    model, _ = llama
+    model = llama.model
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1)
     seen = torch.cat([torch.zeros(1, 3, dtype=torch.long), torch.ones_like(ids)], 1)
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "attention_mask": seen}
@@ -209,7 +214,7 @@ def test_past_behind_padding_is_decoded_eagerly(llama: Any, ids: Any) -> None:
 
 def test_batches_and_deterministic_mode_say_that_they_are_eager(llama: Any, ids: Any) -> None:
     """Prevents a batch from being decoded row by row, or in silence on another backend."""
-    model, _ = llama
+    model = llama.model
     rows = torch.cat([ids, ids + 1])
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
     plain = model.generate(rows, attention_mask=torch.ones_like(rows), **options)
@@ -226,9 +231,10 @@ def test_batches_and_deterministic_mode_say_that_they_are_eager(llama: Any, ids:
 
 def test_a_view_is_left_as_it_was(llama: Any, ids: Any) -> None:
     """Prevents tracing from leaving traced tensors in the user's model or its views."""
-    model, compiled = llama
+    model = llama.model
     view = draft_view(model, MASK)
-    compiled.warm(compiled.pieces.layers_of(view), [1])
+    compiled: Any = llama.compiled
+    compiled.warm(compiled.layers_of(view), [1])
     for module in (model, view):
         assert all(type(p) is torch.nn.Parameter for p in module.parameters())
     assert model(ids).logits.isfinite().all()
@@ -240,16 +246,16 @@ def test_graphs_replay_what_was_captured(tiny: Any) -> None:
     from skipsearch.model.families import tiny_model
 
     model = tiny_model("llama").to("cuda")
-    compiled = compiled_for(model, "compiled")
-    assert compiled is not None
+    target = with_backend(Target.of(model), "compiled")
+    assert target.compiled is not None
     for length in (5, 70, 9):
         ids = torch.arange(length, device="cuda")[None] % 90 + 3
         for policy in POLICIES:
-            assert decoded(model, ids, 40, MASK, policy, compiled)[0] == greedy(model, ids, 40)
+            assert decoded(target, ids, 40, MASK, policy)[0] == greedy(model, ids, 40)
 
 
 def test_refused_by_generate_as_before(llama: Any, ids: Any) -> None:
     """Prevents the compiled backend from bypassing what cannot be honoured."""
-    model, _ = llama
+    model = llama.model
     with pytest.raises(DecodingError, match="num_beams"):
         model.generate(ids, num_beams=2, max_new_tokens=4, custom_generate=self_speculative(MASK, backend="compiled"))

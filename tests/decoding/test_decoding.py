@@ -13,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skipsearch import SkipMask, self_speculative
-from skipsearch.decoding.loop import decode
+from skipsearch.decoding.loop import Ending, decode
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import DecodeStats
+from skipsearch.draft.view import draft_view
 from skipsearch.errors import MaskError
+from skipsearch.model.target import Target
 
 MASK = SkipMask(attention=[0, 2], mlp=[1], num_layers=4)
 
@@ -110,8 +112,8 @@ def test_buffers_are_freed_with_their_sequence(tiny: Any, ids: torch.Tensor) -> 
     gc.collect()
     gc.disable()
     try:
-        sequences = Sequences(tiny("llama"), ids, capacity=40, mask=MASK)
-        for _ in decode(sequences, max_length=30, policy=DraftPolicy()):
+        sequences = Sequences(Target.of(tiny("llama")), ids, capacity=40, draft=draft_view(tiny("llama"), MASK))
+        for _ in decode(sequences, Ending(max_length=30), policy=DraftPolicy()):
             pass
         buffer = weakref.ref(sequences.cache.cache.layers[0].buffers[0])
         del sequences

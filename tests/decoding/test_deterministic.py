@@ -11,17 +11,20 @@ from conftest import SUPPORTED, make_tiny
 
 from skipsearch import SkipMask, self_speculative
 from skipsearch.decoding.batch import ALIGNED
-from skipsearch.decoding.loop import decode
+from skipsearch.decoding.loop import Ending, decode
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
+from skipsearch.draft.view import draft_view
+from skipsearch.model.target import Target
 
 MOE = {"mixtral", "qwen3_moe", "glm4_moe", "deepseek_v3", "gpt_oss", "llama4_text"}
 
 
 def logits_of(model: Any, ids: torch.Tensor, mask: SkipMask | None, policy: DraftPolicy | None) -> tuple[Any, Any]:
-    sequences = Sequences(model, ids, capacity=60, mask=mask, aligned=ALIGNED)
+    draft = None if mask is None else draft_view(model, mask)
+    sequences = Sequences(Target.of(model), ids, capacity=60, draft=draft, aligned=ALIGNED)
     tokens, rows = [], []
-    for block in decode(sequences, max_length=60, policy=policy):
+    for block in decode(sequences, Ending(max_length=60), policy=policy):
         tokens += block.tokens
         rows.append(block.logits_KV[: len(block.tokens)])
     return tokens, torch.cat(rows)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from skipsearch.decoding.ngram import NgramIndex
 from skipsearch.decoding.policy import ADAPTIVE_RATE, DraftPolicy, ExitRule, accepted_at
-from skipsearch.decoding.scheduler import PROBE_SHARE, Pace, match_class
+from skipsearch.decoding.scheduler import PROBE_SHARE, Scheduler, match_class
 from skipsearch.errors import MaskError
 
 COSTS = (0.2, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5)
@@ -80,25 +80,25 @@ def test_repeating_text_is_continued_past_its_end() -> None:
     assert index.lookup(limit=7) == (4, [2, 3, 1, 2, 3, 1, 2])
 
 
-def learn(pace: Pace, source: str, drafted: int, accepted: int, seconds: float, match: int = 0) -> None:
+def learn(scheduler: Scheduler, source: str, drafted: int, accepted: int, seconds: float, match: int = 0) -> None:
     of_mask = drafted if source == "mask" else 0
-    pace.learn(source, of_mask=of_mask, match=match, drafted=drafted, accepted=accepted, seconds=seconds,
+    scheduler.learn(source, of_mask=of_mask, match=match, drafted=drafted, accepted=accepted, seconds=seconds,
                verify_seconds=None)  # fmt: skip
 
 
 def test_drafting_that_does_not_pay_stops_and_is_tried_again_at_bounded_cost() -> None:
     """Prevents drafting from making a hopeless text slow, and from staying off when the text changes."""
-    pace, seconds, lost, history = Pace(COSTS), 0.0, 0.0, []
+    scheduler, seconds, lost, history = Scheduler(COSTS), 0.0, 0.0, []
     for step in range(4000):
         hopeless = step < 2000
-        source = pace.choose({"mask": pace.mask_rate, "plain": pace.plain_rate})
+        source = scheduler.choose({"mask": scheduler.mask_rate, "plain": scheduler.plain_rate})
         history.append(source)
         if source == "mask":
             cost, accepted = 5 * 0.2 + 1.5, 0 if hopeless else 5
-            learn(pace, "mask", 5, accepted, cost)
+            learn(scheduler, "mask", 5, accepted, cost)
         else:
             cost, accepted = 1.0, 0
-            learn(pace, "plain", 0, 0, cost)
+            learn(scheduler, "plain", 0, 0, cost)
         if hopeless:
             seconds += cost
             lost += cost - 1.0
@@ -109,49 +109,49 @@ def test_drafting_that_does_not_pay_stops_and_is_tried_again_at_bounded_cost() -
 
 def test_a_source_slower_than_the_best_is_not_tried_all_the_time() -> None:
     """Prevents a mask that beats plain steps, but not n-grams, from being taken every other block."""
-    pace, history = Pace(COSTS), Counter[str]()
+    scheduler, history = Scheduler(COSTS), Counter[str]()
     for _ in range(300):
-        _, rate = pace.ngram_plan(8, 6)
-        source = pace.choose({"mask": pace.mask_rate, "ngram": rate, "plain": pace.plain_rate})
+        _, rate = scheduler.ngram_plan(8, 6)
+        source = scheduler.choose({"mask": scheduler.mask_rate, "ngram": rate, "plain": scheduler.plain_rate})
         history[source] += 1
         if source == "mask":
-            learn(pace, "mask", 5, 3, 2.5)
+            learn(scheduler, "mask", 5, 3, 2.5)
         elif source == "plain":
-            learn(pace, "plain", 0, 0, 1.0)
+            learn(scheduler, "plain", 0, 0, 1.0)
         else:
-            learn(pace, "ngram", 6, 6, 1.5, match=8)
+            learn(scheduler, "ngram", 6, 6, 1.5, match=8)
     assert history["ngram"] > 270
 
 
 def test_one_slow_block_does_not_switch_drafting_off() -> None:
-    """Prevents a block in which something was compiled from being taken for the pace of the next ones."""
-    pace, history = Pace(COSTS), Counter[str]()
+    """Prevents a block in which something was compiled from being taken for the scheduler of the next ones."""
+    scheduler, history = Scheduler(COSTS), Counter[str]()
     for step in range(200):
-        source = pace.choose({"mask": pace.mask_rate, "plain": pace.plain_rate})
+        source = scheduler.choose({"mask": scheduler.mask_rate, "plain": scheduler.plain_rate})
         history[source] += step > 20
         if source == "mask":
-            learn(pace, "mask", 5, 5, 100.0 if step == 20 else 2.5)
+            learn(scheduler, "mask", 5, 5, 100.0 if step == 20 else 2.5)
         else:
-            learn(pace, "plain", 0, 0, 1.0)
+            learn(scheduler, "plain", 0, 0, 1.0)
     assert history["mask"] > 160
 
 
 def test_plain_steps_are_measured_again() -> None:
     """Prevents a first plain step that was slow from making drafts look good for ever."""
-    pace, history = Pace(), Counter[str]()
-    pace.learn("plain", of_mask=0, match=0, drafted=0, accepted=0, seconds=50.0, verify_seconds=50.0)
+    scheduler, history = Scheduler(), Counter[str]()
+    scheduler.learn("plain", of_mask=0, match=0, drafted=0, accepted=0, seconds=50.0, verify_seconds=50.0)
     for step in range(20_000):
-        source = pace.choose({"mask": pace.mask_rate, "plain": pace.plain_rate})
+        source = scheduler.choose({"mask": scheduler.mask_rate, "plain": scheduler.plain_rate})
         history[source] += step > 10_000
         drafted, accepted, cost = (5, 1, 2.5) if source == "mask" else (0, 0, 1.0)
-        pace.learn(source, of_mask=drafted, match=0, drafted=drafted, accepted=accepted, seconds=cost,
+        scheduler.learn(source, of_mask=drafted, match=0, drafted=drafted, accepted=accepted, seconds=cost,
                    verify_seconds=cost - 0.2 * drafted)  # fmt: skip
     assert history["plain"] > 9_000
 
 
 def test_proposals_are_as_long_as_they_pay() -> None:
     """Prevents long proposals where verifying is dear, and short ones where it is free."""
-    free, dear = Pace((0.1, *[1.0] * 11)), Pace((0.1, *[1.0 + k for k in range(11)]))
+    free, dear = Scheduler((0.1, *[1.0] * 11)), Scheduler((0.1, *[1.0 + k for k in range(11)]))
     assert free.ngram_plan(8, 10)[0] == 10
     assert dear.ngram_plan(1, 10)[0] == 1
     assert free.tail(0.9, 2, 8, 5) == 5 and dear.tail(0.2, 2, 1, 5) == 0
@@ -160,7 +160,7 @@ def test_proposals_are_as_long_as_they_pay() -> None:
 
 def test_without_a_clock_seconds_are_those_of_the_policy() -> None:
     """Prevents seeded sampling from depending on how fast the machine happens to be."""
-    fast, slow = Pace(COSTS, clock=False), Pace(COSTS, clock=False)
+    fast, slow = Scheduler(COSTS, clock=False), Scheduler(COSTS, clock=False)
     learn(fast, "mask", 3, 2, 1e-6)
     learn(slow, "mask", 3, 2, 1e6)
     assert fast.mask_rate == slow.mask_rate > 0

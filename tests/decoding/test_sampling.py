@@ -134,7 +134,7 @@ def accept_randomness_decides_the_exit(monkeypatch: pytest.MonkeyPatch) -> None:
         if probs is None:
             return drafted, probs
         peek = torch.Generator().manual_seed(0)
-        peek.set_state(self.sampling.accept.get_state())
+        peek.set_state(self.selection.sampling.accept.get_state())
         u = torch.rand((len(drafted), 1), generator=peek)[:, 0]
         sure = probs[:, 0].gather(1, self._behind(1))[:, 0]
         return [k if good else 0 for k, good in zip(drafted, (u < sure).tolist(), strict=True)], probs

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from transformers import DynamicCache
 
-from skipsearch import SkipMask, draft_view
+from skipsearch import SkipMask
+from skipsearch.decoding.batch import Layout
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
+from skipsearch.draft.view import draft_view
+from skipsearch.model.target import Target
 
 MODELS = {family: make_tiny(family) for family in ("llama", "gemma3_text", "gpt2")}
 ROOM = 60
@@ -33,7 +36,9 @@ class Decoding(RuleBasedStateMachine):
         self.commit([0] * rows)
 
     def open(self, ids: torch.Tensor, mask: SkipMask, past: Any = None) -> None:
-        self.sequences = Sequences(self.model, ids, capacity=ROOM + 12, mask=mask, pads=self.pads, past=past)
+        layout = Layout(pads=tuple(self.pads), past=past)
+        draft = draft_view(self.model, mask)
+        self.sequences = Sequences(Target.of(self.model), ids, capacity=ROOM + 12, draft=draft, layout=layout)
 
     def commit(self, drafted: list[int]) -> None:
         before = list(self.sequences.lengths)
@@ -73,7 +78,7 @@ class Decoding(RuleBasedStateMachine):
 
     @rule(bits=st.lists(st.booleans(), min_size=8, max_size=8))
     def switch_mask(self, bits: list[bool]) -> None:
-        self.sequences.draft_model = draft_view(self.model, SkipMask.from_bits(bits))
+        self.sequences.draft_with(draft_view(self.model, SkipMask.from_bits(bits)))
 
     @rule(cut=st.integers(1, 5), which=st.integers(0, 1))
     def truncate(self, cut: int, which: int) -> None:

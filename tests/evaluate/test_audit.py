@@ -14,6 +14,7 @@ from skipsearch import SkipMask
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.evaluate.audit import audit
+from skipsearch.model.target import Target
 
 
 def prompts(count: int = 12) -> tuple[tuple[int, ...], ...]:
@@ -25,7 +26,7 @@ def test_the_audit_explains_near_ties() -> None:
     """Prevents honest rounding from being called a fault: bf16 differs here, and each difference is a near-tie."""
     model = make_tiny("gpt2", eos_token_id=None).to(torch.bfloat16)
     mask = SkipMask(mlp=[2], num_layers=4)
-    found = audit(model, prompts(), mask, DraftPolicy(max_length=6), new_tokens=90, progress=quiet)
+    found = audit(Target.of(model), prompts(), mask, DraftPolicy(max_length=6), new_tokens=90, progress=quiet)
     assert found.divergences and found.passed, found
     assert found.tokens == 12 * 90
     assert model.dtype == torch.bfloat16
@@ -44,7 +45,7 @@ def test_the_audit_finds_a_broken_cache(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(Sequences, "verify", forgetful)
     mask = SkipMask(mlp=[2], num_layers=4)
-    found = audit(model, prompts(6), mask, DraftPolicy(max_length=6), new_tokens=60, progress=quiet)
+    found = audit(Target.of(model), prompts(6), mask, DraftPolicy(max_length=6), new_tokens=60, progress=quiet)
     assert not found.passed
 
 
@@ -52,8 +53,7 @@ def test_full_precision_needs_no_audit() -> None:
     """Prevents differences in fp32, where there is nothing to explain; the model given is not changed."""
     model = make_tiny("llama")
     before = copy.deepcopy(model.state_dict())
-    found = audit(
-        model, prompts(4), SkipMask(attention=[0], num_layers=4), DraftPolicy(), new_tokens=40, progress=quiet
-    )
+    mask = SkipMask(attention=[0], num_layers=4)
+    found = audit(Target.of(model), prompts(4), mask, DraftPolicy(), new_tokens=40, progress=quiet)
     assert found.passed and not found.divergences
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())

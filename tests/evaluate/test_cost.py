@@ -23,7 +23,7 @@ def test_costs_between_points_lie_between_them(context: float) -> None:
     costs = Costs(identity="", points=(POINT, far))
     point = costs.at(context)
     assert 2 <= point.attention[0] <= 4 and 15 <= point.verify[0] <= 20
-    assert costs.mix([64, 200]).attention[3] == 3 and costs.mix([64]) == POINT
+    assert costs.mean_over([64, 200]).attention[3] == 3 and costs.mean_over([64]) == POINT
 
 
 def test_crowding_makes_sparse_masks_dear() -> None:

@@ -10,6 +10,7 @@ from skipsearch import SkipMask
 from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.hidden_states import layer_states, nearest, sublayer_states
 from skipsearch.mask import KINDS
+from skipsearch.model.target import Target
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
@@ -23,8 +24,8 @@ def test_sublayers_as_units_make_up_the_model(family: str) -> None:
     every = range(4)
     halves = [draft_view(model, SkipMask(**{other: every}, num_layers=4)) for other in reversed(KINDS)]
     ids = torch.randint(0, 90, (1, 12), generator=torch.Generator().manual_seed(0))
-    states = layer_states(model, ids, torch.ones_like(ids, dtype=torch.bool))
-    halved = sublayer_states(states, halves)
+    states = layer_states(Target.of(model), ids, torch.ones_like(ids, dtype=torch.bool))
+    halved = sublayer_states(Target.of(model), states, halves)
     assert len(halved.units) == 8 and len(halved.hidden) == 9
     assert [torch.equal(a, b) for a, b in zip(halved.hidden[::2], states.hidden, strict=True)] == [True] * 5
     through = torch.stack([halved.hidden[4]] * 3)

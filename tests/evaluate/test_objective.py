@@ -17,20 +17,25 @@ from traces import POINT, make_trace
 from skipsearch import SkipMask
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.evaluate.cost import Point, draft_step
-from skipsearch.evaluate.objective import Scorer, calibrated, foreseen, join, score, standard_error
+from skipsearch.evaluate.mask_replay import MaskReplay, PositionOutcomes
+from skipsearch.evaluate.objective import calibrated, estimate, score, standard_error, throughput
 from skipsearch.evaluate.replay import Replay
-from skipsearch.evaluate.trace import record
+from skipsearch.evaluate.scorer import Scorer
+from skipsearch.evaluate.trace import DecodeSettings, record
+from skipsearch.model.target import Target
 
 
 def test_score_picks_a_policy_no_worse_than_any_fixed_one(tiny: Any) -> None:
     """Prevents the policy choice by estimate from missing badly."""
     model = tiny("gemma2")
     trace, mask = make_trace(model, prompts=6), SkipMask(mlp=[3], num_layers=4)
-    replay = Replay(model, trace, 8)
+    replay = Replay(Target.of(model), trace, 8)
     best = score(replay, mask, POINT, thorough=True)
-    drafts = replay.of(mask)
+    drafts = MaskReplay(replay, mask)
     fixed = [DraftPolicy(max_length=k) for k in range(1, 9)]
-    assert best.tokens_per_second >= 0.95 * max(join(drafts.walk(p), mask, p, POINT).tokens_per_second for p in fixed)
+    assert best.tokens_per_second >= 0.95 * max(
+        throughput(drafts.walk(p), mask, p, POINT).tokens_per_second for p in fixed
+    )
 
 
 @given(st.lists(st.lists(st.tuples(st.booleans(), st.floats(0, 1)), min_size=2, max_size=12), min_size=1, max_size=4),
@@ -39,10 +44,11 @@ def test_what_is_foreseen_is_a_walk(
     stretches: list[list[tuple[bool, float]]], threshold: float | None, length: int
 ) -> None:
     """Prevents all policies' walks at once from differing from one walk, block by block."""
-    blocks, outlook = Counter[tuple[int, int]](), []
+    blocks, outcomes = Counter[tuple[int, int]](), []
     for stretch in stretches:
         begins, at = len(stretch) - 1, 0
-        outlook.append(([right for right, _ in stretch], [sure for _, sure in stretch], begins))
+        correct, confidence = ([pair[side] for pair in stretch] for side in (0, 1))
+        outcomes.append(PositionOutcomes(correct, confidence, begins))
         while at < begins:
             drafted = 0
             while drafted < min(length, len(stretch) - at - 1):
@@ -53,7 +59,7 @@ def test_what_is_foreseen_is_a_walk(
             blocks[drafted, accepted] += 1
             at += accepted + 1
     mask, policy = SkipMask(attention=[0], num_layers=4), DraftPolicy(max_length=length, exit_threshold=threshold)
-    found, known = foreseen(outlook, mask, POINT, [length], [threshold]), join(blocks, mask, policy, POINT)
+    found, known = estimate(outcomes, mask, POINT, [length], [threshold]), throughput(blocks, mask, policy, POINT)
     assert found.policy == policy and found.tau == known.tau and found.acceptance_rate == known.acceptance_rate
     assert found.tokens_per_second == pytest.approx(known.tokens_per_second)
 
@@ -64,30 +70,30 @@ def test_join_adds_up_by_hand() -> None:
     assert draft_step(POINT, mask, exit_check=False) == 3 + 2 + 2 * 1
     uneven = replace(POINT, mlp=(1.0, 7.0, 7.0, 5.0))
     assert draft_step(uneven, mask, exit_check=True) == 3 + 2 + 1 + 5 + 0.5
-    result = join(Counter({(4, 4): 1, (4, 1): 1}), mask, DraftPolicy(max_length=4), POINT)
+    result = throughput(Counter({(4, 4): 1, (4, 1): 1}), mask, DraftPolicy(max_length=4), POINT)
     assert result.tokens_per_second == pytest.approx((5 + 2) / (8 * 7 + 2 * 19))
     assert result.acceptance_rate == 5 / 8 and result.tau == 3.5
     assert result.cost_ratio == pytest.approx(7 / 15)
     assert result.speedup == pytest.approx(result.tokens_per_second * 15)
-    begun = join(Counter({(4, 4): 1, (0, 0): 1}), mask, DraftPolicy(max_length=4), replace(POINT, first=0.5))
+    begun = throughput(Counter({(4, 4): 1, (0, 0): 1}), mask, DraftPolicy(max_length=4), replace(POINT, first=0.5))
     assert begun.tokens_per_second == pytest.approx((5 + 1) / (4.5 * 7 + 19 + 15))  # a plain step begins no draft
-    assert join(Counter(), SkipMask(num_layers=2), DraftPolicy(max_length=1), POINT).speedup == 1
+    assert throughput(Counter(), SkipMask(num_layers=2), DraftPolicy(max_length=1), POINT).speedup == 1
 
 
 def test_giving_up_early_needs_evidence_and_keeps_the_best(tiny: Any, monkeypatch: Any) -> None:
     """Prevents screening by a partial score that does not rank as the whole one does, and a screened-out winner."""
-    from skipsearch.evaluate import objective
+    from skipsearch.evaluate import scorer as module
 
     model, rng = tiny("gpt2"), random.Random(0)
-    replay = Replay(model, make_trace(model, prompts=8, new_tokens=60), 6, lanes=5)
+    replay = Replay(Target.of(model), make_trace(model, prompts=8, new_tokens=60), 6, segments=5)
     masks = [SkipMask.from_bits([rng.random() < p for _ in range(8)]) for p in [k / 100 for k in range(5, 80)]]
     assert 12 <= len(replay.sample()) <= 16 and len({lane.prompt for lane in replay.sample()}) >= 7
     scorer, plain = Scorer(replay, POINT, first=5), [score(replay, mask, POINT) for mask in masks]
     found = [scorer(mask) for mask in masks]
     for a, b in zip(found, plain, strict=True):
         assert a.fidelity != "whole" or a.tokens_per_second == pytest.approx(b.tokens_per_second, rel=0.03)
-    first = objective.CHECK_FIRST
-    assert all(f.fidelity == "whole" for f in [*found[:first], *found[:: objective.CHECKED]])
+    first = module.CHECK_FIRST
+    assert all(f.fidelity == "whole" for f in [*found[:first], *found[:: module.CHECKED]])
     for stage in range(3):
         said, whole = zip(*((row[stage], row[-1]) for row in scorer.checked), strict=True)
         assert scorer.agreement(stage) == pytest.approx(spearmanr(said, whole).statistic)
@@ -95,7 +101,7 @@ def test_giving_up_early_needs_evidence_and_keeps_the_best(tiny: Any, monkeypatc
     assert best.fidelity == "whole"
     assert best.tokens_per_second > 0.9 * max(p.tokens_per_second for p in plain)
     assert sum(scorer.counts.values()) == len(masks) and scorer.counts["part"] > 10
-    monkeypatch.setattr(objective, "AGREEMENT", 1.1)
+    monkeypatch.setattr(module, "AGREEMENT", 1.1)
     never = Scorer(replay, POINT, first=5)
     assert all(never(mask).fidelity == "whole" for mask in masks)
 
@@ -103,10 +109,10 @@ def test_giving_up_early_needs_evidence_and_keeps_the_best(tiny: Any, monkeypatc
 def test_a_front_holds_masks_to_one_measure(tiny: Any) -> None:
     """Prevents acceptance rates of drafts of different lengths from being compared on a front."""
     model = tiny("llama")
-    replay = Replay(model, make_trace(model, prompts=4, new_tokens=30), 4, lanes=3)
+    replay = Replay(Target.of(model), make_trace(model, prompts=4, new_tokens=30), 4, segments=3)
     scorer, longest = Scorer(replay, POINT, front=True), DraftPolicy(max_length=4)
     for mask in (SkipMask(mlp=[1], num_layers=4), SkipMask(attention=[1, 2], mlp=[1, 2, 3], num_layers=4)):
-        found, blocks = scorer(mask), replay.of(mask).walk(longest)
+        found, blocks = scorer(mask), MaskReplay(replay, mask).walk(longest)
         drafted, accepted = (sum(pair[i] * count for pair, count in blocks.items()) for i in (0, 1))
         assert found.fidelity == "whole" and found.acceptance_rate == pytest.approx(accepted / drafted)
 
@@ -114,9 +120,11 @@ def test_a_front_holds_masks_to_one_measure(tiny: Any) -> None:
 def test_the_standard_error_is_that_of_prompts(tiny: Any) -> None:
     """Prevents a figure that ignores how much prompts differ: alike prompts have none."""
     model, policy, mask = tiny("gpt2"), DraftPolicy(max_length=3), SkipMask(mlp=[2], num_layers=4)
-    same = record(model, ((5, 6, 7),) * 4, 20, quiet)
-    assert standard_error(Replay(model, same, 3).of(mask), policy, POINT) == pytest.approx(0, abs=1e-12)
-    assert standard_error(Replay(model, make_trace(model), 3).of(mask), policy, POINT) > 0
+    same = record(Target.of(model), ((5, 6, 7),) * 4, DecodeSettings(new_tokens=20), quiet)
+    assert standard_error(MaskReplay(Replay(Target.of(model), same, 3), mask), policy, POINT) == pytest.approx(
+        0, abs=1e-12
+    )
+    assert standard_error(MaskReplay(Replay(Target.of(model), make_trace(model), 3), mask), policy, POINT) > 0
 
 
 def test_calibrated_exit_is_chosen_by_replay(demo: Any) -> None:
@@ -124,17 +132,17 @@ def test_calibrated_exit_is_chosen_by_replay(demo: Any) -> None:
     prompts = tuple(
         tuple(demo.tokenizer(text)["input_ids"][:24]) for text in ("def main(argv):\n", "import os\n\nclass A")
     )
-    trace = record(demo.model, prompts, 24, lambda *_: None)
-    replay = Replay(demo.model, trace, 6)
+    trace = record(Target.of(demo.model), prompts, DecodeSettings(new_tokens=24), lambda *_: None)
+    replay = Replay(Target.of(demo.model), trace, 6)
     mask = SkipMask(attention=range(2, 20, 2), mlp=range(1, 20, 2), num_layers=20)
     point = Point(context=40, attention=(0.02,) * 20, mlp=(0.02,) * 20, rest=0.05, exit_check=0.001,
                   verify=tuple(1 + 0.05 * k for k in range(7)))  # fmt: skip
-    drafts = replay.of(mask)
+    drafts = MaskReplay(replay, mask)
     drafts.walk(DraftPolicy(max_length=6))
     cheap, dear = (calibrated(drafts, rate, point) for rate in (0.5, 5.0))
     assert list(cheap.curve) == sorted(cheap.curve)
     assert all(a < b for a, b in zip(cheap.prices, dear.prices, strict=True))
     best = score(replay, mask, point, thorough=True)
-    assert best.tokens_per_second >= join(drafts.walk(cheap), mask, cheap, point).tokens_per_second * 0.9
+    assert best.tokens_per_second >= throughput(drafts.walk(cheap), mask, cheap, point).tokens_per_second * 0.9
     mean = [sum(k * n for (k, _), n in drafts.walk(p).items()) / sum(drafts.walk(p).values()) for p in (cheap, dear)]
     assert mean[0] > mean[1]

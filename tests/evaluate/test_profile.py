@@ -14,12 +14,13 @@ from traces import POINT
 from skipsearch import SkipMask
 from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.cost import draft_step
-from skipsearch.evaluate.profile import alike, profile, profile_or_load
+from skipsearch.evaluate.profile import build_groups, profile, profile_or_load
+from skipsearch.model.target import Target
 
 
 def test_profile_is_kept_and_made_anew_for_another_set_up(tiny: Any, tmp_path: Path) -> None:
     """Prevents costs of one device or model from pricing another."""
-    path, model = tmp_path / "costs.json", tiny("llama")
+    path, model = tmp_path / "costs.json", Target.of(tiny("llama"))
     settings: dict[str, Any] = {"contexts": [8, 16], "max_length": 2, "progress": quiet}
     first = profile_or_load(path, model, "here", **settings)
     assert profile_or_load(path, model, "here", **settings) == first
@@ -30,8 +31,8 @@ def test_profile_is_kept_and_made_anew_for_another_set_up(tiny: Any, tmp_path: P
 
 def test_profile_of_prompts_shorter_than_a_draft(tiny: Any) -> None:
     """Prevents very short prompts from ending a search before it begins."""
-    costs = profile(tiny("llama"), "x", contexts=[5], max_length=12, progress=quiet, repeats=1)
-    assert len(costs.points[0].verify) == 13
+    points = profile(Target.of(tiny("llama")), contexts=[5], max_length=12, progress=quiet, repeats=1)
+    assert len(points[0].verify) == 13
 
 
 def test_profile_prices_every_part(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,32 +51,32 @@ def test_profile_prices_every_part(tiny: Any, monkeypatch: pytest.MonkeyPatch) -
         if what == "verify":
             return true.verify[0]
         length = run.args[0][0] if what == "draft" else run.args[1].max_length
-        asks = what != "draft" and run.args[1].asks
+        asks = what != "draft" and run.args[1].uses_confidence
         verify = 0.0 if what == "draft" else true.verify[length]
         return (length + true.first) * draft_step(true, mask, asks) + verify
 
     monkeypatch.setattr("skipsearch.evaluate.profile.draft_view", remember)
     monkeypatch.setattr("skipsearch.evaluate.profile.timed", seconds)
-    (found,) = profile(tiny("llama"), "x", contexts=[16], max_length=4, progress=quiet, repeats=1).points
+    (found,) = profile(Target.of(tiny("llama")), contexts=[16], max_length=4, progress=quiet, repeats=1)
     for name in ("attention", "mlp", "rest", "exit_check", "verify", "first", "crowding"):
         np.testing.assert_allclose(getattr(found, name), getattr(true, name), rtol=1e-6, err_msg=name)
 
 
 def test_a_profile_of_this_machine_is_made_of_seconds(tiny: Any) -> None:
     """Prevents prices that are not seconds of this machine; which part is dear is not told by a busy one."""
-    (point,) = profile(tiny("llama"), "x", contexts=[16], max_length=2, progress=quiet, repeats=3).points
+    (point,) = profile(Target.of(tiny("llama")), contexts=[16], max_length=2, progress=quiet, repeats=3)
     assert min(point.verify) > 0 and draft_step(point, SkipMask(num_layers=4), False) > 0
     assert len(set(point.attention)) == len(set(point.mlp)) == 1
 
 
 def test_unequal_sublayers_are_priced_apart(tiny: Any) -> None:
     """Prevents a dense layer from being priced as a mixture of experts, or a sliding window as full attention."""
-    groups = alike(tiny("deepseek_v3"))
+    groups = build_groups(Target.of(tiny("deepseek_v3")))
     mlp = [group for group in groups if group[0][0] == "mlp"]
     assert len(mlp) == 2 and sorted(i for group in mlp for _, i in group) == [0, 1, 2, 3]
-    attention = [group for group in alike(tiny("gemma2")) if group[0][0] == "attention"]
+    attention = [group for group in build_groups(Target.of(tiny("gemma2"))) if group[0][0] == "attention"]
     assert len(attention) == 2
-    point = profile(tiny("deepseek_v3"), "x", contexts=[16], max_length=1, progress=quiet, repeats=3).points[0]
+    point = profile(Target.of(tiny("deepseek_v3")), contexts=[16], max_length=1, progress=quiet, repeats=3)[0]
     assert point.mlp[0] != point.mlp[-1]
 
 
@@ -85,6 +86,5 @@ def test_attention_grows_dear_with_the_context() -> None:
         "llama", max_position_embeddings=4096, hidden_size=256, num_attention_heads=16, num_key_value_heads=16,
         intermediate_size=256,
     )  # fmt: skip
-    costs = profile(model, "x", contexts=[8, 3000], max_length=2, progress=quiet, repeats=5)
-    short, long = costs.points
+    short, long = profile(Target.of(model), contexts=[8, 3000], max_length=2, progress=quiet, repeats=5)
     assert long.attention[0] > 1.5 * short.attention[0]

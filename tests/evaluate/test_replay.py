@@ -17,13 +17,16 @@ from hypothesis import strategies as st
 from traces import make_trace, really_decode
 
 from skipsearch import SkipMask
-from skipsearch.decoding.loop import decode
+from skipsearch.decoding.loop import Ending, decode
 from skipsearch.decoding.policy import DraftPolicy
-from skipsearch.decoding.processors import at_temperature
+from skipsearch.decoding.processors import TokenSelection
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import DecodeStats
+from skipsearch.draft.view import draft_view
+from skipsearch.evaluate.mask_replay import MaskReplay
 from skipsearch.evaluate.replay import Replay
-from skipsearch.evaluate.trace import record
+from skipsearch.evaluate.trace import DecodeSettings, record
+from skipsearch.model.target import Target
 
 
 @pytest.mark.parametrize("family", SUPPORTED)
@@ -33,11 +36,11 @@ def test_replay_counts_equal_real_decoding(family: str, tiny: Any) -> None:
     trace = make_trace(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of families whose rows are replayed one after another
-        replay = Replay(model, trace, 6)
+        replay = Replay(Target.of(model), trace, 6)
     masks = [SkipMask.from_bits([rng.random() < p for _ in range(8)]) for p in (0.1, 0.3)]
     for mask in [*masks, SkipMask(num_layers=4), SkipMask(attention=range(4), num_layers=4)]:
         policy = DraftPolicy(max_length=rng.randint(1, 6))
-        assert replay.of(mask).walk(policy) == really_decode(model, trace, mask, policy), str(mask)
+        assert MaskReplay(replay, mask).walk(policy) == really_decode(model, trace, mask, policy), str(mask)
 
 
 def test_replay_with_an_exit_rule_accepts_what_decoding_accepts(tiny: Any) -> None:
@@ -45,7 +48,10 @@ def test_replay_with_an_exit_rule_accepts_what_decoding_accepts(tiny: Any) -> No
     model = tiny("gpt2")
     trace, mask = make_trace(model), SkipMask(mlp=[2], num_layers=4)
     policy = DraftPolicy(max_length=6, exit_threshold=0.5)
-    replayed, real = Replay(model, trace, 6).of(mask).walk(policy), really_decode(model, trace, mask, policy)
+    replayed, real = (
+        MaskReplay(Replay(Target.of(model), trace, 6), mask).walk(policy),
+        really_decode(model, trace, mask, policy),
+    )
     by_accepted = [sorted(n for (_, n), count in blocks.items() for _ in range(count)) for blocks in (replayed, real)]
     assert by_accepted[0] == by_accepted[1]
 
@@ -55,31 +61,31 @@ def test_chunks_of_rows_change_nothing(tiny: Any) -> None:
     model = tiny("mistral")
     trace, mask = make_trace(model), SkipMask(attention=[1], mlp=[3], num_layers=4)
     policy = DraftPolicy(max_length=5)
-    assert Replay(model, trace, 6, rows=1).of(mask).walk(policy) == Replay(model, trace, 6, rows=64).of(mask).walk(
-        policy
-    )
+    one, many = (MaskReplay(Replay(Target.of(model), trace, 6, rows=rows), mask) for rows in (1, 64))
+    assert one.walk(policy) == many.walk(policy)
 
 
 def test_sampled_replay_accepts_what_speculative_sampling_accepts(tiny: Any) -> None:
     """Prevents masks for sampling from being judged by greedy matches: accepted shares agree with real decoding."""
     model, mask, policy = tiny("llama"), SkipMask(attention=[1, 3], mlp=[2], num_layers=4), DraftPolicy(max_length=3)
     prompts = tuple((3 + i, 5, 7, 11 + i) for i in range(24))
-    trace = record(model, prompts, 40, quiet, temperature=0.7)
-    assert trace != record(model, prompts, 40, quiet, temperature=0.7, seed=100)
-    replayed = Replay(model, trace, 3).of(mask).walk(policy)
+    trace = record(Target.of(model), prompts, DecodeSettings(new_tokens=40, temperature=0.7), quiet)
+    assert trace != record(Target.of(model), prompts, DecodeSettings(new_tokens=40, temperature=0.7, seed=100), quiet)
+    replayed = MaskReplay(Replay(Target.of(model), trace, 3), mask).walk(policy)
     stats = DecodeStats()
     for i, prompt in enumerate(prompts):
         device = torch.device("cpu")
+        selection = TokenSelection.at_temperature(0.7, 1000 + 2 * i, device)
         sequences = Sequences(
-            model, torch.tensor([prompt]), capacity=44, mask=mask, **at_temperature(0.7, 1000 + 2 * i, device)
-        )  # fmt: skip
-        for _ in decode(sequences, max_length=44, policy=policy, stats=stats, eos_ids=frozenset([2])):
+            Target.of(model), torch.tensor([prompt]), capacity=44, draft=draft_view(model, mask), selection=selection
+        )
+        for _ in decode(sequences, Ending(max_length=44, eos_ids=frozenset([2])), policy=policy, stats=stats):
             pass
     ours = sum(n * c for (_, n), c in replayed.items()) / sum(k * c for (k, _), c in replayed.items())
     assert 0.05 < stats.acceptance_rate < 0.95
     spread = (stats.acceptance_rate * (1 - stats.acceptance_rate) / stats.drafted) ** 0.5
     assert abs(ours - stats.acceptance_rate) < 5 * spread
-    full = Replay(model, trace, 3).of(SkipMask(num_layers=4)).walk(policy)
+    full = MaskReplay(Replay(Target.of(model), trace, 3), SkipMask(num_layers=4)).walk(policy)
     cut = sum(c for (k, n), c in full.items() if n < k)  # the model itself is accepted until its text ends
     assert cut <= len(prompts)
 
@@ -88,10 +94,11 @@ def test_sampled_replay_accepts_what_speculative_sampling_accepts(tiny: Any) -> 
 def test_accepted_shares_average_to_the_overlap(tiny: Any) -> None:
     """Prevents a biased estimate: over many random numbers, one drafted token is accepted sum(min(p, q)) often."""
     model, mask = tiny("llama"), SkipMask(mlp=[1, 2], num_layers=4)
-    trace = record(model, tuple((3 + i % 90, 5 + i // 90) for i in range(150)), 2, quiet, temperature=0.7)
+    prompts = tuple((3 + i % 90, 5 + i // 90) for i in range(150))
+    trace = record(Target.of(model), prompts, DecodeSettings(new_tokens=2, temperature=0.7), quiet)
     trace = replace(trace, continuations=tuple(c[:2] for c in trace.continuations))
-    replay = Replay(model, trace, 1)
-    drafts = replay.of(mask)
+    replay = Replay(Target.of(model), trace, 1)
+    drafts = MaskReplay(replay, mask)
     starts = [(p, len(prompt) + 1) for p, prompt in enumerate(trace.prompts) if len(trace.continuations[p]) == 2]
     drafts.run(starts)
     accepted = sum(drafts.drafts[start].matches for start in starts) / len(starts)
@@ -99,7 +106,7 @@ def test_accepted_shares_average_to_the_overlap(tiny: Any) -> None:
     for p, t in starts:
         ids = torch.tensor([[*trace.prompts[p], *trace.continuations[p]][:t]])
         target = (model(ids).logits[0, -1] / 0.7).softmax(-1)
-        _, _, logits = drafts.logits([(p, t)])
+        _, _, logits = replay.logits(drafts.view, [(p, t)])
         overlap.append(float(torch.minimum(target, (logits.flatten(0, 1)[0] / 0.7).softmax(-1)).sum()))
     mean = sum(overlap) / len(overlap)
     assert 0.1 < mean < 0.95
@@ -110,9 +117,9 @@ def test_little_memory_means_few_rows_and_the_same_counts(tiny: Any) -> None:
     """Prevents a pass from being larger than the memory it was given."""
     model = tiny("llama")
     trace, mask, policy = make_trace(model), SkipMask(mlp=[1], num_layers=4), DraftPolicy(max_length=4)
-    small, large = Replay(model, trace, 4, memory=1), Replay(model, trace, 4, memory=1e9)
+    small, large = Replay(Target.of(model), trace, 4, memory=1), Replay(Target.of(model), trace, 4, memory=1e9)
     assert small.rows == 1 < large.rows
-    assert small.of(mask).walk(policy) == large.of(mask).walk(policy)
+    assert MaskReplay(small, mask).walk(policy) == MaskReplay(large, mask).walk(policy)
 
 
 @hypothesis_settings(max_examples=20, deadline=None)
@@ -121,12 +128,12 @@ def test_drafts_side_by_side_are_those_run_alone(tiny: Any, data: Any) -> None:
     """Prevents drafts of one prompt, laid out in one row, from seeing each other."""
     model = tiny("llama")
     trace = make_trace(model)
-    together, alone = Replay(model, trace, 4, lanes=5), Replay(model, trace, 4)
+    together, alone = Replay(Target.of(model), trace, 4, segments=5), Replay(Target.of(model), trace, 4)
     alone.together, alone.rows = False, 1
     bits = data.draw(st.lists(st.booleans(), min_size=8, max_size=8))
     every = [(p, t) for p, row in enumerate(trace.prompts) for t in range(len(row) + 1, together.lengths[p])]
     starts = data.draw(st.lists(st.sampled_from(every), min_size=1, max_size=12, unique=True))
-    drafts = [replay.of(SkipMask.from_bits(bits)) for replay in (together, alone)]
+    drafts = [MaskReplay(replay, SkipMask.from_bits(bits)) for replay in (together, alone)]
     for some in drafts:
         some.run(starts)
     assert drafts[0].drafts.keys() == drafts[1].drafts.keys() == set(starts)
@@ -138,24 +145,24 @@ def test_drafts_side_by_side_are_those_run_alone(tiny: Any, data: Any) -> None:
 def test_one_prompt_alone_leaves_the_reference_as_it_is(tiny: Any) -> None:
     """Prevents drafts that run one by one from writing over the keys that later ones read."""
     model = tiny("llama")
-    replay = Replay(model, make_trace(model, prompts=1), 4)
+    replay = Replay(Target.of(model), make_trace(model, prompts=1), 4)
     replay.together, replay.rows = False, 1
     before = [(keys.clone(), values.clone()) for keys, values in replay.reference]
-    replay.of(SkipMask(mlp=[1], num_layers=4)).walk(DraftPolicy(max_length=4))
+    MaskReplay(replay, SkipMask(mlp=[1], num_layers=4)).walk(DraftPolicy(max_length=4))
     for old, new in zip(before, replay.reference, strict=True):
         assert all(
             torch.equal(a[:, :, : replay.longest], b[:, :, : replay.longest]) for a, b in zip(old, new, strict=True)
         )
 
 
-def test_lanes_cover_the_trace_once(tiny: Any) -> None:
-    """Prevents tokens between lanes from being scored twice or never; one lane is real decoding."""
+def test_segments_cover_the_trace_once(tiny: Any) -> None:
+    """Prevents tokens between segments from being scored twice or never; one segment is real decoding."""
     model = tiny("llama")
     trace = make_trace(model, prompts=3, new_tokens=23)
-    replay = Replay(model, trace, 4, lanes=5)
+    replay = Replay(Target.of(model), trace, 4, segments=5)
     for p, (prompt, continuation) in enumerate(zip(trace.prompts, trace.continuations, strict=True)):
-        mine = [(lane.start, lane.stop) for lane in replay.lanes if lane.prompt == p]
+        mine = [(segment.start, segment.stop) for segment in replay.segments if segment.prompt == p]
         assert mine[0][0] == len(prompt) + 1 and mine[-1][1] == len(prompt) + len(continuation)
         assert all(a[1] == b[0] for a, b in itertools.pairwise(mine))
-    blocks = replay.of(SkipMask(num_layers=4)).walk(DraftPolicy(max_length=4))
+    blocks = MaskReplay(replay, SkipMask(num_layers=4)).walk(DraftPolicy(max_length=4))
     assert all(n == k for k, n in blocks)

@@ -8,21 +8,23 @@ from typing import Any
 import torch
 from conftest import quiet
 
-from skipsearch.evaluate.trace import record_or_load
+from skipsearch.evaluate.trace import DecodeSettings, record_or_load
+from skipsearch.model.target import Target
 
 
 def test_trace_is_greedy_generate_and_kept(tiny: Any, tmp_path: Path) -> None:
     """Prevents a trace of another model or prompt set from being taken for this one's."""
-    model, path = tiny("llama"), tmp_path / "trace.json"
+    model, path, settings = tiny("llama"), tmp_path / "trace.json", DecodeSettings(new_tokens=12)
+    target = Target.of(model)
     prompts = ((5, 6, 7), (8, 9, 10, 11))
-    trace = record_or_load(path, model, prompts, 12, "a", quiet)
+    trace = record_or_load(path, target, prompts, settings, "a", quiet)
     for prompt, continuation in zip(trace.prompts, trace.continuations, strict=True):
         expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :]
         assert list(continuation) == expected.tolist()
     calls: list[str] = []
     note = lambda stage, *_: calls.append(stage)
-    assert record_or_load(path, model, prompts, 12, "a", note) == trace and not calls
-    record_or_load(path, model, prompts, 12, "b", note)
-    record_or_load(path, model, prompts[:1], 12, "b", note)
+    assert record_or_load(path, target, prompts, settings, "a", note) == trace and not calls
+    record_or_load(path, target, prompts, settings, "b", note)
+    record_or_load(path, target, prompts[:1], settings, "b", note)
     assert calls == ["record"] * 3
     assert trace.head(1, 4).continuations == (trace.continuations[0][:4],)

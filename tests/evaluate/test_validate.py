@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from skipsearch.evaluate.validate import interval
+from skipsearch.evaluate.timing import interval
 
 
 def test_interval_covers_the_ratio_and_narrows() -> None:

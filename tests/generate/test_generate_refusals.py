@@ -50,6 +50,6 @@ def test_arguments_that_generate_drops_are_refused(tiny: Any, batch: torch.Tenso
 
 def test_inputs_on_another_device_are_refused(tiny: Any, batch: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents a traceback from the middle of the model; one device here, so the model's is only said to be another."""
-    monkeypatch.setattr("skipsearch.generate.method.input_device", lambda _model: torch.device("cuda:0"))
+    monkeypatch.setattr("skipsearch.model.target.input_device", lambda _model: torch.device("cuda:0"))
     with pytest.raises(DecodingError, match=r"input_ids lie on cpu, the model takes them on cuda:0; move them"):
         run(tiny("llama"), batch[:1], custom_generate=self_speculative(MASK))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_tiny
-from transformers import LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedModel
 
 from skipsearch import SkipMask, draft_view, self_speculative
+from skipsearch.decoding.processors import TokenSelection
 from skipsearch.errors import DecodingError
-from skipsearch.joint.joint import Joint, JointDecoder, joint_log_probs
+from skipsearch.joint.joint import Joint, JointDecoder
 from skipsearch.joint.tree import Reader, TokenTree
 from skipsearch.model.cache import SharedCache
+from skipsearch.model.target import Target
 
 MASK = SkipMask(attention=[0], mlp=[1], num_layers=2)
 PROMPT = torch.tensor([[3, 4, 5, 3]])
@@ -26,6 +29,23 @@ def small() -> Any:
     return make_tiny(
         "llama", vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
     )
+
+
+def reader_of(model: PreTrainedModel, view: PreTrainedModel | None = None) -> Reader:
+    """With a cache of its own."""
+    target = Target.of(model)
+    return Reader(target, SharedCache(target, 600), view)
+
+
+def joint_log_probs(model: PreTrainedModel, ids_1T: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every continuation of so many tokens [V**length, length] and its log-likelihood.
+
+    Multi-token joint decoding (MTJD, arXiv 2407.09722, section 3) takes the likeliest.
+    """
+    rows = torch.tensor(list(itertools.product(range(model.config.vocab_size), repeat=length)))
+    whole = torch.cat([ids_1T.expand(len(rows), -1), rows], 1)
+    logits = model(input_ids=whole).logits[:, ids_1T.shape[1] - 1 : -1].double().log_softmax(-1)
+    return rows, logits.gather(-1, rows[..., None])[..., 0].sum(-1)
 
 
 def test_one_beam_of_the_model_itself_decodes_greedily(tiny: Any, ids: torch.Tensor) -> None:
@@ -48,12 +68,12 @@ def test_accepted_blocks_are_as_likely_as_promised(
     """Prevents ratios of other prefixes, of other beams' thresholds, or from keys that were not the sequence's."""
     from skipsearch.decoding.accept import Sampling
 
-    target = Reader(small, SharedCache(small, 80))
+    target = reader_of(small)
     view = draft_view(small, MASK)
-    draft = Reader(view, SharedCache(view, 80)) if separate else Reader(view, target.cache)
+    draft = reader_of(small, view) if separate else Reader(Target.of(small), target.cache, view)
     decoder = JointDecoder(
-        target, draft, PROMPT, Joint(width=3, length=3, threshold=threshold), LogitsProcessorList(),
-        Sampling.from_seed(1, torch.device("cpu")) if sampled else None,
+        target, draft, PROMPT, Joint(width=3, length=3, threshold=threshold),
+        TokenSelection(sampling=Sampling.from_seed(1, torch.device("cpu")) if sampled else None),
     )  # fmt: skip
     seen = 0
     for _ in range(8):
@@ -68,9 +88,9 @@ def test_accepted_blocks_are_as_likely_as_promised(
         joint = sum(float(logp_TV[t, decoder.ids[0, t + 1]]) for t in places)
         # The draft reads its own keys within the block, and those of the target (or its own) before it.
         tree = TokenTree(int(before[0, -1]))
-        fresh = Reader(small, SharedCache(small, 80))
+        fresh = reader_of(small)
         fresh.catch_up(before[:, :-1])
-        alone = Reader(view, SharedCache(view, 80)) if separate else Reader(view, fresh.cache)
+        alone = reader_of(small, view) if separate else Reader(Target.of(small), fresh.cache, view)
         if separate:
             alone.catch_up(before[:, :-1])
         node, drafted = 0, 0.0
@@ -85,8 +105,8 @@ def test_accepted_blocks_are_as_likely_as_promised(
 
 def test_wide_beams_of_the_model_itself_find_the_joint_mode(small: Any) -> None:
     """Prevents beams that are pruned by anything but their joint likelihood: exact joint decoding is enumerated."""
-    reader = Reader(small, SharedCache(small, 600))
-    decoder = JointDecoder(reader, reader, PROMPT, Joint(width=64, length=3), LogitsProcessorList(), None)
+    reader = reader_of(small)
+    decoder = JointDecoder(reader, reader, PROMPT, Joint(width=64, length=3))
     rows, likelihood = joint_log_probs(small, PROMPT, 3)
     tokens, accepted, *_ = decoder.block(3)
     assert accepted == 3 and tokens[:3] == rows[likelihood.argmax()].tolist()
@@ -105,8 +125,7 @@ def test_the_error_against_exact_joint_decoding_is_bounded(small: Any) -> None:
         best, drafted = int(target.argmax()), int(draft.argmax())
         for threshold in (0.02, 0.2, 0.5, 0.8):
             decoder = JointDecoder(
-                Reader(small, SharedCache(small, 600)), Reader(view, SharedCache(view, 600)), prompt,
-                Joint(width=1, length=3, threshold=threshold), LogitsProcessorList(), None,
+                reader_of(small), reader_of(small, view), prompt, Joint(width=1, length=3, threshold=threshold)
             )  # fmt: skip
             # One beam, which is the mode of the draft: as an exact search over the draft would propose it.
             only = _path(rows[drafted].tolist(), view, decoder)
@@ -124,12 +143,12 @@ def test_the_error_against_exact_joint_decoding_is_bounded(small: Any) -> None:
 @torch.no_grad()
 def test_no_beam_goes_on_behind_the_end(small: Any) -> None:
     """Prevents tokens behind an end-of-sequence token from deciding whether it is accepted."""
-    reader = Reader(small, SharedCache(small, 600))
-    free = JointDecoder(reader, reader, PROMPT, Joint(width=8, length=3), LogitsProcessorList(), None)
+    reader = reader_of(small)
+    free = JointDecoder(reader, reader, PROMPT, Joint(width=8, length=3))
     tree, _, leaves = free._beams(3, frozenset())
     second = tree.tokens[tree.path(leaves[0])[1]]
-    reader = Reader(small, SharedCache(small, 600))
-    decoder = JointDecoder(reader, reader, PROMPT, Joint(width=8, length=3), LogitsProcessorList(), None)
+    reader = reader_of(small)
+    decoder = JointDecoder(reader, reader, PROMPT, Joint(width=8, length=3))
     tree, joint, leaves = decoder._beams(3, frozenset({second}))
     paths = [[tree.tokens[node] for node in tree.path(leaf)] for leaf in leaves]
     assert any(path[-1] == second and len(path) < 3 for path in paths) and len(joint) == len(tree)

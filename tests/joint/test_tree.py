@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from skipsearch.joint.tree import Reader, TokenTree
 from skipsearch.model.cache import SharedCache
+from skipsearch.model.target import Target
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gpt_neox"])
@@ -19,14 +20,14 @@ def test_a_tree_says_what_its_beams_say_alone(tiny: Any, ids: torch.Tensor, fami
     tree = TokenTree(int(ids[0, -1]))
     for parent, token in [(0, 5), (0, 6), (1, 7), (2, 7), (3, 8), (1, 9)]:
         tree.add(parent, token)
-    reader = Reader(model, SharedCache(model, 40))
+    reader = Reader(Target.of(model), SharedCache(Target.of(model), 40))
     reader.catch_up(ids[:, :-1])
     logits_NV = reader.read(tree)
     for node in range(len(tree)):
         path = torch.tensor([[tree.tokens[n] for n in tree.path(node)]], dtype=torch.long)
         alone = model(input_ids=torch.cat([ids, path], 1)).logits[0, -1]
         torch.testing.assert_close(logits_NV[node], alone, atol=2e-4, rtol=1e-3)
-    again = Reader(model, SharedCache(model, 40))
+    again = Reader(Target.of(model), SharedCache(Target.of(model), 40))
     again.catch_up(ids[:, :-1])
     part = TokenTree(int(ids[0, -1]))
     seen = 0
@@ -43,7 +44,7 @@ def test_a_tree_says_what_its_beams_say_alone(tiny: Any, ids: torch.Tensor, fami
 def test_a_kept_path_is_as_if_it_had_been_read_in_order(tiny: Any, ids: torch.Tensor) -> None:
     """Prevents keys of rejected siblings from staying under the kept ones."""
     model = tiny("llama")
-    reader = Reader(model, SharedCache(model, 40))
+    reader = Reader(Target.of(model), SharedCache(Target.of(model), 40))
     reader.catch_up(ids[:, :-1])
     tree = TokenTree(int(ids[0, -1]))
     tree.add(0, 5)

@@ -14,12 +14,13 @@ from torch import nn
 from transformers import DynamicCache
 
 from skipsearch import SkipMask, draft_view, self_speculative
-from skipsearch.decoding.loop import decode
+from skipsearch.decoding.loop import Ending, decode
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.rows import rows_may_differ
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.errors import UnsupportedModel
 from skipsearch.model.sublayers import find_sublayers
+from skipsearch.model.target import Target
 
 MASK = SkipMask(attention=[0, 2], mlp=[1], num_layers=4)
 
@@ -119,8 +120,8 @@ def test_greedy_output_equals_generate(family: str, tiny: Any, ids: torch.Tensor
 def test_cache_after_every_commit_equals_a_fresh_prefill(family: str, tiny: Any, ids: torch.Tensor) -> None:
     """Prevents committed keys from being cropped, or draft keys from staying (both seen in stock caches)."""
     model = tiny(family)
-    sequences = Sequences(model, ids, capacity=64, mask=MASK)
-    for block in decode(sequences, max_length=50, policy=DraftPolicy(max_length=5)):
+    sequences = Sequences(Target.of(model), ids, capacity=64, draft=draft_view(model, MASK))
+    for block in decode(sequences, Ending(max_length=50), policy=DraftPolicy(max_length=5)):
         assert block.tokens
         size = sequences.lengths[0] - 1
         assert sequences.cache.committed == [size]
@@ -158,8 +159,8 @@ def test_rows_that_cannot_differ_are_decoded_alone(tiny: Any, ids: torch.Tensor)
     """Prevents a batch from being decoded wrongly where position biases come from the mask; and from being refused."""
     model = make_tiny("bloom")
     with pytest.warns(UserWarning, match="decoded one after another"):
-        assert not rows_may_differ(model)
-    assert rows_may_differ(tiny("llama")) and rows_may_differ(tiny("gemma3_text"))
+        assert not rows_may_differ(Target.of(model))
+    assert rows_may_differ(Target.of(tiny("llama"))) and rows_may_differ(Target.of(tiny("gemma3_text")))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -14,6 +14,7 @@ from skipsearch.errors import MaskError, ModelLoadError, UnsupportedModel
 from skipsearch.maskfile import MaskFile
 from skipsearch.model import load
 from skipsearch.model.load import check_mask_belongs, load_model, model_card
+from skipsearch.model.target import Target
 
 TOKENIZER = load.DEMO
 
@@ -136,13 +137,13 @@ def test_a_mask_of_another_model_is_refused(tiny: Any, ids: torch.Tensor) -> Non
     """Prevents a mask from being used on weights it was not searched for; a new dtype is still the same model."""
     llama, other = tiny("llama"), tiny("qwen3")
     mask = SkipMask(attention=[1], num_layers=4)
-    file = MaskFile.of(mask, model=model_card(llama, "some/llama"))
-    check_mask_belongs(file, llama)
-    check_mask_belongs(file, make_tiny("llama").to(torch.bfloat16))
+    file = MaskFile.of(mask, model=model_card(Target.of(llama), "some/llama"))
+    check_mask_belongs(file, Target.of(llama))
+    check_mask_belongs(file, Target.of(make_tiny("llama").to(torch.bfloat16)))
     with pytest.raises(MaskError, match=r"config_sha256 of the mask is .* \(made for some/llama\)"):
-        check_mask_belongs(file, other)
+        check_mask_belongs(file, Target.of(other))
     with pytest.raises(MaskError, match="num_layers of the mask is 4, this model has 2"):
-        check_mask_belongs(file, make_tiny("llama", num_hidden_layers=2))
+        check_mask_belongs(file, Target.of(make_tiny("llama", num_hidden_layers=2)))
     with pytest.raises(MaskError, match="config_sha256"):
         other.generate(ids, max_new_tokens=4, custom_generate=self_speculative(file))
 

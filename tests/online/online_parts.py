@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,12 +10,14 @@ import torch
 from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.mask import KINDS
+from skipsearch.model.target import Target
 
 POLICY = DraftPolicy(ngram=6, never_slower=True)
 
 
 def sequence_of(model: Any, ids: torch.Tensor, new: int, compiled: Any = None) -> Sequences:
-    sequences = Sequences(model, ids, capacity=ids.shape[1] + new + 40, compiled=compiled)
+    target = replace(Target.of(model), compiled=compiled)
+    sequences = Sequences(target, ids, capacity=ids.shape[1] + new + 40)
     for _ in range(new):
         sequences.verify([0])
     return sequences

@@ -10,8 +10,9 @@ from online_parts import free_of
 
 from skipsearch import SkipMask
 from skipsearch.mask import KINDS
+from skipsearch.model.target import Target
 from skipsearch.online.candidates import Candidates, nearest_masks
-from skipsearch.online.live_costs import corner_views
+from skipsearch.online.live_costs import LiveCosts
 
 
 def test_candidates_learn_which_flips_help(demo: Any) -> None:
@@ -20,7 +21,7 @@ def test_candidates_learn_which_flips_help(demo: Any) -> None:
     rng = np.random.default_rng(0)
     worth = dict(zip(free, rng.normal(0, 0.03, len(free)), strict=True))
     near = [SkipMask.from_sublayers(free[:count], layers) for count in range(len(free))]
-    candidates = Candidates(free, layers, near, 0)
+    candidates = Candidates(layers, near, 0)
     first = candidates.first()
     assert len({len(mask) for mask in first}) == len(first) == 3
     value = lambda mask: sum(worth[sub] for sub in free if mask.skips(*sub))
@@ -43,13 +44,13 @@ def test_first_masks_skip_what_does_nothing(tiny: Any, ids: torch.Tensor) -> Non
     import copy
 
     model = copy.deepcopy(tiny("llama"))
-    free, layers = free_of(model)
+    free, _ = free_of(model)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.zero_()
-    corners = corner_views(model, layers)
-    halves = [corners[kind] for kind in KINDS]
-    for mask in nearest_masks(model, halves, ids[:1], free, layers):
+    target = Target.of(model)
+    halves = [LiveCosts(target).views[kind] for kind in KINDS]
+    for mask in nearest_masks(target, halves, ids[:1]):
         assert mask.skips("mlp", 1)
     kept = [sub for sub in free if sub != ("attention", 0)]
-    masks = nearest_masks(model, halves, ids[:1], kept, layers)
+    masks = nearest_masks(target, halves, ids[:1], free=kept)
     assert masks and not any(mask.skips("attention", 0) for mask in masks)

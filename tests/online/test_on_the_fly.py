@@ -11,7 +11,7 @@ import torch
 
 from skipsearch import SkipMask, load_mask, self_speculative
 from skipsearch.errors import DecodingError
-from skipsearch.online import incumbent as contests
+from skipsearch.online import incumbent as incumbents
 from skipsearch.online import tuner as tuning
 from skipsearch.online.budget import Budget
 from skipsearch.online.tuner import OnTheFly
@@ -20,8 +20,8 @@ from skipsearch.online.tuner import OnTheFly
 @pytest.mark.parametrize("sampled", [False, True])
 def test_output_stays_the_targets_while_masks_change(demo: Any, sampled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents scratch keys of scoring, or a change of masks inside a sequence, from reaching the output."""
-    monkeypatch.setattr(contests, "PAYS", 0.0)  # whatever is tried is served
-    monkeypatch.setattr(contests, "SURE", -9.0)
+    monkeypatch.setattr(incumbents, "PAYS", 0.0)  # whatever is tried is served
+    monkeypatch.setattr(incumbents, "SURE", -9.0)
     method = self_speculative("auto", share=0.9, backend="eager", never_slower=False)
     for text in ("def read_config(path):\n", "import os\n\nclass Walker:\n", "for name in names:\n"):
         inputs = demo.tokenizer(text, return_tensors="pt")
@@ -59,14 +59,14 @@ def test_a_budget_lets_a_step_begin_only_if_it_ends_within_the_share() -> None:
     budget = Budget(0.1)
     budget.decoding, budget.improvable = 20.0, 10.0
     with budget.search():
-        assert budget.may("pass", 0.1) and not budget.may("pass", 0.2)  # six plain steps, it is thought
+        assert budget.allows("pass", 0.1) and not budget.allows("pass", 0.2)  # six plain steps, it is thought
         budget.seconds["pass"] = 0.4
-        assert budget.may("pass", 9.9, times=2) and not budget.may("pass", 9.9, times=3)
-        assert budget.may("pass", 9.9, part=0.5) and not budget.may("pass", 9.9, part=0.3)
+        assert budget.allows("pass", 9.9, times=2) and not budget.allows("pass", 9.9, times=3)
+        assert budget.allows("pass", 9.9, part=0.5) and not budget.allows("pass", 9.9, part=0.3)
         budget.improvable = 1000.0  # what was not spent is not saved up
-        assert budget.may("pass", 0.01, times=2) and not budget.may("states", 0.5, times=99)
+        assert budget.allows("pass", 0.01, times=2) and not budget.allows("states", 0.5, times=99)
         budget.searching += 0.6
-        assert not budget.may("pass", 0.01)
+        assert not budget.allows("pass", 0.01)
     with budget.step("pass"):
         pass
     assert budget.counts["pass"] == 1 and budget.seconds["pass"] < 0.4 and budget.spent > 0
@@ -80,7 +80,7 @@ def test_what_was_found_can_be_saved(demo: Any, tmp_path: Any) -> None:
         tuner.save(tmp_path / "mask.json")
     assert isinstance(tuner, OnTheFly)
     domain = tuner.domains.of(torch.tensor([5, 6, 7]))
-    found = domain.contest
+    found = domain.incumbent
     found.mask = SkipMask(attention=[3], mlp=[2], num_layers=20)
     found.policy = replace(found.policy, max_length=6, exit_threshold=0.4, adaptive=True)
     tuner.save(tmp_path / "mask.json")

@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from online_parts import free_of, sequence_of
+from online_parts import sequence_of
 
 from skipsearch import SkipMask
+from skipsearch.evaluate.mask_replay import MaskReplay
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.trace import Trace
-from skipsearch.online.live_costs import corner_views, measure
+from skipsearch.model.target import Target
+from skipsearch.online.live_costs import LiveCosts
 from skipsearch.online.window import LENGTH, Window
 
 
@@ -24,14 +26,16 @@ def test_a_window_sees_what_replay_sees(tiny: Any, ids: torch.Tensor, family: st
     mask = SkipMask(attention=[0], mlp=[layers - 1], num_layers=layers)
     sequences = sequence_of(model, ids, 40)
     text = sequences.ids[0, : sequences.lengths[0]].tolist()
-    window = Window(model, sequences, 30)
-    ((right, sure, _),) = window.outlook(mask)
+    window = Window(sequences, 30)
+    (found,) = window.outcomes(mask)
     first = len(text) - 30
     trace = Trace(prompts=(tuple(text[:first]),), continuations=(tuple(text[first:]),), new_tokens=30)
-    right_SK, sure_SK = Replay(model, trace, LENGTH).of(mask).look([(0, t) for t in range(first, len(text), LENGTH)])
-    assert right == right_SK.flatten().tolist()[:30]
-    np.testing.assert_allclose(sure, sure_SK.flatten().tolist()[:30], atol=1e-4)
-    assert sum(right) > 0 or family != "llama"
+    correct_SK, confidence_SK = MaskReplay(Replay(Target.of(model), trace, LENGTH), mask).evaluate(
+        [(0, t) for t in range(first, len(text), LENGTH)]
+    )
+    assert found.correct == correct_SK.flatten().tolist()[:30]
+    np.testing.assert_allclose(found.confidence, confidence_SK.flatten().tolist()[:30], atol=1e-4)
+    assert sum(found.correct) > 0 or family != "llama"
     following = [sequences.verify([0])[0].tokens[0] for _ in range(6)]
     untouched = sequence_of(model, ids, 40)
     assert following == [untouched.verify([0])[0].tokens[0] for _ in range(6)]
@@ -40,11 +44,12 @@ def test_a_window_sees_what_replay_sees(tiny: Any, ids: torch.Tensor, family: st
 def test_prices_leave_the_sequence_as_it_was(tiny: Any, ids: torch.Tensor) -> None:
     """Prevents timing from committing tokens."""
     model = tiny("llama")
-    _, layers = free_of(model)
     sequences = sequence_of(model, ids, 5)
     before, committed = sequences.ids[:, : sequences.lengths[0]].clone(), list(sequences.cache.committed)
-    steps, verifies = measure(sequences, corner_views(model, layers))
-    assert set(steps) == {"attention", "mlp", "rest"} and all(v > 0 for v in (*steps.values(), *verifies.values()))
+    costs = LiveCosts(Target.of(model))
+    costs.measure(sequences)
+    assert set(costs.steps) == {"attention", "mlp", "rest"}
+    assert all(v > 0 for v in (*costs.steps.values(), *costs.verifies.values()))
     assert torch.equal(before, sequences.ids[:, : sequences.lengths[0]]) and sequences.draft_model is None
     untouched = sequence_of(model, ids, 5)
     assert committed == untouched.cache.committed

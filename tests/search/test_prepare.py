@@ -13,6 +13,7 @@ from skipsearch.evaluate.objective import score
 from skipsearch.evaluate.prompts import Prompts
 from skipsearch.evaluate.replay import Replay
 from skipsearch.mask import KINDS
+from skipsearch.model.target import Target
 from skipsearch.search.prepare import Prepared
 from skipsearch.search.space import Space
 
@@ -23,7 +24,7 @@ def test_the_context_that_is_asked_for_decides_the_mask() -> None:
     for layer in model.model.layers[2:]:  # so that skipping attention is never free
         layer.self_attn.o_proj.weight.data *= 3
     trace = make_trace(model, prompts=8)
-    replay, points = Replay(model, trace, 4), []
+    replay, points = Replay(Target.of(model), trace, 4), []
     for context, attention in ((8, 0.3), (3000, 20.0)):
         plain = 4 * attention + 4.2
         verify = tuple(plain * (1 + 0.02 * k) for k in range(13))
@@ -32,7 +33,7 @@ def test_the_context_that_is_asked_for_decides_the_mask() -> None:
     found = []
     for contexts in ((8,), (3000,), (8, 3000)):
         point = Prepared(
-            prompts=Prompts(calibration=(), held_out=()), trace=trace, identity={}, compiled=None,
+            prompts=Prompts(calibration=(), held_out=()), trace=trace, identity={}, target=Target.of(model),
             costs=Costs(identity="", points=tuple(points)), space=Space(num_layers=4, fixed=SkipMask(num_layers=4)),
             contexts=contexts,
         ).point  # fmt: skip

@@ -15,7 +15,7 @@ from skipsearch import load_mask, search, self_speculative
 from skipsearch.errors import PromptError, ResultsError, SkipsearchError, StudyMismatch
 from skipsearch.search.options import MAX_LENGTH, SearchOptions
 from skipsearch.search.prepare import chosen_prompts
-from skipsearch.search.run import validate_file
+from skipsearch.search.revalidate import validate_file
 
 SMALL = SearchOptions(
     trials=14, prompts=3, held_out=2, prompt_tokens=16, new_tokens=16, trial_tokens=12, rounds=1,
@@ -64,7 +64,7 @@ def test_another_set_up_is_refused(result: Any, demo: Any) -> None:
 
 def test_calibration_and_held_out_prompts_are_disjoint(demo: Any) -> None:
     """Prevents validation on what the search has seen."""
-    prompts = chosen_prompts(demo, SearchOptions())
+    prompts = chosen_prompts(demo.target, demo.tokenizer, SearchOptions())
     assert not set(prompts.calibration) & set(prompts.held_out)
     assert len(prompts.calibration) == 24 and len(prompts.held_out) == 20
 
@@ -95,7 +95,7 @@ def test_settings_are_checked(changes: Any, words: str) -> None:
 def test_no_room_in_the_context(demo: Any) -> None:
     """Prevents positions beyond what the model was trained on."""
     with pytest.raises(PromptError, match="new_tokens is 600"):
-        chosen_prompts(demo, replace(SMALL, new_tokens=600))
+        chosen_prompts(demo.target, demo.tokenizer, replace(SMALL, new_tokens=600))
 
 
 def test_validate_gives_fresh_evidence(result: Any, demo: Any) -> None:
@@ -110,11 +110,14 @@ def test_a_mask_for_long_contexts_is_proven_at_them(demo: Any) -> None:
     """Prevents --context from steering the search alone, with a verdict from short prompts."""
     without = replace(SMALL, held_out=3)
     options = replace(without, contexts=(100, 300, 480))
-    short, long = chosen_prompts(demo, without), chosen_prompts(demo, options)
+    short, long = (
+        chosen_prompts(demo.target, demo.tokenizer, without),
+        chosen_prompts(demo.target, demo.tokenizer, options),
+    )
     assert long.calibration == short.calibration
     room = demo.model.config.max_position_embeddings - SMALL.new_tokens - MAX_LENGTH
     for i, (prompt, longer) in enumerate(zip(short.held_out, long.held_out, strict=True)):
         wanted = min(room, options.contexts[i % 3] - SMALL.new_tokens // 2)
         assert len(longer) == max(len(prompt), wanted) and longer[-len(prompt) :] == prompt
     with pytest.raises(PromptError, match="context is 5000"):
-        chosen_prompts(demo, replace(SMALL, contexts=(5000,)))
+        chosen_prompts(demo.target, demo.tokenizer, replace(SMALL, contexts=(5000,)))

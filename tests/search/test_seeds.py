@@ -17,6 +17,7 @@ from traces import POINT, make_trace
 from skipsearch import SkipMask
 from skipsearch.evaluate.hidden_states import layer_states
 from skipsearch.model.preset import presets
+from skipsearch.model.target import Target
 from skipsearch.search.seeds import (
     all_seeds,
     block_influence,
@@ -24,7 +25,7 @@ from skipsearch.search.seeds import (
     knapsack,
     nearest_states,
     published,
-    saves,
+    seconds_saved,
     single_skip_loss,
     uniform,
 )
@@ -36,7 +37,7 @@ def test_sensitivity_finds_the_harmless_sublayer(tiny: Any) -> None:
     model = make_tiny("llama", seed=1)
     model.model.layers[2].mlp.down_proj.weight.data.zero_()
     space = Space(num_layers=4, fixed=SkipMask(num_layers=4))
-    loss = single_skip_loss(model, make_trace(model), space, quiet)
+    loss = single_skip_loss(Target.of(model), make_trace(model), space, quiet)
     assert loss["mlp", 2] == 0 and max(loss.values()) > 0
     seeds = by_sensitivity(space, loss, POINT)
     assert all(mask.skips("mlp", 2) for _, mask in seeds)
@@ -65,9 +66,9 @@ def test_the_knapsack_is_the_best_there_is(data: Any) -> None:
     weight = {sub: max(1, round(harm[sub] / unit)) for sub in space.free}
     for label, mask in knapsack(space, loss, point):
         room = round(float(label.split(":")[1]) * 256)
-        gain = sum(saves(point, sub) for sub in mask.sublayers())
+        gain = sum(seconds_saved(point, sub) for sub in mask.sublayers())
         subsets = (c for n in range(7) for c in itertools.combinations(space.free, n))
-        best = max(sum(saves(point, s) for s in c) for c in subsets if sum(weight[s] for s in c) <= room)
+        best = max(sum(seconds_saved(point, s) for s in c) for c in subsets if sum(weight[s] for s in c) <= room)
         assert sum(weight[sub] for sub in mask.sublayers()) <= room and gain == pytest.approx(best)
 
 
@@ -82,7 +83,7 @@ def test_seeds_from_hidden_states_find_the_idle_layer(family: str) -> None:
         if "norm" not in name and "ln_" not in name:
             weight.data.zero_()  # both branches add nothing
     space = Space(num_layers=4, fixed=SkipMask(num_layers=4))
-    states = layer_states(model, *make_trace(model).padded(model.device))
+    states = layer_states(Target.of(model), *make_trace(model).padded(model.device))
     for i in range(4):
         assert torch.equal(states.run(i, states.hidden[i]), states.hidden[i + 1])
     idle = SkipMask(attention=[2], mlp=[2], num_layers=4)
@@ -94,7 +95,7 @@ def test_every_seed_is_a_mask_of_the_space(tiny: Any) -> None:
     """Prevents a seed from skipping what is fixed, and an earlier mask from being forgotten."""
     model, fixed = tiny("llama"), SkipMask(attention=[0], mlp=[1], num_layers=4)
     space, earlier = Space(num_layers=4, fixed=fixed), SkipMask(attention=[2, 3], num_layers=4)
-    seeds = all_seeds(model, make_trace(model), space, POINT, quiet, None, earlier)
+    seeds = all_seeds(Target.of(model), make_trace(model), space, POINT, quiet, None, earlier)
     assert dict(seeds)["earlier"] == earlier
     assert all(not mask & fixed for _, mask in seeds)
     assert {name.split(":")[0] for name, _ in seeds} == {

@@ -1,0 +1,190 @@
+"""Timing: ways to decode as arms, timed side by side on the same prompts.
+
+Promises interleaved arms, warm-up, synchronised clocks, and the prefill left out of all arms alike.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from scipy.stats import bootstrap
+from transformers import PreTrainedModel
+
+from skipsearch.compiled.backend import Progress
+from skipsearch.decoding.loop import Ending, decode
+from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.decoding.processors import TokenSelection
+from skipsearch.decoding.scheduler import Scheduler
+from skipsearch.decoding.sequences import Sequences
+from skipsearch.decoding.stats import DecodeStats
+from skipsearch.decoding.tuner import Tuner
+from skipsearch.draft.view import draft_view
+from skipsearch.evaluate.prompts import Ids
+from skipsearch.evaluate.trace import DecodeSettings
+from skipsearch.mask import SkipMask
+from skipsearch.model.device import synchronize
+from skipsearch.model.target import Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One prompt decoded once.
+
+    Attributes:
+        seconds, tokens: of decoding, behind the prefill and the tokens that came with it.
+        prefill: seconds before that.
+        ids: all new tokens.
+        stats: raw counts, where the decoder keeps them.
+    """
+
+    seconds: float
+    tokens: int
+    prefill: float
+    ids: tuple[int, ...]
+    stats: DecodeStats
+
+
+Arm = Callable[[Ids, int], Run]
+
+
+@dataclass(slots=True, kw_only=True)
+class OurArm:
+    """Our own decoding as an arm: call it with a prompt and the number of new tokens.
+
+    Attributes:
+        target: decides the output.
+        draft: the draft view; None decodes plainly.
+        policy: how to draft.
+        scheduler: estimates that go on from prompt to prompt, as those of a served model do.
+        temperature: at which tokens are sampled; 0: greedily.
+        tuner: chooses in place of `policy` and `scheduler`.
+        aligned: see `Batch`.
+    """
+
+    target: Target
+    draft: PreTrainedModel | None = None
+    policy: DraftPolicy | None = None
+    scheduler: Scheduler = field(default_factory=Scheduler)
+    temperature: float = 0.0
+    tuner: Tuner | None = None
+    aligned: int = 0
+
+    def __call__(self, prompt: Ids, new_tokens: int) -> Run:
+        """Decode; the clock starts when the prefill has given its token."""
+        target = self.target
+        ending = Ending(max_length=len(prompt) + new_tokens, eos_ids=target.eos_ids)
+        stats, ids, start = DecodeStats(), list[int](), 0.0
+        synchronize(target.device)
+        begin = time.perf_counter()
+        sequences = Sequences(
+            target, target.ids(prompt), capacity=ending.max_length, draft=self.draft, aligned=self.aligned,
+            selection=TokenSelection.at_temperature(self.temperature, len(prompt), target.device),
+        )  # fmt: skip
+        for block in decode(
+            sequences, ending, policy=self.policy, stats=stats, scheduler=self.scheduler, tuner=self.tuner,
+            temperature=self.temperature,
+        ):  # fmt: skip
+            if not ids:
+                synchronize(target.device)
+                start = time.perf_counter()
+            ids += block.tokens
+        synchronize(target.device)
+        seconds = time.perf_counter() - start
+        return Run(seconds=seconds, tokens=len(ids) - 1, prefill=start - begin, ids=tuple(ids), stats=stats)
+
+
+def our_arm(
+    target: Target, mask: SkipMask | None = None, policy: DraftPolicy | None = None, temperature: float = 0.0
+) -> OurArm:
+    """The arm that drafts with a mask; without one, plain decoding."""
+    draft = None if mask is None else draft_view(target.model, mask)
+    scheduler = Scheduler(() if policy is None else policy.costs)
+    return OurArm(target=target, draft=draft, policy=policy, scheduler=scheduler, temperature=temperature)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """An arm's runs over all prompts.
+
+    Attributes:
+        seconds: of each prompt, the median of its rounds.
+        prefill: likewise.
+        runs: the last one of each prompt.
+    """
+
+    seconds: np.ndarray
+    prefill: np.ndarray
+    runs: tuple[Run, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(run.tokens for run in self.runs)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / float(self.seconds.sum())
+
+    @property
+    def stats(self) -> DecodeStats:
+        total = DecodeStats()
+        for run in self.runs:
+            total.add(run.stats)
+        return total
+
+    def ids(self) -> list[tuple[int, ...]]:
+        """The new tokens of each prompt."""
+        return [run.ids for run in self.runs]
+
+    def speedup(self, baseline: Timing, seed: int = 0) -> tuple[float, tuple[float, float]]:
+        """Tokens per second over those of another arm, with a 95 % interval (percentile bootstrap over prompts)."""
+        mine, other = (t.seconds / np.array([max(1, r.tokens) for r in t.runs]) for t in (self, baseline))
+        weights = np.array([max(1, run.tokens) for run in baseline.runs])
+        return float((other * weights).sum() / (mine * weights).sum()), interval(other * weights, mine * weights, seed)
+
+
+def time_interleaved(
+    arms: dict[str, Arm], prompts: Sequence[Ids], settings: DecodeSettings, progress: Progress,
+    stage: str = "validate",
+) -> dict[str, Timing]:  # fmt: skip
+    """Time arms prompt by prompt, in random order within each prompt and round, after a warm-up of each."""
+    new_tokens, rounds = settings.new_tokens, settings.rounds
+    rng = random.Random(settings.seed)
+    for arm in arms.values():  # first calls choose kernels and fill caches; on a GPU each length captures graphs
+        if torch.cuda.is_available():
+            for prompt in prompts:
+                arm(prompt, new_tokens)
+        arm(prompts[0], min(16, new_tokens))
+    seconds: dict[str, list[list[float]]] = {name: [[] for _ in prompts] for name in arms}
+    prefill: dict[str, list[list[float]]] = {name: [[] for _ in prompts] for name in arms}
+    runs: dict[tuple[str, int], Run] = {}
+    for turn in range(rounds):
+        for i, prompt in enumerate(prompts):
+            for name in rng.sample(sorted(arms), len(arms)):
+                run = arms[name](prompt, new_tokens)
+                seconds[name][i].append(run.seconds)
+                prefill[name][i].append(run.prefill)
+                runs[name, i] = run
+            progress(stage, turn * len(prompts) + i + 1, rounds * len(prompts))
+    return {
+        name: Timing(
+            seconds=np.array([statistics.median(s) for s in seconds[name]]),
+            prefill=np.array([statistics.median(s) for s in prefill[name]]),
+            runs=tuple(runs[name, i] for i in range(len(prompts))),
+        )
+        for name in arms
+    }
+
+
+def interval(plain: np.ndarray, masked: np.ndarray, seed: int) -> tuple[float, float]:
+    """95 % bootstrap interval of sum(plain) / sum(masked), resampling prompts in pairs."""
+    found = bootstrap(
+        (plain, masked), lambda a, b, axis=-1: a.sum(axis=axis) / b.sum(axis=axis), paired=True,
+        method="percentile", n_resamples=2000, rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return float(found.low), float(found.high)

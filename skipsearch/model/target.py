@@ -1,0 +1,128 @@
+"""Target: a causal LM with everything that is asked about it again and again.
+
+Made once where a model enters (`load_model`, `search`, `generate`) and passed on from there. Holds the model, so
+whoever must not keep a model alive keeps no Target either.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from skipsearch.model.device import input_device
+from skipsearch.model.masks import AttentionLayout
+from skipsearch.model.sublayers import Sublayers, find_sublayers
+
+UNLIMITED = 1 << 20  # tokens of context where the config names no limit
+
+
+class CompiledForwards(Protocol):
+    """What decoding needs of a compiled backend; `skipsearch.compiled.model.CompiledModel` has it.
+
+    Buffers and lists of layers come from the backend and go back to it; nothing else looks into them.
+    """
+
+    chunk: int  # tokens of one forward of the prefill
+
+    def acquire(self, capacity: int, owner: object) -> Any:
+        """Buffers with room for so many tokens, returned when `owner` is gone."""
+
+    def layers_of(self, model: nn.Module) -> Sequence[Any]:
+        """The layers that the model, or a draft view of it, runs."""
+
+    def forward(
+        self, layers: Sequence[Any], buffers: Any, start: int, place: int, tokens: int, keep_last: bool = False
+    ) -> Any:
+        """One forward of `tokens` tokens."""
+
+    def draft(self, layers: Sequence[Any], buffers: Any, start: int, place: int, steps: int) -> None:
+        """Draft greedily without waiting for the host."""
+
+
+def context_limit(config: Any) -> int:
+    """Tokens that the positions of a text config reach."""
+    return int(getattr(config, "max_position_embeddings", None) or UNLIMITED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Target:
+    """The model that decides the output, seen as draft and verify need it.
+
+    Attributes:
+        model: the causal LM itself; never changed.
+        sublayers: where its residual branches are.
+        device: where token ids go.
+        context: the longest sequence in tokens that its positions reach.
+        vocabulary: number of tokens.
+        attention: which keys each layer's queries may see.
+        takes_positions: whether the forward takes `position_ids`; models with ALiBi do not.
+        takes_logits_to_keep: whether the forward can leave out logits that nobody reads.
+        compiled: what runs single sequences in place of the model's own forward; None: eager decoding.
+    """
+
+    model: PreTrainedModel
+    sublayers: Sublayers
+    device: torch.device
+    context: int
+    vocabulary: int
+    attention: AttentionLayout
+    takes_positions: bool
+    takes_logits_to_keep: bool
+    compiled: CompiledForwards | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Target:
+        """Detect and prove a model's sublayers, and read the rest; eager.
+
+        Raises:
+            UnsupportedModel: its sublayers cannot be skipped with proof.
+        """
+        config = model.config.get_text_config(decoder=True)
+        return cls(
+            model=model, sublayers=find_sublayers(model), device=input_device(model),
+            context=context_limit(config), vocabulary=config.vocab_size,
+            attention=AttentionLayout.of(model),
+            takes_positions="position_ids" in inspect.signature(model.forward).parameters,
+            takes_logits_to_keep=model._supports_logits_to_keep(),
+        )  # fmt: skip
+
+    @property
+    def num_layers(self) -> int:
+        return self.sublayers.num_layers
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers."""
+        return list(self.model.get_submodule(self.sublayers.path).children())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def backend(self) -> Literal["eager", "compiled"]:
+        """What runs forwards, in the words of mask.json."""
+        return "eager" if self.compiled is None else "compiled"
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """End-of-sequence tokens of the model's generation config."""
+        config = self.model.generation_config
+        eos = config.eos_token_id if config is not None else None
+        return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
+
+    def ids(self, tokens: Sequence[int]) -> Tensor:
+        """One sequence of token ids [1, T] on the target's device."""
+        return torch.tensor([tokens], device=self.device)
+
+    def random_ids(self, length: int) -> Tensor:
+        """A sequence of random tokens [1, length], always the same one."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(self.vocabulary, (1, length), generator=generator).to(self.device)

@@ -1,0 +1,35 @@
+"""A mask file measured again, on held-out prompts of this machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from skipsearch.compiled.backend import Progress, warm_mask, with_backend
+from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.evaluate.audit import Audit, audit
+from skipsearch.evaluate.validate import evidence, measure
+from skipsearch.maskfile import MaskFile
+from skipsearch.model.load import Loaded
+from skipsearch.search.options import SearchOptions
+from skipsearch.search.prepare import chosen_prompts
+
+
+def validate_file(loaded: Loaded, file: MaskFile, options: SearchOptions, progress: Progress) -> MaskFile:
+    """Time a mask file again; returns it with fresh evidence."""
+    prompts = chosen_prompts(loaded.target, loaded.tokenizer, options).held_out
+    target = with_backend(loaded.target, options.backend, progress)
+    policy = DraftPolicy(**file.draft.model_dump())
+    warm_mask(target, file.mask, progress)
+    measured = measure(
+        target, prompts, file.mask, replace(policy, ngram=0, never_slower=False), options.decoding, progress,
+        served=policy if policy.ngram or policy.never_slower else None,
+    )  # fmt: skip
+    known = file.evidence.cost_ratio if file.evidence else 0.0
+    return file.model_copy(update={"evidence": evidence(target, prompts, measured, known, options.temperature)})
+
+
+def audit_file(loaded: Loaded, file: MaskFile, options: SearchOptions, progress: Progress) -> Audit:
+    """Compare a mask file's output with plain decoding, and explain each difference."""
+    prompts = chosen_prompts(loaded.target, loaded.tokenizer, options).held_out
+    policy = DraftPolicy(**file.draft.model_dump())
+    return audit(loaded.target, prompts, file.mask, policy, new_tokens=options.new_tokens, progress=progress)

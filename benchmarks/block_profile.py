@@ -18,15 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from skipsearch.compiled.backend import backend_name, compiled_for, warm_mask
-from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.compiled.backend import warm_mask, with_backend
 from skipsearch.decoding.sequences import Sequences
-from skipsearch.evaluate.cost import device_name
-from skipsearch.evaluate.profile import synchronize
-from skipsearch.evaluate.validate import our_arm
+from skipsearch.evaluate.timing import our_arm
 from skipsearch.maskfile import load_mask
+from skipsearch.model.device import device_name, synchronize
 from skipsearch.model.load import load_model
-from skipsearch.model.sublayers import input_device
+from skipsearch.policy import DraftPolicy
 from skipsearch.search.options import SearchOptions
 from skipsearch.search.prepare import chosen_prompts
 
@@ -41,14 +39,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96)
     args = parser.parse_args()
     loaded, file = load_model(args.model, dtype=args.dtype), load_mask(args.mask)
-    model, policy = loaded.model, DraftPolicy(**file.draft.model_dump())
+    policy = file.draft
     start = time.perf_counter()
-    compiled = compiled_for(model, args.backend)
-    warm_mask(compiled, model, file.mask)
+    target = with_backend(loaded.target, args.backend)
+    warm_mask(target, file.mask)
     compiling = time.perf_counter() - start
     print(f"compiled, or read back, in {compiling:.1f} s", flush=True)
-    device = input_device(model)
-    prompts = chosen_prompts(loaded, SearchOptions(held_out=args.prompts, new_tokens=args.tokens)).held_out
+    device = target.device
+    options = SearchOptions(held_out=args.prompts, new_tokens=args.tokens)
+    prompts = chosen_prompts(target, loaded.tokenizer, options).held_out
     spent: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
 
@@ -66,20 +65,20 @@ def main() -> None:
 
     forward, several = Sequences._forward, None
     Sequences._forward = clocked(  # type: ignore[method-assign]
-        lambda self, which, *_: "verify" if which is self.target else "draft", forward
+        lambda self, which, *_: "verify" if which is self.target.model else "draft", forward
     )
-    if compiled is not None:
+    if target.compiled is not None:
         Sequences._compiled = clocked(  # type: ignore[method-assign]
-            lambda self, target, *_: "verify" if target else "draft", Sequences._compiled
+            lambda self, of_target, *_: "verify" if of_target else "draft", Sequences._compiled
         )
-        several = type(compiled).draft
-        type(compiled).draft = clocked(lambda *_: "draft", several)  # type: ignore[method-assign]
+        several = type(target.compiled).draft
+        type(target.compiled).draft = clocked(lambda *_: "draft", several)  # type: ignore[method-assign]
         Sequences._forward = forward  # type: ignore[method-assign]
     arms = {
-        "plain": our_arm(model, compiled=compiled),
-        "mask": our_arm(model, file.mask, replace(policy, ngram=0, never_slower=False), compiled),
-        "n-gram": our_arm(model, None, DraftPolicy(max_length=1, ngram=10, never_slower=True), compiled),
-        "hybrid": our_arm(model, file.mask, replace(policy, ngram=10, never_slower=True), compiled),
+        "plain": our_arm(target),
+        "mask": our_arm(target, file.mask, replace(policy, ngram=0, never_slower=False)),
+        "n-gram": our_arm(target, None, DraftPolicy(max_length=1, ngram=10, never_slower=True)),
+        "hybrid": our_arm(target, file.mask, replace(policy, ngram=10, never_slower=True)),
     }
     rows = {}
     for name, arm in arms.items():
@@ -104,7 +103,7 @@ def main() -> None:
         json.dumps(
             {
                 "benchmark": "block_profile", "device": device_name(device), "model": args.model,
-                "dtype": str(model.dtype), "backend": backend_name(compiled),
+                "dtype": str(target.dtype), "backend": target.backend,
                 "compile_s": round(compiling, 1), "arms": rows,
             }
         )

@@ -33,18 +33,20 @@ from skipsearch.bench.arms import hf_arm
 from skipsearch.bench.bench import BenchOptions, bench, step_costs, weight_bytes
 from skipsearch.bench.groups import prompt_groups
 from skipsearch.bench.machine import copy_bandwidth, read_bandwidth
-from skipsearch.compiled.backend import compiled_for, warm_mask
-from skipsearch.decoding.policy import DraftPolicy
-from skipsearch.evaluate.cost import device_name
+from skipsearch.compiled.backend import warm_mask, with_backend
+from skipsearch.evaluate.cost import Costs, Point
 from skipsearch.evaluate.objective import score
 from skipsearch.evaluate.profile import profile, sequence_at, timed
 from skipsearch.evaluate.replay import Replay
-from skipsearch.evaluate.trace import record
-from skipsearch.evaluate.validate import our_arm
+from skipsearch.evaluate.timing import our_arm
+from skipsearch.evaluate.trace import DecodeSettings, record
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import load_mask
+from skipsearch.model.device import device_name
 from skipsearch.model.load import Loaded, load_model
 from skipsearch.model.preset import presets
+from skipsearch.model.target import Target
+from skipsearch.policy import DraftPolicy
 from skipsearch.report.bench import save_bench
 from skipsearch.search.options import MAX_LENGTH, SearchOptions
 
@@ -91,11 +93,12 @@ def shape_row(name: str, shape: tuple[int, ...], device: torch.device, bandwidth
     moved = weight_bytes(model)
     row: dict[str, Any] = {"shape": name, "parameters": sum(p.numel() for p in model.parameters()), "bytes": moved}
     start = time.perf_counter()
-    compiled = compiled_for(model, "compiled")
+    eager = Target.of(model)
+    compiled = with_backend(eager, "compiled")
     row["compile_seconds"] = time.perf_counter() - start
-    arms = {"generate": hf_arm(model), "eager": our_arm(model)}
-    if compiled is not None:
-        arms["compiled"] = our_arm(model, compiled=compiled)
+    arms = {"generate": hf_arm(eager), "eager": our_arm(eager)}
+    if compiled.compiled is not None:
+        arms["compiled"] = our_arm(compiled)
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     for turn in range(4):
         for arm, run in arms.items():
@@ -105,10 +108,10 @@ def shape_row(name: str, shape: tuple[int, ...], device: torch.device, bandwidth
     for arm, values in seconds.items():
         step = statistics.median(values)
         row[arm] = {"ms_a_token": 1e3 * step, "of_copy_bandwidth": moved / step / bandwidth}
-    if compiled is not None:
+    if compiled.compiled is not None:
         row["compiled_over_generate"] = row["generate"]["ms_a_token"] / row["compiled"]["ms_a_token"]
-    for label, backend in (("eager", None), ("compiled", compiled))[: len(arms) - 1]:
-        plain = sequence_at(model, SkipMask(num_layers=shape[2]), 128, MAX_LENGTH, backend)
+    for label, target in (("eager", eager), ("compiled", compiled))[: len(arms) - 1]:
+        plain = sequence_at(target, None, 128, MAX_LENGTH)
         row[f"verify_{label}"] = {
             k: statistics.median(timed(plain, partial(plain.verify, [k])) for _ in range(9)) for k in (0, 1, 4, 8, 12)
         }
@@ -117,8 +120,8 @@ def shape_row(name: str, shape: tuple[int, ...], device: torch.device, bandwidth
         preset = presets().get(name)
         for seed in preset.masks if preset is not None else ():
             if seed.mask.num_layers == shape[2]:
-                warm_mask(backend, model, seed.mask)
-                draft, step = step_costs(model, seed.mask, backend, 128, repeats=7)
+                warm_mask(target, seed.mask)
+                draft, step = step_costs(target, seed.mask, 128, repeats=7)
                 row[f"c_{label}"][seed.name] = draft / step
     return row
 
@@ -132,18 +135,17 @@ def widened_row(times: int, device: torch.device, folder: Path, per_group: int, 
         row["relative_difference_fp32"] = difference(narrow.model, wide)
     wide = wide.to(device, torch.bfloat16)
     narrow.model.to(device)
-    compiled = compiled_for(wide, "auto")
-    costs = profile(wide, "wide", contexts=[112], max_length=MAX_LENGTH, progress=quiet, repeats=5, compiled=compiled)
-    point = costs.points[0]
+    target = with_backend(Target.of(wide), "auto")
+    (point,) = profile(target, contexts=[112], max_length=MAX_LENGTH, progress=quiet, repeats=5)
     row |= {"verify": point.verify, "attention": point.attention[-1], "mlp": point.mlp[-1], "rest": point.rest}
-    mask, policy, how = _search(narrow, costs, folder, tokens)
-    warm_mask(compiled, wide, mask)
+    mask, policy, how = _search(narrow, point, folder, tokens)
+    warm_mask(target, mask)
     policy = dataclasses.replace(policy, ngram=10, never_slower=True)
     groups = prompt_groups(
         ["builtin", "random"], narrow.tokenizer, per_group=per_group, room=300, seed=0,
-        vocabulary=wide.config.vocab_size,
+        vocabulary=target.vocabulary,
     )  # fmt: skip
-    data = bench(wide, groups, mask, policy, BenchOptions(new_tokens=tokens, rounds=2), quiet)
+    data = bench(target, groups, mask, policy, BenchOptions(new_tokens=tokens, rounds=2), quiet)
     save_bench(data, folder)
     shown = ("arm", "tokens_per_second", "speedup_hf", "speedup_plain", "speedup_plain_ci", "share_of_own_bound",
              "of_copy_bandwidth", "joules_per_token", "equal_to_plain", "prompts")  # fmt: skip
@@ -151,23 +153,24 @@ def widened_row(times: int, device: torch.device, folder: Path, per_group: int, 
     return row | {"mask": mask.to_dict(), "policy": str(policy), "found_by": how}
 
 
-def _search(narrow: Loaded, costs: Any, folder: Path, tokens: int) -> tuple[SkipMask, DraftPolicy, str]:
-    point = costs.points[0]
+def _search(narrow: Loaded, point: Point, folder: Path, tokens: int) -> tuple[SkipMask, DraftPolicy, str]:
+    """A mask and a policy for these costs, their drafts replayed on the narrow model; and how they were found."""
     try:
         from skipsearch.search.prepare import prepare
         from skipsearch.search.run import rescore, search_trials
 
         options = SearchOptions(trials=40, new_tokens=tokens, prompts=12, held_out=4, backend="eager")
+        costs = Costs(identity="wide", points=(point,))
         prepared = dataclasses.replace(prepare(narrow, folder, options, quiet), costs=costs)
-        found, _ = rescore(narrow.model, prepared, search_trials(narrow, prepared, folder, options, quiet), quiet)
+        found, _, _ = rescore(prepared, search_trials(narrow, prepared, folder, options, quiet), quiet)
         return found.mask, found.policy, f"{options.trials} trials"
     except ImportError as missing:
-        file = load_mask(ROOT / "results" / "measured" / "demo.mask.json")
+        target, file = narrow.target, load_mask(ROOT / "results" / "measured" / "demo.mask.json")
         source = prompt_groups(
-            ["builtin"], narrow.tokenizer, per_group=8, room=300, seed=1, vocabulary=narrow.model.config.vocab_size
+            ["builtin"], narrow.tokenizer, per_group=8, room=300, seed=1, vocabulary=target.vocabulary
         )["held-out code"]
-        trace = record(narrow.model, source, tokens, quiet)
-        found = score(Replay(narrow.model, trace, MAX_LENGTH), file.mask, point, thorough=True)
+        trace = record(target, source, DecodeSettings(new_tokens=tokens), quiet)
+        found = score(Replay(target, trace, MAX_LENGTH), file.mask, point, thorough=True)
         return found.mask, found.policy, f"the measured mask, its policy fitted anew ({missing})"
 
 

@@ -22,9 +22,8 @@ import pandas as pd
 import torch
 
 from skipsearch import load_mask, load_model, self_speculative
-from skipsearch.evaluate.cost import device_name
-from skipsearch.evaluate.profile import synchronize
 from skipsearch.files import write_json, write_text
+from skipsearch.model.device import device_name, synchronize
 from skipsearch.search.options import SearchOptions
 from skipsearch.search.prepare import chosen_prompts
 
@@ -65,7 +64,7 @@ def main() -> None:
     loaded, file = load_model(args.model), load_mask(args.mask)
     model, mask = loaded.model, file.mask
     options = SearchOptions(held_out=args.prompts, new_tokens=args.new_tokens)
-    prompts = chosen_prompts(loaded, options).held_out[: args.prompts]
+    prompts = chosen_prompts(loaded.target, loaded.tokenizer, options).held_out[: args.prompts]
     arms: dict[tuple[str, str], tuple[Any, float]] = {
         ("plain sampling", "temperature 1"): (self_speculative(None, backend="eager"), 1.0)
     }

@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 
-from skipsearch import SkipMask, load_mask, load_model, self_speculative
+from skipsearch import SkipMask, draft_view, load_mask, load_model, self_speculative
 from skipsearch.decoding.batch import ALIGNED
 from skipsearch.errors import UnsupportedModel
 from skipsearch.evaluate.audit import audit
 from skipsearch.evaluate.prompts import PromptSource
-from skipsearch.evaluate.validate import timed_decode
+from skipsearch.evaluate.timing import OurArm
 from skipsearch.model.families import FAMILIES, tiny_model
 from skipsearch.model.sublayers import find_sublayers
 from skipsearch.search.options import SearchOptions
@@ -92,7 +92,8 @@ def families(args: argparse.Namespace) -> dict[str, Any]:
 def demo(args: argparse.Namespace) -> dict[str, Any]:
     """A different held-out prompt for each mask."""
     loaded, rng = load_model("demo"), random.Random(0)
-    prompts = chosen_prompts(loaded, SearchOptions(new_tokens=args.tokens)).held_out
+    options = SearchOptions(new_tokens=args.tokens)
+    prompts = chosen_prompts(loaded.target, loaded.tokenizer, options).held_out
     expected: dict[int, torch.Tensor] = {}
     blocks: Counter[tuple[int, int]] = Counter()
     wrong = tokens = 0
@@ -115,7 +116,8 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
 def batch(args: argparse.Namespace) -> dict[str, Any]:
     """Plain and with the mask: eight rows at once and one by one, in turns."""
     loaded, file = load_model("demo"), load_mask(args.mask)
-    prompts = chosen_prompts(loaded, SearchOptions(new_tokens=args.tokens)).held_out[:8]
+    options = SearchOptions(new_tokens=args.tokens)
+    prompts = chosen_prompts(loaded.target, loaded.tokenizer, options).held_out[:8]
     longest = max(map(len, prompts))
     pad = loaded.tokenizer.pad_token_id or 0
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts])
@@ -152,7 +154,7 @@ def prompts(args: argparse.Namespace) -> dict[str, Any]:
     loaded = load_model("demo")
     source = PromptSource(name=str(args.file), chat=False)
     options = SearchOptions(source=source, prompts=2, held_out=1 << 20, new_tokens=args.tokens, prompt_tokens=360)
-    found = chosen_prompts(loaded, options)
+    found = chosen_prompts(loaded.target, loaded.tokenizer, options)
     rows = (*found.calibration, *found.held_out)[: args.limit]
     method = self_speculative(file)
     wrong = tokens = 0
@@ -163,21 +165,21 @@ def prompts(args: argparse.Namespace) -> dict[str, Any]:
         wrong += not torch.equal(out, generate(loaded.model, ids, args.tokens, **seen))
         tokens += out.shape[1]
     print(f"fp32: {len(rows)} prompts, {tokens} tokens, {wrong} divergences from generate", flush=True)
-    half = load_model("demo", dtype="bfloat16").model
+    half = load_model("demo", dtype="bfloat16").target
     explained = audit(half, rows, file.mask, method.policy, new_tokens=args.tokens, progress=lambda *_: None)
     margins = [round(d.margin, 4) for d in explained.divergences]
     print(f"bf16: {len(margins)} of {len(rows)} prompts diverge, "
           f"{sum(d.explained for d in explained.divergences)} explained by rounding", flush=True)  # fmt: skip
-    arms: dict[str, Any] = {
-        "plain": (None, None, None, 0), "mask": (file.mask, method.policy, None, 0),
-        "plain, deterministic": (None, None, None, ALIGNED),
-        "mask, deterministic": (file.mask, method.policy, None, ALIGNED),
+    drafting: dict[str, Any] = {"draft": draft_view(half.model, file.mask), "policy": method.policy}
+    arms: dict[str, dict[str, Any]] = {
+        "plain": {}, "mask": drafting,
+        "plain, deterministic": {"aligned": ALIGNED}, "mask, deterministic": {**drafting, "aligned": ALIGNED},
     }  # fmt: skip
     times, unequal, rng = {arm: [0.0, 0] for arm in arms}, 0, random.Random(0)
     for prompt in rows[: args.deterministic]:
         ids_of = {}
         for arm in rng.sample(sorted(arms), len(arms)):
-            run = timed_decode(half, prompt, args.tokens, *arms[arm])
+            run = OurArm(target=half, **arms[arm])(prompt, args.tokens)  # a new scheduler for each prompt
             times[arm][0], times[arm][1] = times[arm][0] + run.seconds, times[arm][1] + run.tokens
             ids_of[arm] = run.ids
         unequal += ids_of["plain, deterministic"] != ids_of["mask, deterministic"]

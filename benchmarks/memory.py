@@ -38,7 +38,7 @@ def arm(mask_path: str) -> None:
     before = resident()
     loaded = load_model("demo")
     method = self_speculative(mask_path or None)
-    prompts = chosen_prompts(loaded, SearchOptions()).held_out[:4]
+    prompts = chosen_prompts(loaded.target, loaded.tokenizer, SearchOptions()).held_out[:4]
     for prompt in prompts:
         ids = torch.tensor([prompt], device=loaded.model.device)
         out = loaded.model.generate(

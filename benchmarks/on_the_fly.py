@@ -23,14 +23,13 @@ import numpy as np
 import pandas as pd
 from rivals.swift_online import Swift
 
-from skipsearch import draft_view, load_mask, load_model, self_speculative
-from skipsearch.compiled.backend import backend_name, compiled_for, warm_mask
-from skipsearch.decoding.policy import DraftPolicy
-from skipsearch.decoding.scheduler import Pace
-from skipsearch.evaluate.cost import device_name
-from skipsearch.evaluate.validate import timed_decode
+from skipsearch import load_mask, load_model, self_speculative
+from skipsearch.compiled.backend import warm_mask, with_backend
+from skipsearch.evaluate.timing import Arm, OurArm, our_arm
 from skipsearch.files import write_json, write_text
 from skipsearch.mask import KINDS, SkipMask
+from skipsearch.model.device import device_name
+from skipsearch.policy import DraftPolicy
 
 WINDOW = 20  # prompts
 AHEAD = 1.03  # of plain decoding's rate so far: what counts as a benefit
@@ -70,12 +69,11 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     loaded, file = load_model(args.model), load_mask(args.mask)
-    model, mask = loaded.model, file.mask
-    compiled = compiled_for(model, "auto")
+    mask, target = file.mask, with_backend(loaded.target, "auto")
     layers = mask.num_layers
     for half in KINDS:
-        warm_mask(compiled, model, SkipMask(**{half: range(layers)}, num_layers=layers))  # type: ignore[arg-type]
-    served = DraftPolicy(**file.draft.model_dump())
+        warm_mask(target, SkipMask(**{half: range(layers)}, num_layers=layers))  # type: ignore[arg-type]
+    served = file.draft
     alone = replace(served, ngram=0, never_slower=False)
     bare: dict[str, Any] = {"ngram": 0, "never_slower": False, "seed": args.seed}
     ours: dict[str, Any] = {
@@ -83,33 +81,27 @@ def main() -> None:
         "ours from the offline mask, alone": self_speculative("auto", start=file, **bare),
         "ours from the offline mask": self_speculative("auto", start=file, seed=args.seed),
     }  # fmt: skip
-    tuners: dict[str, Any] = {name: method.tuner_for(model, compiled) for name, method in ours.items()}
+    tuners: dict[str, Any] = {name: method.tuner_for(target.model) for name, method in ours.items()}
     every = [(kind, i) for i in range(layers) for kind in KINDS]
-    tuners["SWIFT"] = Swift(model, every, layers, args.seed)
-    tuners["SWIFT, no stop at 0.95"] = Swift(model, every, layers, args.seed, enough=2.0)
-    view = draft_view(model, mask)
-    fixed = {"plain": (None, None), "n-grams": (None, NGRAMS), "offline mask alone": (view, alone),
-             "offline mask": (view, served)}  # fmt: skip
-    paces = {name: Pace(policy.costs if policy else ()) for name, (_, policy) in fixed.items()}
-    names = [name for name in (*fixed, *tuners) if not args.arm or name in ("plain", *args.arm)]
+    tuners["SWIFT"] = Swift(target, every, args.seed)
+    tuners["SWIFT, no stop at 0.95"] = Swift(target, every, args.seed, enough=2.0)
+    arms: dict[str, Arm] = {
+        "plain": our_arm(target), "n-grams": our_arm(target, None, NGRAMS),
+        "offline mask alone": our_arm(target, mask, alone), "offline mask": our_arm(target, mask, served),
+        **{name: OurArm(target=target, tuner=tuner) for name, tuner in tuners.items()},
+    }  # fmt: skip
+    names = [name for name in arms if not args.arm or name in ("plain", *args.arm)]
     rows: list[dict[str, Any]] = []
     prompts = stream(args.data, loaded.tokenizer, args.each, args.longest, args.seed)
 
-    def run(name: str, ids: tuple[int, ...]) -> Any:
-        if name in tuners:
-            return timed_decode(model, ids, args.new_tokens, None, None, compiled=compiled, tuner=tuners[name])
-        draft, policy = fixed[name]
-        return timed_decode(
-            model, ids, args.new_tokens, None, policy, draft=draft, compiled=compiled, pace=paces[name]
-        )  # fmt: skip
-
-    warm = Swift(model, every, layers)  # its first pass pays for nothing that others' have paid
+    # Arms of their own, so that those measured learn nothing: first calls choose kernels and fill caches.
+    warm = [OurArm(target=target, tuner=Swift(target, every)), our_arm(target, mask, alone)]
     for _ in range(2):
-        timed_decode(model, prompts[0][1], args.new_tokens, None, None, compiled=compiled, tuner=warm)
-        timed_decode(model, prompts[0][1], args.new_tokens, mask, alone, compiled=compiled)
+        for arm in warm:
+            arm(prompts[0][1], args.new_tokens)
     for number, (domain, ids) in enumerate(prompts):
         turn = number % len(names)
-        done = {name: run(name, ids) for name in names[turn:] + names[:turn]}
+        done = {name: arms[name](ids, args.new_tokens) for name in names[turn:] + names[:turn]}
         for name, one in done.items():
             rows.append({
                 "prompt": number, "domain": domain, "arm": name,
@@ -129,8 +121,8 @@ def main() -> None:
     write_text(args.out / "prompts.csv", frame.to_csv(index=False))
     write_text(args.out / "table.csv", table.to_csv(index=False))
     data = {
-        "benchmark": "on_the_fly", "model": loaded.name, "backend": backend_name(compiled), "prompts": len(prompts),
-        "device": device_name(model.device), "rows": json.loads(table.to_json(orient="records")),
+        "benchmark": "on_the_fly", "model": loaded.name, "backend": target.backend, "prompts": len(prompts),
+        "device": device_name(target.device), "rows": json.loads(table.to_json(orient="records")),
         "targets": _targets(frame, table.set_index("arm")),
         "search": {name: tuner.report() for name, tuner in tuners.items() if name in names},
     }  # fmt: skip

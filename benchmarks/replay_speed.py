@@ -21,11 +21,12 @@ from typing import Any
 import torch
 
 from skipsearch import SkipMask, load_mask, load_model
-from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.evaluate.mask_replay import MaskReplay
 from skipsearch.evaluate.replay import Replay
-from skipsearch.evaluate.trace import record
-from skipsearch.evaluate.validate import timed_decode
-from skipsearch.search.options import TRIAL_LANES, TRIAL_LENGTH, SearchOptions
+from skipsearch.evaluate.timing import our_arm
+from skipsearch.evaluate.trace import DecodeSettings, record
+from skipsearch.policy import DraftPolicy
+from skipsearch.search.options import TRIAL_LENGTH, TRIAL_SEGMENTS, SearchOptions
 from skipsearch.search.prepare import chosen_prompts
 
 PROMPTS, TOKENS, ROUNDS = 16, 128, 5
@@ -50,7 +51,7 @@ def pass_seconds(replay: Replay, mask: SkipMask) -> list[dict[str, Any]]:
         for count in counts:
             starts = sorted((p, t + 3 * (n // len(firsts))) for n in range(count) for p, t in [firsts[n % len(firsts)]])
             begin = time.perf_counter()
-            replay.of(mask).look(starts)
+            MaskReplay(replay, mask).evaluate(starts)
             found.append({"starts": count, "seconds": time.perf_counter() - begin})
     rows = []
     for count in counts:
@@ -66,27 +67,29 @@ def main() -> None:
     parser.add_argument("--mask", type=Path, default=Path("results/demo/mask.json"))
     file = load_mask(parser.parse_args().mask)
     loaded = load_model("demo")
-    prompts = chosen_prompts(loaded, SearchOptions(new_tokens=TOKENS)).calibration[:PROMPTS]
-    trace = record(loaded.model, prompts, TOKENS, lambda *_: None)
+    target, options = loaded.target, SearchOptions(new_tokens=TOKENS)
+    prompts = chosen_prompts(target, loaded.tokenizer, options).calibration[:PROMPTS]
+    trace = record(target, prompts, DecodeSettings(new_tokens=TOKENS), lambda *_: None)
     draft = file.draft
     policies = {
         "fixed K": DraftPolicy(max_length=draft.max_length),
         "the mask's policy": DraftPolicy(max_length=draft.max_length, exit_threshold=draft.exit_threshold),
     }
     begin = time.perf_counter()
-    replay = Replay(loaded.model, trace, draft.max_length)
+    replay = Replay(target, trace, draft.max_length)
     set_up = time.perf_counter() - begin
     rows = []
     for name, policy in policies.items():
         real_seconds, replay_seconds = [], []
+        arm = our_arm(target, file.mask, policy)
         for _ in range(ROUNDS):
             begin = time.perf_counter()
-            replayed = replay.of(file.mask).walk(policy)
+            replayed = MaskReplay(replay, file.mask).walk(policy)
             replay_seconds.append(time.perf_counter() - begin)
             real: Counter[tuple[int, int]] = Counter()
             seconds = 0.0
             for prompt in prompts:
-                run = timed_decode(loaded.model, prompt, TOKENS, file.mask, policy)
+                run = arm(prompt, TOKENS)
                 real += run.stats.blocks
                 seconds += run.seconds
             real_seconds.append(seconds)
@@ -100,7 +103,7 @@ def main() -> None:
         })  # fmt: skip
         print(f"{rows[-1]['policy']}: replay {a:.2f} s, decoding {b:.2f} s, {b / a:.1f} times faster, accepted counts "
               f"{'identical' if rows[-1]['accepted_counts_identical'] else 'DIFFER'}")  # fmt: skip
-    passes = pass_seconds(Replay(loaded.model, trace, TRIAL_LENGTH, lanes=TRIAL_LANES + 1), file.mask)
+    passes = pass_seconds(Replay(target, trace, TRIAL_LENGTH, segments=TRIAL_SEGMENTS + 1), file.mask)
     for row in passes:
         print(
             f"a pass of {row['starts']} drafts, {row['tokens']} tokens: {row['ms']} ms, {row['ms_a_token']} ms a token"

@@ -7,7 +7,7 @@ stages excepted. Masks that were the best of an arm for a while are given the po
 calibration prompts, and replayed on held-out prompts; their counts are rows of runs.jsonl in the folder. Runs that are
 there are not run again, so that a long comparison may be made in parts. At the end all counts are priced by one new
 set of profiles, which no search has seen and so none can have profited from its errors, and the final mask of every run
-is decoded on the held-out prompts, against plain decoding, all in one race. Writes table.csv, summary.json and
+is decoded on the held-out prompts, against plain decoding, all timed side by side. Writes table.csv, summary.json and
 curves.svg. The last line is one JSON object.
 """
 
@@ -28,23 +28,24 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from curves import curves_picture
 from rivals import hidden, selfsd, swift
 from scipy.stats import bootstrap
 
 from skipsearch import SkipMask, load_model
-from skipsearch.compiled.backend import backend_name, compiled_for, warm_mask
-from skipsearch.decoding.policy import DraftPolicy
-from skipsearch.evaluate.cost import Point, device_name, merged
-from skipsearch.evaluate.objective import Scorer, join, score
+from skipsearch.compiled.backend import warm_mask, with_backend
+from skipsearch.evaluate.cost import Point, combine_points
+from skipsearch.evaluate.mask_replay import MaskReplay
+from skipsearch.evaluate.objective import score, throughput
 from skipsearch.evaluate.profile import profile
 from skipsearch.evaluate.replay import Replay
-from skipsearch.evaluate.trace import record
-from skipsearch.evaluate.validate import Timing, our_arm, race
+from skipsearch.evaluate.scorer import Scorer
+from skipsearch.evaluate.timing import Arm, Timing, our_arm, time_interleaved
+from skipsearch.evaluate.trace import DecodeSettings, record
 from skipsearch.files import write_json, write_text
-from skipsearch.maskfile import Draft
-from skipsearch.model.sublayers import find_sublayers
-from skipsearch.report.curves import curves_picture
-from skipsearch.search.options import MAX_LENGTH, TRIAL_LANES, TRIAL_LENGTH, SearchOptions
+from skipsearch.model.device import device_name
+from skipsearch.policy import DraftPolicy
+from skipsearch.search.options import MAX_LENGTH, TRIAL_LENGTH, TRIAL_SEGMENTS, SearchOptions
 from skipsearch.search.prepare import Prepared, prepare
 from skipsearch.search.run import rescore, search_trials
 from skipsearch.search.seeds import uniform
@@ -62,25 +63,22 @@ class Bench:
 
     def __init__(self, model: str, dtype: str, options: SearchOptions, folder: Path) -> None:
         self.loaded = load_model(model, dtype=dtype)
-        self.model, self.path = self.loaded.model, find_sublayers(self.loaded.model).path
         self.options = options
-        compiled_for(self.model, options.backend)  # compiling is no part of anybody's search
+        with_backend(self.loaded.target, options.backend)  # compiling is no part of anybody's search
         begin = time.perf_counter()
         self.prepared: Prepared = prepare(self.loaded, folder, self.options, lambda *_: None)
         self.prepared_s = round(time.perf_counter() - begin, 1)
-        self.compiled, self.space = self.prepared.compiled, self.prepared.space
+        self.target, self.space = self.prepared.target, self.prepared.space
         # Compiled here, so that no arm pays for another: the layers that lack one sublayer.
         layers = self.space.num_layers
         for mask in (
             SkipMask(attention=range(layers), num_layers=layers),
             SkipMask(mlp=range(layers), num_layers=layers),
         ):
-            warm_mask(self.compiled, self.model, mask)
-        held_out = record(
-            self.model, self.prepared.prompts.held_out, self.options.new_tokens, lambda *_: None, self.compiled
-        )
-        self.calibration = Replay(self.model, self.prepared.trace, MAX_LENGTH)
-        self.held_out = Replay(self.model, held_out, MAX_LENGTH)
+            warm_mask(self.target, mask)
+        held_out = record(self.target, self.prepared.prompts.held_out, options.decoding, lambda *_: None)
+        self.calibration = Replay(self.target, self.prepared.trace, MAX_LENGTH)
+        self.held_out = Replay(self.target, held_out, MAX_LENGTH)
         self.known: dict[SkipMask, dict[str, Any]] = {}
         sizes = f"{options.prompts} + {options.held_out} prompts x {options.new_tokens}"
         self.setting = (
@@ -89,20 +87,18 @@ class Bench:
 
     def profile(self) -> Point:
         """Costs at the calibration prompts' context, measured now."""
-        costs = profile(
-            self.model, "", contexts=[round(self.prepared.trace.mean_context)], max_length=MAX_LENGTH,
-            progress=lambda *_: None, compiled=self.compiled,
-        )  # fmt: skip
-        print(f"profile: {costs.points[0]}", flush=True)
-        return costs.points[0]
+        context = round(self.prepared.trace.mean_context)
+        (point,) = profile(self.target, contexts=[context], max_length=MAX_LENGTH, progress=lambda *_: None)
+        print(f"profile: {point}", flush=True)
+        return point
 
     def worth(self, mask: SkipMask) -> dict[str, Any]:
         """The policy that calibration prompts choose, what they promise, and the blocks on held-out prompts."""
         if mask not in self.known:
             found = score(self.calibration, mask, self.prepared.point, thorough=True)
-            blocks = self.held_out.of(mask).walk(found.policy)
+            blocks = MaskReplay(self.held_out, mask).walk(found.policy)
             self.known[mask] = {
-                "mask": "".join(map(str, mask.bits())), "policy": Draft(**asdict(found.policy)).model_dump(),
+                "mask": "".join(map(str, mask.bits())), "policy": asdict(found.policy),
                 "calibration": round(found.speedup, 4), "blocks": [[k, n, count] for (k, n), count in blocks.items()],
             }  # fmt: skip
         return self.known[mask]
@@ -111,7 +107,7 @@ class Bench:
 def priced(step: dict[str, Any], point: Point) -> float:
     """Speed-up of a row's blocks under these costs."""
     blocks = Counter({(k, n): count for k, n, count in step["blocks"]})
-    return join(blocks, SkipMask.from_bits(map(int, step["mask"])), DraftPolicy(**step["policy"]), point).speedup
+    return throughput(blocks, SkipMask.from_bits(map(int, step["mask"])), DraftPolicy(**step["policy"]), point).speedup
 
 
 def ours(bench: Bench, seed: int, evaluations: int, sampler: str = "trust-region") -> list[dict[str, Any]]:
@@ -135,7 +131,7 @@ def ours(bench: Bench, seed: int, evaluations: int, sampler: str = "trust-region
                 masks.append(study.mask_of(trial))
         for row, mask in zip(rows, masks, strict=True):
             row["mask"] = mask
-        found, _, _ = rescore(bench.model, bench.prepared, study, lambda *_: None)
+        found, _, _ = rescore(bench.prepared, study, lambda *_: None)
         spent = time.perf_counter() - start
         rows.append({"seconds": spent, "evaluations": evaluations, "mask": found.mask})
     return rows
@@ -143,7 +139,8 @@ def ours(bench: Bench, seed: int, evaluations: int, sampler: str = "trust-region
 
 def climb(bench: Bench, evaluations: int, propose: Callable[[SkipMask], SkipMask]) -> Stream:
     """The best of what is proposed, by our objective, from the empty mask on."""
-    scorer = Scorer(Replay(bench.model, bench.prepared.trace, TRIAL_LENGTH, lanes=TRIAL_LANES), bench.prepared.point)
+    replay = Replay(bench.target, bench.prepared.trace, TRIAL_LENGTH, segments=TRIAL_SEGMENTS)
+    scorer = Scorer(replay, bench.prepared.point)
     best = SkipMask(num_layers=bench.space.num_layers)
     top, seen = scorer(best).tokens_per_second, {best}
     yield 1, best, top
@@ -175,7 +172,7 @@ def flips(bench: Bench, seed: int, evaluations: int) -> Stream:
 
 def strides(bench: Bench, seed: int, evaluations: int) -> Stream:
     """The best of a few uniform strides, by our objective."""
-    replay = Replay(bench.model, bench.prepared.trace, MAX_LENGTH)
+    replay = Replay(bench.target, bench.prepared.trace, MAX_LENGTH)
     best, top = SkipMask(num_layers=bench.space.num_layers), 0.0
     for count, (_, mask) in enumerate(uniform(bench.space), 1):
         found = score(replay, mask, bench.prepared.point).tokens_per_second
@@ -211,7 +208,7 @@ ARMS: dict[str, Callable[[Bench, int, int], list[dict[str, Any]]]] = {
     "knapspec": streamed(hidden.knapspec), "uniform": streamed(strides),
     "ours, 10 times": ours, "self-sd, 10 times": streamed(selfsd.search),
 }  # fmt: skip
-PROFILES = 3  # before the race and after it; figure by figure, their medians price all
+PROFILES = 3  # before the timing and as many after it; the median of each figure prices all arms
 SCORED = 8  # incumbents of a run that are scored on held-out prompts, evenly over its evaluations' logarithm
 EQUAL = (60, 100)  # evaluations after which arms are compared
 
@@ -265,10 +262,10 @@ def main() -> None:
                   "prompts", flush=True)  # fmt: skip
     table, targets = summary(bench, runs)
     write_text(args.out / "table.csv", table.to_csv(index=False))
-    title = f"{bench.loaded.name}, {backend_name(bench.compiled)}, {device_name(bench.model.device)}"
+    title = f"{bench.loaded.name}, {bench.target.backend}, {device_name(bench.target.device)}"
     write_text(args.out / "curves.svg", curves_picture(runs, title))
-    data = {"benchmark": "search_efficiency", "model": bench.loaded.name, "dtype": str(bench.model.dtype),
-            "backend": backend_name(bench.compiled), "device": device_name(bench.model.device),
+    data = {"benchmark": "search_efficiency", "model": bench.loaded.name, "dtype": str(bench.target.dtype),
+            "backend": bench.target.backend, "device": device_name(bench.target.device),
             "targets": targets, "rows": table.to_dict("records")}  # fmt: skip
     write_json(args.out / "summary.json", data)
     print(table.to_string(index=False))
@@ -278,15 +275,15 @@ def main() -> None:
 def summary(bench: Bench, runs: list[dict[str, Any]]) -> tuple[pd.DataFrame, dict[str, Any]]:
     """A row an arm: means over seeds by replay under new costs, and really decoded; and what became of the targets."""
     finals = {(run["arm"], run["seed"]): run["steps"][-1] for run in runs}
-    arms = {"plain": our_arm(bench.model, compiled=bench.compiled)}
+    arms: dict[str, Arm] = {"plain": our_arm(bench.target)}
     for key, step in finals.items():
         mask = SkipMask.from_bits(map(int, step["mask"]))
-        warm_mask(bench.compiled, bench.model, mask)
-        arms[str(key)] = our_arm(bench.model, mask, DraftPolicy(**step["policy"]), bench.compiled)
+        warm_mask(bench.target, mask)
+        arms[str(key)] = our_arm(bench.target, mask, DraftPolicy(**step["policy"]))
     profiles = [bench.profile() for _ in range(PROFILES)]
-    timed = race(arms, bench.prepared.prompts.held_out, new_tokens=bench.options.new_tokens, rounds=1, seed=0,
-                 progress=lambda *_: None)  # fmt: skip
-    point = merged(profiles + [bench.profile() for _ in range(PROFILES)], statistics.median)
+    settings = DecodeSettings(new_tokens=bench.options.new_tokens, rounds=1)
+    timed = time_interleaved(arms, bench.prepared.prompts.held_out, settings, lambda *_: None)
+    point = combine_points(profiles + [bench.profile() for _ in range(PROFILES)], statistics.median)
     for run in runs:
         for step in run["steps"]:
             step["speedup"] = priced(step, point)

@@ -38,7 +38,7 @@ def main() -> None:
         study = search_trials(loaded, prepared, folder, options, lambda *_: None)
         study.export_csv(folder / "trials.csv")
         seconds = time.perf_counter() - begin
-        best, _, _ = rescore(loaded.model, prepared, study, lambda *_: None)
+        best, _, _ = rescore(prepared, study, lambda *_: None)
         masks = len(study.memo)
     print(
         f"{args.trials} trials ({masks} different masks) in {seconds:.1f} s; record and profile {before:.1f} s before"

@@ -28,16 +28,19 @@ from scipy.stats import bootstrap, spearmanr
 from torch import Tensor
 
 from skipsearch import SkipMask, load_mask, load_model
-from skipsearch.compiled.backend import backend_name, warm_mask
-from skipsearch.decoding.policy import DraftPolicy
+from skipsearch.compiled.backend import warm_mask
 from skipsearch.draft.view import draft_view
-from skipsearch.evaluate.cost import device_name, draft_step
+from skipsearch.evaluate.cost import draft_step
 from skipsearch.evaluate.hidden_states import layer_states
-from skipsearch.evaluate.objective import exact
+from skipsearch.evaluate.mask_replay import MaskReplay
+from skipsearch.evaluate.objective import score_policy
 from skipsearch.evaluate.replay import Replay
-from skipsearch.evaluate.validate import our_arm
+from skipsearch.evaluate.timing import our_arm
+from skipsearch.evaluate.trace import Trace
 from skipsearch.files import write_text
-from skipsearch.model.sublayers import find_sublayers
+from skipsearch.model.device import device_name
+from skipsearch.model.target import Target
+from skipsearch.policy import DraftPolicy
 from skipsearch.search.options import SearchOptions
 from skipsearch.search.prepare import prepare
 
@@ -48,21 +51,21 @@ POLICY = DraftPolicy(max_length=K)
 class Passes:
     """Teacher-forced passes over the calibration trace."""
 
-    def __init__(self, model: Any, trace: Any) -> None:
-        self.model, self.path = model, find_sublayers(model).path
-        self.ids, generated = trace.padded(model.device)
-        self.states = layer_states(model, self.ids, generated)
+    def __init__(self, target: Target, trace: Trace) -> None:
+        self.target = target
+        self.ids, generated = trace.padded(target.device)
+        self.states = layer_states(target, self.ids, generated)
         self.seen = self.states.seen[:, 1:]
-        self.full = self.run(model)[0]
+        self.full = self.run(target.model)[0]
 
     def run(self, model: Any) -> tuple[Tensor, Tensor]:
         """Log-probabilities that foretell generated tokens [N, V], and the last hidden states."""
-        logits, hidden = last_states(model, self.path, self.ids)
+        logits, hidden = last_states(model, self.target.sublayers.path, self.ids)
         return logits[:, :-1][self.seen].float().log_softmax(-1), hidden
 
     def of(self, mask: SkipMask) -> dict[str, float]:
         """Agreement, KL(full | draft), cosine."""
-        logp, hidden = self.run(draft_view(self.model, mask))
+        logp, hidden = self.run(draft_view(self.target.model, mask))
         return {
             "agreement": float((logp.argmax(-1) == self.full.argmax(-1)).float().mean()),
             "kl": float((self.full.exp() * (self.full - logp)).sum(-1).mean()),
@@ -81,11 +84,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     loaded, good = load_model(args.model, dtype=args.dtype), load_mask(args.mask).mask
-    model, options = loaded.model, SearchOptions(new_tokens=args.tokens)
+    options = SearchOptions(new_tokens=args.tokens)
     with tempfile.TemporaryDirectory() as scratch:
         prepared = prepare(loaded, Path(scratch), options, lambda *_: None)
-    point, part = prepared.point, prepared.trace.head(12, args.tokens)
-    passes, replay = Passes(model, part), Replay(model, part, K)
+    target, point, part = prepared.target, prepared.point, prepared.trace.head(12, args.tokens)
+    passes, replay = Passes(target, part), Replay(target, part, K)
     layers = good.num_layers
     single = {
         sub: passes.of(SkipMask.from_sublayers([sub], layers))
@@ -104,9 +107,9 @@ def main() -> None:
             masks.append(mask)
     rows: list[dict[str, Any]] = []
     for mask in masks:
-        warm_mask(prepared.compiled, model, mask)
+        warm_mask(target, mask)
         joint, alone = passes.of(mask), [single[sub] for sub in mask.sublayers()]
-        replayed = exact(replay.of(mask), POLICY, point)
+        replayed = score_policy(MaskReplay(replay, mask), POLICY, point)
         rows.append({
             "mask": "".join(map(str, mask.bits())), "skipped": len(mask), "step": draft_step(point, mask, False),
             "single-skip agreement": 1 - sum(1 - s["agreement"] for s in alone),
@@ -116,8 +119,8 @@ def main() -> None:
             "exact replay": replayed.acceptance_rate, "exact replay, joined": replayed.tokens_per_second,
         })  # fmt: skip
     prompts = prepared.prompts.held_out[: args.prompts]
-    arms = [our_arm(model, mask, POLICY, prepared.compiled) for mask in masks]
-    plain, begin = our_arm(model, compiled=prepared.compiled), time.perf_counter()
+    arms = [our_arm(target, mask, POLICY) for mask in masks]
+    plain, begin = our_arm(target), time.perf_counter()
     for turn, i in enumerate(rng.sample(range(len(masks)), len(masks))):
         base = [plain(prompt, args.tokens) for prompt in prompts[:2]]
         runs = [arms[i](prompt, args.tokens) for prompt in prompts]
@@ -148,8 +151,8 @@ def main() -> None:
     write_text(args.out / "table.csv", result.to_csv(index=False))
     print(result.to_string(index=False))
     print(json.dumps({
-        "benchmark": "signals", "model": loaded.name, "device": device_name(model.device), "masks": len(masks),
-        "backend": backend_name(prepared.compiled), "decoding_s": round(time.perf_counter() - begin, 1), "rows": out,
+        "benchmark": "signals", "model": loaded.name, "device": device_name(target.device), "masks": len(masks),
+        "backend": target.backend, "decoding_s": round(time.perf_counter() - begin, 1), "rows": out,
     }))  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from skipsearch.compiled.backend import backend_name, compiled_for, warm_mask
-from skipsearch.evaluate.cost import draft_step
+from skipsearch.compiled.backend import warm_mask, with_backend
+from skipsearch.evaluate.cost import Costs, draft_step
 from skipsearch.evaluate.profile import profile
+from skipsearch.evaluate.trace import DecodeSettings
 from skipsearch.evaluate.validate import evidence, measure
-from skipsearch.maskfile import Draft, MaskFile, Provenance
+from skipsearch.maskfile import MaskFile, Provenance
 from skipsearch.model.load import load_model, model_card
 from skipsearch.search.options import MAX_LENGTH, NGRAM, SearchOptions
 from skipsearch.search.prepare import prepare
@@ -90,27 +91,20 @@ def search_wide(narrow: Any, wide: Any, folder: Path, trials: int, new_tokens: i
 
     options = SearchOptions(trials=trials, held_out=held_out, new_tokens=new_tokens)
     prepared = prepare(narrow, folder, replace(options, backend="eager"), progress)
-    compiled = compiled_for(wide.model, "auto", progress=progress)
+    target = with_backend(wide.target, "auto", progress)
     context = round(prepared.trace.mean_context)
-    costs = profile(
-        wide.model, "wide", contexts=[context], max_length=MAX_LENGTH, progress=progress, repeats=5, compiled=compiled
-    )  # fmt: skip
-    prepared = replace(prepared, costs=costs)
+    (point,) = profile(target, contexts=[context], max_length=MAX_LENGTH, progress=progress, repeats=5)
+    prepared = replace(prepared, costs=Costs(identity="wide", points=(point,)))
     study = search_trials(narrow, prepared, folder, options, progress)
-    found, trial = rescore(narrow.model, prepared, study, progress)
-    warm_mask(compiled, wide.model, found.mask)
-    point = costs.points[0]
-    step = draft_step(point, found.mask, found.policy.asks)
+    found, trial, _ = rescore(prepared, study, progress)
+    warm_mask(target, found.mask)
+    step = draft_step(point, found.mask, found.policy.uses_confidence)
     served = replace(found.policy, ngram=NGRAM, never_slower=True, costs=(step, *point.verify))
-    measured = measure(
-        wide.model, prepared.prompts.held_out, found.mask, found.policy, new_tokens=new_tokens, rounds=1, seed=0,
-        progress=progress, compiled=compiled, served=served,
-    )  # fmt: skip
+    settings = DecodeSettings(new_tokens=new_tokens, rounds=1)
+    measured = measure(target, prepared.prompts.held_out, found.mask, found.policy, settings, progress, served)
     MaskFile.of(
-        found.mask, model=model_card(wide.model, folder.name), draft=Draft(**asdict(served)),
-        evidence=evidence(
-            wide.model, prepared.prompts.held_out, measured, found.cost_ratio, backend_name(compiled)
-        ),
+        found.mask, model=model_card(target, folder.name), draft=served,
+        evidence=evidence(target, prepared.prompts.held_out, measured, found.cost_ratio),
         provenance=Provenance(torch=torch.__version__, transformers=transformers.__version__, trial=trial),
     ).save(folder / "mask.json")  # fmt: skip
     return {

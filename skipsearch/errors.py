@@ -1,43 +1,43 @@
-"""The errors a user can meet: one root, one sentence each, naming the field, the value and the mend."""
+"""The errors for users. Each message is one sentence that names the field, the value and the remedy."""
 
 from __future__ import annotations
 
 
 class SkipsearchError(Exception):
-    """Root of everything that skipsearch raises for its users; the CLI prints it as one line, exit 1."""
+    """Base class of all errors for users. The CLI prints the message as one line and exits with 1."""
 
 
 class MaskError(SkipsearchError, ValueError):
-    """A mask or a mask file that is malformed, or does not belong to this model."""
+    """A mask or mask file is malformed, or does not belong to this model."""
 
 
 class UnsupportedModel(SkipsearchError):
-    """A model whose sublayers cannot be skipped, or whose KV cache cannot be rolled back, with proof."""
+    """It cannot be proven that the model's sublayers can be skipped and that its KV cache can be rolled back."""
 
 
 class ModelLoadError(SkipsearchError):
-    """A model or preset that cannot be found, fetched or read."""
+    """A model or preset cannot be found, downloaded or read."""
 
 
 class PromptError(SkipsearchError, ValueError):
-    """A prompt source that is missing, empty, or does not fit the model's context."""
+    """A prompt source is missing or empty, or does not fit the model's context."""
 
 
 class DecodingError(SkipsearchError, ValueError):
-    """A generation option that self-speculative decoding cannot honour, or unusable logits."""
+    """Self-speculative decoding does not support a generation option, or the logits are unusable."""
 
 
 class StudyMismatch(SkipsearchError):
-    """An existing study that was made with another model, prompt set, space or set-up."""
+    """The existing study was made with another model, prompt set, space or set-up."""
 
 
 class ResultsError(SkipsearchError, OSError):
-    """A results folder or file that cannot be read or written."""
+    """A results folder or file cannot be read or written."""
 
 
 class BackendError(SkipsearchError):
-    """A backend that cannot serve this model, or this machine."""
+    """A backend does not support this model or this machine."""
 
 
 class BackendWarning(UserWarning):
-    """Why decoding is eager, or another backend than a mask was tuned for; the CLI prints it as one line."""
+    """Decoding is eager, or its backend is not the one that the mask was tuned for. The CLI prints one line."""

@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from skipsearch.errors import ResultsError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step: readers see the old file or the new one, never a part.
+    """Write `text` to `path` atomically: readers see the old file or the new one, never a part of it.
 
     Raises:
-        ResultsError: the folder cannot be written to or the disk is full; the old file is untouched.
+        ResultsError: the folder cannot be written to, or the disk is full; the old file stays as it was.
     """
     temporary = None
     try:
@@ -40,5 +40,5 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of `value` as indented JSON (NaN refused: it is not JSON)."""
+    """`write_text` of `value` as indented JSON; ValueError for NaN and infinity, which JSON does not have."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

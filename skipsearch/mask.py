@@ -1,12 +1,10 @@
-"""SkipMask: which attention and MLP sublayers the draft leaves out.
-
-A frozen value, True = skipped. Knows no model, no tensor, no file.
-"""
+"""SkipMask: which attention and MLP sublayers the draft skips. A frozen value, without model, tensor or file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from skipsearch.errors import MaskError
@@ -14,9 +12,10 @@ from skipsearch.errors import MaskError
 Kind = Literal["attention", "mlp"]
 KINDS: tuple[Kind, Kind] = ("attention", "mlp")
 Sublayer = tuple[Kind, int]  # kind and 0-based layer
+Ids = frozenset[int]
 
 
-def _layer_ids(kind: Kind, ids: Iterable[int], num_layers: int) -> frozenset[int]:
+def _layer_ids(kind: Kind, ids: Iterable[int], num_layers: int) -> Ids:
     found: set[int] = set()
     for i in ids:
         if isinstance(i, bool) or not isinstance(i, int):
@@ -32,9 +31,9 @@ def _layer_ids(kind: Kind, ids: Iterable[int], num_layers: int) -> frozenset[int
     return frozenset(found)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class SkipMask:
-    """The sublayers that drafting skips, out of `num_layers` decoder layers with one of each kind.
+    """The sublayers that the draft skips. Each of `num_layers` decoder layers has one attention and one MLP sublayer.
 
     Args:
         attention: 0-based ids of layers whose attention sublayer is skipped, each at most once.
@@ -45,8 +44,8 @@ class SkipMask:
         MaskError: an id is duplicate, out of range or not an integer.
     """
 
-    attention: frozenset[int] = field(default=frozenset())
-    mlp: frozenset[int] = field(default=frozenset())
+    attention: Ids
+    mlp: Ids
     num_layers: int
 
     def __init__(self, *, attention: Iterable[int] = (), mlp: Iterable[int] = (), num_layers: int) -> None:
@@ -58,7 +57,7 @@ class SkipMask:
 
     @classmethod
     def from_bits(cls, bits: Iterable[int | bool]) -> SkipMask:
-        """Build from 2L flags, attention 0..L-1 then mlp 0..L-1, nonzero = skipped."""
+        """A mask from 2L flags: attention 0..L-1, then mlp 0..L-1; nonzero = skipped."""
         flags = [bool(b) for b in bits]
         if len(flags) % 2:
             raise MaskError(f"a mask needs an even number of bits, got {len(flags)}; give attention, then mlp")
@@ -71,11 +70,11 @@ class SkipMask:
 
     @classmethod
     def from_sublayers(cls, sublayers: Iterable[Sublayer], num_layers: int) -> SkipMask:
-        """Build from (kind, layer) pairs, as `sublayers()` yields them."""
+        """A mask from (kind, layer) pairs, as `sublayers()` yields them."""
         pairs = list(sublayers)
         for kind, i in pairs:
             if kind not in KINDS:
-                raise MaskError(f"sublayer {i} is of kind {kind!r}, must be one of: {', '.join(KINDS)}; mend the name")
+                raise MaskError(f"sublayer {i} is of kind {kind!r}, must be one of: {', '.join(KINDS)}; correct it")
         return cls(
             attention=[i for kind, i in pairs if kind == "attention"],
             mlp=[i for kind, i in pairs if kind == "mlp"],
@@ -83,7 +82,7 @@ class SkipMask:
         )
 
     def bits(self) -> tuple[int, ...]:
-        """2L flags, attention 0..L-1 then mlp 0..L-1; 1 = skipped."""
+        """2L flags: attention 0..L-1, then mlp 0..L-1; 1 = skipped."""
         layers = range(self.num_layers)
         return (*(int(i in self.attention) for i in layers), *(int(i in self.mlp) for i in layers))
 
@@ -94,6 +93,7 @@ class SkipMask:
                 yield kind, i
 
     def skips(self, kind: Kind, layer: int) -> bool:
+        """Whether this sublayer is skipped."""
         return layer in (self.attention if kind == "attention" else self.mlp)
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,7 +101,7 @@ class SkipMask:
         return {"attention": sorted(self.attention), "mlp": sorted(self.mlp), "num_layers": self.num_layers}
 
     def to_per_layer_config(self) -> dict[str, dict[str, list[str]]]:
-        """The same mask in transformers' own vocabulary: `{"3": {"skip": ["attention"]}, ...}`."""
+        """The mask in the words of transformers: `{"3": {"skip": ["attention"]}, ...}`."""
         skipped = {i: [k for k in KINDS if self.skips(k, i)] for i in range(self.num_layers)}
         return {str(i): {"skip": [str(k) for k in kinds]} for i, kinds in skipped.items() if kinds}
 
@@ -111,26 +111,24 @@ class SkipMask:
                 f"masks of {self.num_layers} and {other.num_layers} layers cannot be combined; use masks of one model"
             )
 
-    def __or__(self, other: SkipMask) -> SkipMask:
+    def _combined(self, other: SkipMask, operation: Callable[[Ids, Ids], Ids]) -> SkipMask:
         self._same_model(other)
         return SkipMask(
-            attention=self.attention | other.attention, mlp=self.mlp | other.mlp, num_layers=self.num_layers
-        )
+            attention=operation(self.attention, other.attention), mlp=operation(self.mlp, other.mlp),
+            num_layers=self.num_layers,
+        )  # fmt: skip
+
+    def __or__(self, other: SkipMask) -> SkipMask:
+        return self._combined(other, operator.or_)
 
     def __and__(self, other: SkipMask) -> SkipMask:
-        self._same_model(other)
-        return SkipMask(
-            attention=self.attention & other.attention, mlp=self.mlp & other.mlp, num_layers=self.num_layers
-        )
+        return self._combined(other, operator.and_)
 
     def __sub__(self, other: SkipMask) -> SkipMask:
-        self._same_model(other)
-        return SkipMask(
-            attention=self.attention - other.attention, mlp=self.mlp - other.mlp, num_layers=self.num_layers
-        )
+        return self._combined(other, operator.sub)
 
     def __xor__(self, other: SkipMask) -> SkipMask:
-        return (self | other) - (self & other)
+        return self._combined(other, operator.xor)
 
     def __le__(self, other: SkipMask) -> bool:
         self._same_model(other)
@@ -143,7 +141,7 @@ class SkipMask:
         return len(self) > 0
 
     def __str__(self) -> str:
-        """Two rows of cells, a column a layer: a full block is run, a dot is skipped."""
+        """Two rows of cells, one column for each layer: a full block runs, a dot is skipped."""
         rows = (
             f"{kind:<9} {''.join('·' if self.skips(kind, i) else '█' for i in range(self.num_layers))}"
             f"  {len(getattr(self, kind))} of {self.num_layers} skipped"

@@ -1,7 +1,7 @@
 """mask.json, schema version 1: a mask with its draft policy, evidence and provenance.
 
-Promises that a file it loads is whole and consistent, and that what it writes loads again. Also reads
-the skip sets of Self-SD and SWIFT. Knows no model: `model.load.check_mask_belongs` compares the two.
+A loaded file is complete and consistent, and every file written here loads again. Also reads the skip sets of Self-SD
+and SWIFT. No model is needed here: `model.load.check_mask_belongs` compares a mask file with a model.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ import datetime
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 
 from skipsearch.errors import MaskError
 from skipsearch.files import write_json
 from skipsearch.mask import SkipMask
+from skipsearch.policy import DraftPolicy
 
 FORMAT: Final = "skipsearch-mask"
 VERSION: Final = 1
-Count = Annotated[int, Field(strict=True)]  # true and "3" are not counts
-LayerIds = list[Count]
 
 
 class _Part(BaseModel):
@@ -34,36 +33,24 @@ class ModelCard(_Part):
     id: str = "unknown"
     revision: str | None = None
     architecture: str = "unknown"
-    num_layers: Count
+    num_layers: StrictInt  # true and "3" are refused
     config_sha256: str | None = None
 
 
 class SkipSets(_Part):
-    attention: LayerIds  # no default: a misspelt key must not read as an empty mask
-    mlp: LayerIds
+    """Skipped layers by kind of sublayer. No defaults: a misspelt key must not give an empty mask."""
 
-
-class DraftFields(_Part):
-    """Arguments of `DraftPolicy`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    max_length: Count = Field(default=5, ge=1)
-    exit_threshold: float | None = Field(default=None, gt=0, lt=1)
-    adaptive: bool = False
-    curve: tuple[float, ...] = ()
-    prices: tuple[float, ...] = ()
-    ngram: Count = Field(default=0, ge=0)
-    never_slower: bool = False
-    costs: tuple[float, ...] = ()
+    attention: list[StrictInt]
+    mlp: list[StrictInt]
 
 
 class Evidence(_Part):
-    """What `validate` measured; absent for a mask that nobody has validated.
+    """What `validate` measured; None in the file of a mask that was never validated.
 
     Attributes:
         speedup, tokens_per_second: of the mask and its exit rule alone; the verdict is about them.
-        greedy_equal: None for a mask that was measured while sampling, at `temperature`.
-        served_speedup: with n-grams and fallback to plain steps as well, as the file's policy says.
+        greedy_equal: None for a mask that was measured with sampling, at `temperature`.
+        served_speedup: of the file's whole policy, with n-grams and fallback to plain steps.
     """
 
     acceptance_rate: float
@@ -102,18 +89,13 @@ class Provenance(_Part):
 
 
 class MaskFile(_Part):
-    """A validated mask file.
-
-    Attributes:
-        mask: the SkipMask (derived from `skip` and `model.num_layers`).
-        draft, model, evidence, provenance: as in the file.
-    """
+    """The contents of a mask file, checked; the attributes are the file's fields."""
 
     format: Literal["skipsearch-mask"] = FORMAT
     version: Literal[1] = VERSION
     model: ModelCard
     skip: SkipSets
-    draft: DraftFields = DraftFields()
+    draft: DraftPolicy = DraftPolicy()
     evidence: Evidence | None = None
     provenance: Provenance = Field(default_factory=Provenance)
 
@@ -124,15 +106,17 @@ class MaskFile(_Part):
 
     @property
     def mask(self) -> SkipMask:
+        """`skip` and `model.num_layers` as one value."""
         return SkipMask(attention=self.skip.attention, mlp=self.skip.mlp, num_layers=self.model.num_layers)
 
     @classmethod
     def of(cls, mask: SkipMask, *, model: ModelCard, **parts: Any) -> MaskFile:
+        """A mask as a file for this model; `parts` are the other fields."""
         skip = SkipSets(attention=sorted(mask.attention), mlp=sorted(mask.mlp))
         return cls(model=model, skip=skip, **parts)
 
     def save(self, path: str | Path) -> None:
-        """Write atomically; `skip` is repeated in transformers' vocabulary as `per_layer_config`.
+        """Write atomically; `per_layer_config` repeats `skip` in the words of transformers.
 
         Raises:
             ResultsError: the folder cannot be written to.
@@ -162,7 +146,7 @@ def parse_mask(data: Any, source: str = "mask") -> MaskFile:
     """Check parsed JSON against the schema.
 
     Raises:
-        MaskError: the first thing that is wrong, by field and value.
+        MaskError: names the first wrong field, its value and what to do.
     """
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         got = data.get("format") if isinstance(data, dict) else type(data).__name__
@@ -178,6 +162,8 @@ def parse_mask(data: Any, source: str = "mask") -> MaskFile:
         _ = file.mask
     except ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "value_error":  # of DraftPolicy, which names the field itself
+            raise MaskError(f"{source}: {first['ctx']['error']}") from None
         field = repr(".".join(str(part) for part in first["loc"]) or "file")[1:-1]  # repr: a key may hold a newline
         got = "" if first["type"] == "missing" else f", got {first['input']!r}"
         raise MaskError(f"{source}: {field}: {first['msg'].lower()}{got}; export the mask again") from None
@@ -190,21 +176,23 @@ def load_mask(path: str | Path) -> MaskFile:
     """Read and check a mask file.
 
     Raises:
-        MaskError: missing, truncated, of another format or version, or inconsistent.
+        MaskError: the file is missing, truncated, of another format or version, or inconsistent.
     """
     return parse_mask(_read_json(Path(path)), str(path))
 
 
 def import_mask(path: str | Path, *, num_layers: int, key: str | None = None, model_id: str = "unknown") -> MaskFile:
-    """Read a skip set in the dialect of Self-SD or SWIFT: `{"name": {"attention": [..], "mlp": [..]}}`.
+    """Read a skip set in the format of Self-SD or SWIFT: `{"name": {"attention": [..], "mlp": [..]}}`.
 
-    A bare `{"attention": .., "mlp": ..}` is read too, and so are such sets under a "sources" table.
+    A single `{"attention": .., "mlp": ..}` is also read, and so are several such sets under a "sources" table.
 
     Args:
-        key: which entry; may be left out if there is one alone.
+        num_layers: decoder layers of the model.
+        key: name of the entry; not needed if the file has only one.
+        model_id: hub id of the model, for the new file.
 
     Raises:
-        MaskError: no such entry, or ids that do not fit `num_layers`.
+        MaskError: the entry does not exist, or its ids do not fit `num_layers`.
     """
     entries = dict(_skip_sets(_read_json(Path(path))))
     if key is None and len(entries) == 1:
@@ -216,7 +204,7 @@ def import_mask(path: str | Path, *, num_layers: int, key: str | None = None, mo
     sets = entries[key]
     for kind in ("attention", "mlp"):
         if not isinstance(sets.get(kind, []), list):
-            raise MaskError(f"{path}: {key}.{kind} must be a list of layer numbers, got {sets[kind]!r}; mend the file")
+            raise MaskError(f"{path}: {key}.{kind} must be a list of layer numbers, got {sets[kind]!r}; correct it")
     mask = SkipMask(attention=sets.get("attention", []), mlp=sets.get("mlp", []), num_layers=num_layers)
     return MaskFile.of(
         mask, model=ModelCard(id=model_id, num_layers=num_layers), provenance=Provenance(study=f"import:{key}")
@@ -224,6 +212,7 @@ def import_mask(path: str | Path, *, num_layers: int, key: str | None = None, mo
 
 
 def _skip_sets(data: Any, name: str = "mask") -> list[tuple[str, dict[str, Any]]]:
+    """Every skip set in the file with its key: the names of the tables around it, joined by "/"."""
     if not isinstance(data, dict):
         return []
     if "attention" in data or "mlp" in data:

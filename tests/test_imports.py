@@ -14,7 +14,7 @@ ORDER = [
     "mask", "model", "draft", "compiled", "decoding", "joint", "evaluate", "generate", "search", "online", "bench",
     "report", "cli",
 ]  # fmt: skip
-VALUES = {"mask.py", "maskfile.py", "errors.py", "files.py"}
+VALUES = {"mask.py", "maskfile.py", "errors.py", "files.py", "policy.py"}
 
 
 def room(path: Path) -> str:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skipsearch.mask import SkipMask
-from skipsearch.maskfile import DraftFields, Evidence, MaskFile, ModelCard, Provenance, load_mask, parse_mask
+from skipsearch.maskfile import Evidence, MaskFile, ModelCard, Provenance, load_mask, parse_mask
+from skipsearch.policy import DraftPolicy
 
 PATIENT = settings(deadline=None, max_examples=50)
 numbers = st.floats(allow_nan=False, allow_infinity=False)
@@ -33,7 +34,7 @@ def mask_files(draw: st.DrawFn) -> MaskFile:
     return MaskFile.of(
         SkipMask(attention=draw(ids), mlp=draw(ids), num_layers=layers),
         model=ModelCard(id=draw(texts), revision=draw(st.none() | texts), num_layers=layers),
-        draft=DraftFields(
+        draft=DraftPolicy(
             max_length=draw(st.integers(1, 64)),
             exit_threshold=draw(st.none() | st.floats(0, 1, exclude_min=True, exclude_max=True)),
         ),
@@ -81,7 +82,7 @@ def test_only_the_skip_sets_and_the_model_are_needed() -> None:
     """Prevents a mask that nobody has validated from being refused, or from being given evidence."""
     file = parse_mask({k: DOCUMENT[k] for k in ("format", "version", "model", "skip")})
     assert file.evidence is None
-    assert file.draft == DraftFields(max_length=5, exit_threshold=None)
+    assert file.draft == DraftPolicy(max_length=5, exit_threshold=None)
 
 
 def test_saved_file_is_spelt_as_documented(tmp_path: Path) -> None:
@@ -105,7 +106,7 @@ def test_ids_are_written_sorted(tmp_path: Path) -> None:
 
 
 def test_a_mask_measured_while_sampling_is_read_back(tmp_path: Path) -> None:
-    """Prevents a file that its own writer cannot read: equal tokens are no question there, and say null."""
+    """Prevents a file that its own writer cannot read: greedy_equal is null in it."""
     mask = load_mask(Path(__file__).parents[1] / "results" / "measured" / "demo.mask.json")
     assert mask.evidence is not None
     sampled = mask.model_copy(

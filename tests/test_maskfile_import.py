@@ -24,7 +24,7 @@ SWIFT = {
 
 
 @pytest.mark.parametrize(("entries", "key"), [(entries, key) for entries in (SELF_SD, SWIFT) for key in entries])
-def test_both_published_dialects_are_read(tmp_path: Path, entries: dict[str, Any], key: str) -> None:
+def test_both_published_formats_are_read(tmp_path: Path, entries: dict[str, Any], key: str) -> None:
     """Prevents the wrong entry from being taken, or attention and MLP from being swapped."""
     file = import_mask(write(tmp_path / "skip_layers.json", entries), num_layers=40, key=key, model_id="some/model")
     assert file.mask == SkipMask(**entries[key], num_layers=40)
@@ -43,7 +43,7 @@ def test_sets_under_a_table_of_sources_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("data", [SELF_SD["llama-2-13b"], {"llama-2-13b": SELF_SD["llama-2-13b"]}])
 def test_a_lone_skip_set_needs_no_key(tmp_path: Path, data: Any) -> None:
-    """Prevents a question that has one answer."""
+    """Prevents a required --key for a file with one entry."""
     mask = import_mask(write(tmp_path / "skip.json", data), num_layers=40).mask
     assert mask == SkipMask(attention={3, 5, 6}, mlp={6, 9}, num_layers=40)
 

@@ -56,7 +56,7 @@ def test_the_presets_are_those_expected() -> None:
 
 @presets
 def test_keys_are_exactly_those_of_the_schema(name: str) -> None:
-    """Prevents a misspelt key, which would be ignored without a word."""
+    """Prevents a misspelt key, which would be ignored silently."""
     preset = read(name)
     assert {"model"} <= set(preset) <= {"model", "space", "masks"}
     assert set(preset["model"]) == {"id", "num_layers"}
@@ -130,6 +130,6 @@ def test_the_published_masks_are_as_published() -> None:
 
 @presets
 def test_a_comment_says_what_the_model_is(name: str) -> None:
-    """Prevents a preset that does not introduce itself."""
+    """Prevents a preset without a description of its model."""
     first = (FOLDER / f"{name}.toml").read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith("# ")

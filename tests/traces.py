@@ -11,13 +11,13 @@ from conftest import quiet
 
 from skipsearch import SkipMask
 from skipsearch.decoding.loop import Ending, decode
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.cost import Point
 from skipsearch.evaluate.trace import DecodeSettings, Trace, record
 from skipsearch.model.target import Target
+from skipsearch.policy import DraftPolicy
 
 POINT = Point(
     context=64, attention=(2.0,) * 4, mlp=(1.0,) * 4, rest=3.0, exit_check=0.5,

@@ -22,7 +22,7 @@ from skipsearch.evaluate.objective import score
 from skipsearch.evaluate.replay import Replay
 from skipsearch.mask import KINDS, SkipMask
 from skipsearch.online.candidates import Candidates, nearest_masks
-from skipsearch.online.live_costs import corner_views
+from skipsearch.online.live_costs import LiveCosts
 from skipsearch.search.options import MAX_LENGTH
 from skipsearch.search.seeds import knapsack, nearest_states
 
@@ -32,19 +32,19 @@ BUDGETS = [level / 64 for level in range(1, 64)]  # of all harm
 
 def clasp(bench: Any, seed: int, evaluations: int) -> Iterator[tuple[int, SkipMask, float]]:
     part = bench.prepared.trace.head(PROMPTS, TOKENS)
-    states = layer_states(bench.model, *part.padded(bench.model.device))
+    states = layer_states(bench.target, *part.padded(bench.target.device))
     ((_, mask),) = nearest_states(bench.space, states, shares=(1 / 2,))
     yield 1, mask, 0.0
 
 
 def by_sublayers(bench: Any, seed: int, evaluations: int) -> Iterator[tuple[int, SkipMask, float]]:
     """The same with sublayers in place of layers, as we begin with while serving: the best share by our objective."""
-    layers, free = bench.space.num_layers, bench.space.free
-    ids, seen = bench.prepared.trace.head(PROMPTS, TOKENS).padded(bench.model.device)
-    corners = corner_views(bench.model, layers)
-    near = nearest_masks(bench.model, [corners[kind] for kind in KINDS], ids, free, layers, seen)
-    replay, best, top = Replay(bench.model, bench.prepared.trace, MAX_LENGTH), SkipMask(num_layers=layers), 0.0
-    for number, mask in enumerate(Candidates(free, layers, near, seed).first(), 1):
+    layers, views = bench.space.num_layers, LiveCosts(bench.target).views
+    ids, seen = bench.prepared.trace.head(PROMPTS, TOKENS).padded(bench.target.device)
+    near = nearest_masks(bench.target, [views[kind] for kind in KINDS], ids, seen)
+    replay, best, top = Replay(bench.target, bench.prepared.trace, MAX_LENGTH), SkipMask(num_layers=layers), 0.0
+    for number, chosen in enumerate(Candidates(layers, near, seed).first(), 1):
+        mask = bench.space.mask_within(chosen)
         speed = score(replay, mask, bench.prepared.point).tokens_per_second
         if speed > top:
             best, top = mask, speed
@@ -65,11 +65,12 @@ def last_states(model: Any, path: str, ids: torch.Tensor) -> tuple[torch.Tensor,
 
 def knapspec(bench: Any, seed: int, evaluations: int) -> Iterator[tuple[int, SkipMask, float]]:
     part, point = bench.prepared.trace.head(PROMPTS, TOKENS), bench.prepared.point
-    ids, generated = part.padded(bench.model.device)
-    states = layer_states(bench.model, ids, generated)
+    ids, generated = part.padded(bench.target.device)
+    states = layer_states(bench.target, ids, generated)
+    path = bench.target.sublayers.path
 
     def cosine(mask: SkipMask) -> float:
-        return states.cosine(last_states(draft_view(bench.model, mask), bench.path, ids)[1], states.hidden[-1])
+        return states.cosine(last_states(draft_view(bench.target.model, mask), path, ids)[1], states.hidden[-1])
 
     single = {sub: 1 - cosine(SkipMask.from_sublayers([sub], bench.space.num_layers)) for sub in bench.space.free}
     best, best_rate = SkipMask(num_layers=bench.space.num_layers), 0.0

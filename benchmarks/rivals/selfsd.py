@@ -14,9 +14,9 @@ from typing import Any
 import optuna
 
 from skipsearch.compiled.backend import warm_mask
-from skipsearch.decoding.policy import DraftPolicy
-from skipsearch.evaluate.validate import timed_decode
+from skipsearch.evaluate.timing import our_arm
 from skipsearch.mask import SkipMask
+from skipsearch.policy import DraftPolicy
 
 PROMPTS, TOKENS = 8, 32
 POLICY = DraftPolicy(max_length=12, exit_threshold=0.6, adaptive=True)
@@ -32,10 +32,10 @@ def search(bench: Any, seed: int, evaluations: int) -> Iterator[tuple[int, SkipM
     for count in range(1, evaluations + 1):
         trial = study.ask(ask)
         mask = bench.space.mask(trial.params)
-        warm_mask(bench.compiled, bench.model, mask)
+        warm_mask(bench.target, mask)
         start, tokens = time.perf_counter(), 0
         for prompt in bench.prepared.trace.prompts[:PROMPTS]:
-            tokens += len(timed_decode(bench.model, prompt, TOKENS, mask, POLICY, compiled=bench.compiled).ids)
+            tokens += len(our_arm(bench.target, mask, POLICY)(prompt, TOKENS).ids)
         rate = tokens / (time.perf_counter() - start)
         study.tell(trial, rate)
         if rate > best_rate:

@@ -21,6 +21,7 @@ from transformers import DynamicCache
 
 from skipsearch.draft.view import draft_view
 from skipsearch.mask import SkipMask
+from skipsearch.model.target import Target
 
 RATIO, INTERVAL, CONTEXT, PATIENCE, ENOUGH = 0.45, 25, 32, 300, 0.95
 
@@ -34,16 +35,17 @@ class Window:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: Any, prompt: tuple[int, ...], continuation: tuple[int, ...]) -> Window:
-        cache = DynamicCache(config=model.config)
-        model(input_ids=torch.tensor([prompt[:-1]], device=model.device), past_key_values=cache, use_cache=True)
-        return cls(cache, torch.tensor([[prompt[-1], *continuation[:CONTEXT]]], device=model.device))
+    def of(cls, target: Target, prompt: tuple[int, ...], continuation: tuple[int, ...]) -> Window:
+        cache = DynamicCache(config=target.model.config)
+        target.model(input_ids=target.ids(prompt[:-1]), past_key_values=cache, use_cache=True)
+        return cls(cache, target.ids([prompt[-1], *continuation[:CONTEXT]]))
 
     @torch.no_grad()
-    def matchness(self, model: Any, mask: SkipMask) -> float:
+    def matchness(self, target: Target, mask: SkipMask) -> float:
         """Layer 0 is never skipped, so the cache tells the right length."""
         cache = copy.deepcopy(self.before)
-        logits = draft_view(model, mask)(input_ids=self.ids[:, :-1], past_key_values=cache, use_cache=True).logits
+        view = draft_view(target.model, mask)
+        logits = view(input_ids=self.ids[:, :-1], past_key_values=cache, use_cache=True).logits
         return float((logits[0].argmax(-1) == self.ids[0, 1:]).float().mean())
 
 
@@ -66,8 +68,8 @@ def search(bench: Any, seed: int, evaluations: int) -> Iterator[tuple[int, SkipM
             chosen = rng.sample(free, count)
         mask = SkipMask.from_sublayers(chosen, layers)
         if number % INTERVAL == 1:  # as decoding goes on, candidates are scored on what was generated last
-            window = Window.of(bench.model, *texts[number // INTERVAL % len(texts)])
-        match = window.matchness(bench.model, mask)
+            window = Window.of(bench.target, *texts[number // INTERVAL % len(texts)])
+        match = window.matchness(bench.target, mask)
         params = {f"{kind}.{i}": float(mask.skips(kind, i)) for kind, i in free}
         if trial is not None:
             study.tell(trial, match)

@@ -19,19 +19,22 @@ import optuna
 from rivals.swift import CONTEXT, ENOUGH, INTERVAL, PATIENCE, RATIO
 from skipsearch import SkipMask, draft_view
 from skipsearch.decoding.drafter import Draft, Drafter
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import Block
+from skipsearch.evaluate.mask_replay import MaskReplay
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.trace import Trace
+from skipsearch.model.target import Target
+from skipsearch.policy import DraftPolicy
 from skipsearch.search.options import MAX_LENGTH
 
 MOST = 1000
 
 
 class Swift:
-    def __init__(self, model: Any, free: list[Any], layers: int, seed: int = 0, enough: float = ENOUGH) -> None:
-        self.model, self.layers, self.enough = model, layers, enough
+    def __init__(self, target: Target, free: list[Any], seed: int = 0, enough: float = ENOUGH) -> None:
+        self.target, self.enough = target, enough
+        self.layers = layers = target.num_layers
         self.free = [(kind, i) for kind, i in free if 0 < i < layers - 1]
         self.rng, self.policy = random.Random(seed), DraftPolicy(max_length=MAX_LENGTH, exit_threshold=0.8)
         self.best, self.match, self.tried, self.since = SkipMask(num_layers=layers), 0.0, 0, 0
@@ -75,16 +78,17 @@ class Swift:
             self.study.add_trial(optuna.trial.create_trial(params=params, distributions=self.space, value=match))
         if match > self.match:
             self.best, self.match, self.since = mask, match, 0
-            self.view = draft_view(self.model, mask)
+            self.view = draft_view(self.target.model, mask)
             drafter.change(self.view, self.policy)
 
     def _matchness(self, sequences: Sequences, mask: SkipMask) -> float:
         text = sequences.ids[0, sequences.offset : sequences.lengths[0]].tolist()
         start = len(text) - CONTEXT
         trace = Trace(prompts=(tuple(text[:start]),), continuations=(tuple(text[start:]),), new_tokens=CONTEXT)
-        reference = sequences.cache.shown(len(text) + 2 * CONTEXT)
-        right_SK, _ = Replay(self.model, trace, CONTEXT, reference=reference).of(mask).look([(0, start)])
-        return float(right_SK.float().mean())
+        reference = sequences.cache.keys_and_values(len(text) + 2 * CONTEXT)
+        replay = Replay(self.target, trace, CONTEXT, reference=reference)
+        correct_SK, _ = MaskReplay(replay, mask).evaluate([(0, start)])
+        return float(correct_SK.float().mean())
 
     @property
     def prepared(self) -> float:

@@ -1,4 +1,4 @@
-"""The arms of a benchmark: transformers' own ways to decode, and ours, each a function from a prompt to a run."""
+"""The arms of a benchmark: decoding methods of transformers and ours, each a function from a prompt to a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig, StaticCache, StoppingCriteria, StoppingCriteriaList
 
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.prompts import Ids
@@ -20,14 +19,11 @@ from skipsearch.evaluate.timing import Arm, Run, our_arm
 from skipsearch.mask import SkipMask
 from skipsearch.model.device import synchronize
 from skipsearch.model.target import Target
+from skipsearch.policy import DraftPolicy
 from skipsearch.search.options import NGRAM
 
-HF_EAGER, HF_STATIC, HF_LOOKUP, HF_ASSISTED = (
-    "HF eager",
-    "HF static compiled",
-    "HF prompt lookup",
-    "HF assisted by view",
-)
+HF_EAGER, HF_STATIC = "HF eager", "HF static compiled"
+HF_LOOKUP, HF_ASSISTED = "HF prompt lookup", "HF assisted by view"
 EAGER, PLAIN, AGAIN, MASK = "plain eager", "plain", "plain again (A/A)", "mask"
 LOOKUP, HYBRID, PREFIX = "n-gram", "hybrid", "prefix exit"
 NEED_MASK = (HF_ASSISTED, MASK, HYBRID, PREFIX)
@@ -35,7 +31,7 @@ NAMES = (HF_EAGER, HF_STATIC, HF_LOOKUP, HF_ASSISTED, EAGER, PLAIN, AGAIN, LOOKU
 
 
 class _Clock(StoppingCriteria):  # type: ignore[misc]
-    """Notes when the first token, or the first block, is there."""
+    """Records when the first token, or the first block, is committed."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.at, self.length = device, 0.0, 0
@@ -48,7 +44,12 @@ class _Clock(StoppingCriteria):  # type: ignore[misc]
 
 
 def hf_arm(target: Target, fresh: Callable[[], dict[str, Any]] = dict, **options: Any) -> Arm:
-    """`model.generate` with these options and `fresh()` ones, greedily. Tokens of the prefill are not counted."""
+    """An arm that calls `model.generate`, greedily. Tokens that come with the prefill are not counted.
+
+    Args:
+        fresh: makes further options anew for each prompt.
+        options: passed to `generate`.
+    """
     device = target.device
 
     def run(prompt: Ids, new_tokens: int) -> Run:
@@ -77,7 +78,7 @@ def hf_arm(target: Target, fresh: Callable[[], dict[str, Any]] = dict, **options
 
 
 def hf_static(target: Target, longest: int) -> Arm:
-    """`generate` with a static cache and its own compilation, the cache made once and reset for each prompt."""
+    """`generate` with a static cache and transformers' own compilation; the cache is reset for each prompt."""
     cache = StaticCache(config=target.model.config, max_cache_len=longest)
     settings = CompileConfig(mode="reduce-overhead" if target.device.type == "cuda" else "default")
     settings._compile_all_devices = True
@@ -90,7 +91,7 @@ def hf_static(target: Target, longest: int) -> Arm:
 
 
 def prefix_mask(mask: SkipMask) -> SkipMask:
-    """The early exit that runs as many sublayers as the mask: whole layers from the front (LayerSkip's draft)."""
+    """The early exit of LayerSkip: it runs as many sublayers as the mask, but as whole layers from the front."""
     left = 2 * mask.num_layers - len(mask.attention) - len(mask.mlp)
     behind = range(max(1, round(left / 2)), mask.num_layers)
     return SkipMask(attention=behind, mlp=behind, num_layers=mask.num_layers)
@@ -100,9 +101,9 @@ def arms(target: Target, mask: SkipMask | None, policy: DraftPolicy, longest: in
     """All arms by name.
 
     Args:
-        mask, policy: of the mask's arms; without a mask those are left out.
+        mask, policy: for the arms that draft with a mask; None leaves them out.
         longest: tokens of the longest sequence.
-        hf: whether to measure transformers' own.
+        hf: whether to measure the methods of transformers too.
     """
     found: dict[str, Arm] = {}
     if hf:
@@ -114,13 +115,12 @@ def arms(target: Target, mask: SkipMask | None, policy: DraftPolicy, longest: in
             found[HF_ASSISTED] = hf_arm(target, assistant_model=draft_view(target.model, mask))
     if target.compiled is not None:
         found[EAGER] = our_arm(dataclasses.replace(target, compiled=None))
-    found[PLAIN] = our_arm(target)
-    found[AGAIN] = our_arm(target)
-    served = dataclasses.replace(policy, ngram=policy.ngram or NGRAM, never_slower=True)
+    found |= {PLAIN: our_arm(target), AGAIN: our_arm(target)}
     lookup = DraftPolicy(max_length=1, ngram=NGRAM, never_slower=True, costs=policy.costs)
     found[LOOKUP] = our_arm(target, None, lookup)
     if mask is not None:
         found[MASK] = our_arm(target, mask, dataclasses.replace(policy, ngram=0, never_slower=False))
+        served = dataclasses.replace(policy, ngram=policy.ngram or NGRAM, never_slower=True)
         found[HYBRID] = our_arm(target, mask, served)
         found[PREFIX] = our_arm(target, prefix_mask(mask), DraftPolicy(max_length=4, exit_threshold=0.5))
     return found

@@ -1,14 +1,16 @@
-"""skipsearch bench: every way to decode, side by side in one process, on groups of prompts.
+"""`skipsearch bench`: all decoding methods side by side in one process, on groups of prompts.
 
-Promises interleaved arms after a warm-up, synchronised clocks, prefill timed apart, tokens counted alike
-up to the end of sequence, and a check of every arm's tokens against `generate`.
+Arms are interleaved after a warm-up, with synchronised clocks. The prefill is timed separately. Tokens are counted
+up to the end of sequence in all arms alike, and compared with those of `generate`.
 """
 
 from __future__ import annotations
 
 import statistics
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,25 +19,24 @@ from transformers import PreTrainedModel
 
 from skipsearch.bench.arms import HYBRID, MASK, NAMES, NEED_MASK, PLAIN, PREFIX, arms, prefix_mask
 from skipsearch.bench.groups import prompt_groups
-from skipsearch.bench.machine import Energy, copy_bandwidth, peak_memory, read_bandwidth
+from skipsearch.bench.machine import copy_bandwidth, energy_meter, peak_memory, read_bandwidth
 from skipsearch.bench.rows import group_rows, joined
 from skipsearch.compiled.backend import Backend, Progress, warm_mask, with_backend
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendWarning, SkipsearchError
 from skipsearch.evaluate.profile import sequence_at, timed
 from skipsearch.evaluate.prompts import Ids
-from skipsearch.evaluate.timing import Arm, Run, Timing, time_interleaved
+from skipsearch.evaluate.timing import Arm, Run, time_interleaved
 from skipsearch.evaluate.trace import DecodeSettings
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import MaskFile
 from skipsearch.model.device import device_name
 from skipsearch.model.load import Loaded, check_mask_belongs
 from skipsearch.model.target import Target
+from skipsearch.policy import DraftPolicy
 from skipsearch.search.options import MAX_LENGTH
 
-Group = tuple[Ids, ...]
-STEPS = 6  # of a draft, in one timing
+STEPS = 6  # draft steps in one timing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +44,12 @@ class BenchOptions:
     """Settings of a benchmark.
 
     Attributes:
-        new_tokens: decoded from each prompt.
-        rounds: repetitions; each prompt's median counts.
-        backend: of our arms.
-        hf: whether to measure transformers' own arms too.
-        sources, per_group: where prompts come from (see `prompt_groups`), and how many of each group.
-        only: names of the arms to measure; empty: all. Plain decoding is always measured.
+        new_tokens: tokens to decode from each prompt.
+        rounds: repetitions; the median of each prompt counts.
+        backend: for our arms.
+        hf: whether to measure the methods of transformers too.
+        only: names of the arms to measure; empty for all. Plain decoding is always measured.
+        sources, per_group: where prompts come from and how many of each group; see `prompt_groups`.
     """
 
     new_tokens: int = 96
@@ -62,7 +63,7 @@ class BenchOptions:
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of weights that one forward of a few tokens reads: all but an embedding that is only looked up in."""
+    """Bytes of weights that a forward of a few tokens reads: all but an embedding that is not also the head."""
     unique = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding is not None and (head is None or head.weight.data_ptr() != embedding.weight.data_ptr()):
@@ -71,7 +72,7 @@ def weight_bytes(model: PreTrainedModel) -> int:
 
 
 def step_costs(target: Target, mask: SkipMask, context: int, repeats: int = 15) -> tuple[float, float]:
-    """Seconds of a draft step and of a plain step at a context length, measured in turns."""
+    """Seconds of a draft step and of a plain step at a context length: medians, measured alternately."""
     drafting = sequence_at(target, draft_view(target.model, mask), context, MAX_LENGTH)
     plain = sequence_at(target, None, context, MAX_LENGTH)
     draft, step = [], []
@@ -85,16 +86,20 @@ def step_costs(target: Target, mask: SkipMask, context: int, repeats: int = 15) 
 
 
 def bench(
-    target: Target, groups: dict[str, Group], mask: SkipMask | None, policy: DraftPolicy, options: BenchOptions,
-    progress: Progress,
+    target: Target, groups: dict[str, tuple[Ids, ...]], mask: SkipMask | None, policy: DraftPolicy,
+    options: BenchOptions, progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure all arms on all groups.
+    """Measure all arms on all groups of prompts.
+
+    Args:
+        groups: token ids of prompts, by name of the group.
+        mask, policy: for the arms that draft with a mask; None leaves them out.
 
     Returns:
-        {"machine": .., "settings": .., "rows": one a group and arm, "all" last}, ready for JSON.
+        {"machine": .., "settings": .., "rows": one per group and arm, those of group "all" last}, ready for JSON.
 
     Raises:
-        SkipsearchError: an unknown arm.
+        SkipsearchError: an arm is unknown, or needs a mask that was not given.
     """
     _check_arms(options, mask)
     target = with_backend(target, options.backend, progress)
@@ -105,25 +110,24 @@ def bench(
     every = arms(target, mask, policy, longest, options.hf)
     chosen = {name: arm for name, arm in every.items() if not options.only or name in options.only or name == PLAIN}
     memory = _warm_up(target, chosen, next(iter(groups.values()))[0], options.new_tokens, progress)
-    energy, joules = Energy(target.device), dict[str, list[float]]()
-    metered = {name: _metered(arm, energy, joules.setdefault(name, [])) for name, arm in chosen.items()}
+    energy = {name: list[tuple[float, int]]() for name in chosen}
+    metered = {name: _metered(arm, energy_meter(target.device), energy[name]) for name, arm in chosen.items()}
     context = round(statistics.mean(len(p) + options.new_tokens / 2 for group in groups.values() for p in group))
     costs, full = _draft_costs(target, mask, context), weight_bytes(target.model)
     bandwidth = copy_bandwidth(target.device)
     settings = DecodeSettings(new_tokens=options.new_tokens, rounds=options.rounds, seed=options.seed)
-    rows, total = [], dict[str, list[Timing]]()
-    for group, prompts in groups.items():
-        found = time_interleaved(metered, prompts, settings, progress, stage=group)
+    timings = [
+        (group, time_interleaved(metered, prompts, settings, progress, stage=group))
+        for group, prompts in groups.items()
+    ]
+    timings.append(("all", {name: joined([found[name] for _, found in timings]) for name in chosen}))
+    rows = []
+    for group, found in timings:
         rows += group_rows(group, found, costs, full, bandwidth, options.seed)
-        for name, timing in found.items():
-            total.setdefault(name, []).append(timing)
-    summary = group_rows(
-        "all", {name: joined(timings) for name, timings in total.items()}, costs, full, bandwidth, options.seed
-    )
-    for row in summary:
+    for row in rows[-len(chosen) :]:
+        used = energy[row["arm"]]
         row["peak_memory_bytes"] = memory[row["arm"]]
-        used = joules[row["arm"]]  # joules and tokens by turns
-        row["joules_per_token"] = sum(used[::2]) / max(1.0, sum(used[1::2])) if used else None
+        row["joules_per_token"] = sum(j for j, _ in used) / max(1, sum(n for _, n in used)) if used else None
     return {
         "machine": {
             "device": device_name(target.device), "copy_bytes_per_second": bandwidth,
@@ -136,7 +140,7 @@ def bench(
             "parameters": sum(p.numel() for p in target.model.parameters()), "weight_bytes": full,
             "prompts": {group: len(prompts) for group, prompts in groups.items()},
         },
-        "rows": rows + summary,
+        "rows": rows,
     }  # fmt: skip
 
 
@@ -151,20 +155,17 @@ def _check_arms(options: BenchOptions, mask: SkipMask | None) -> None:
 def _warm_up(
     target: Target, chosen: dict[str, Arm], prompt: Ids, new_tokens: int, progress: Progress
 ) -> dict[str, float]:
-    """Run each arm once, so that what is compiled at first use is compiled; returns its peak memory in bytes."""
+    """Run each arm, so that all that is compiled at first use is compiled; returns its peak memory in bytes."""
     memory = {}
     for number, (name, arm) in enumerate(chosen.items()):
-        found: dict[str, float] = {}
         arm(prompt, min(24, new_tokens))
-        with peak_memory(target.device, found):
-            arm(prompt, new_tokens)
-        memory[name] = found["bytes"]
+        memory[name] = peak_memory(target.device, partial(arm, prompt, new_tokens))
         progress("warm-up", number + 1, len(chosen))
     return memory
 
 
 def _draft_costs(target: Target, mask: SkipMask | None, context: int) -> dict[str, dict[str, float]]:
-    """By arm that drafts with a mask: its cost ratio, and the bytes of weights that a draft step reads."""
+    """For each arm that drafts with a mask: cost ratio "c" and "bytes" of weights that a draft step reads."""
     costs = {}
     for name, drafted in {MASK: mask, HYBRID: mask, PREFIX: prefix_mask(mask) if mask else None}.items():
         if drafted is not None:
@@ -174,7 +175,12 @@ def _draft_costs(target: Target, mask: SkipMask | None, context: int) -> dict[st
 
 
 def bench_file(loaded: Loaded, file: MaskFile | None, options: BenchOptions, progress: Progress) -> dict[str, Any]:
-    """`bench` of a mask file, or of the arms that need none, on the prompts that the options name."""
+    """`bench` with a mask file, or with the arms that need none, on the prompts that the options name.
+
+    Raises:
+        SkipsearchError: an arm or a source of prompts is wrong, the mask is for another model, or no room is left
+            for prompts.
+    """
     room = loaded.target.context - options.new_tokens - MAX_LENGTH - 1
     if room < 1:
         raise SkipsearchError(f"new_tokens is {options.new_tokens}, too many for the model's context; pass fewer")
@@ -185,7 +191,7 @@ def bench_file(loaded: Loaded, file: MaskFile | None, options: BenchOptions, pro
     mask, policy = None, DraftPolicy()
     if file is not None:
         check_mask_belongs(file, loaded.target)
-        mask, policy = file.mask, DraftPolicy(**file.draft.model_dump())
+        mask, policy = file.mask, file.draft
         tuned = file.evidence.backend if file.evidence is not None else None
         now = with_backend(loaded.target, options.backend, progress).backend
         if tuned is not None and tuned != now:
@@ -194,15 +200,15 @@ def bench_file(loaded: Loaded, file: MaskFile | None, options: BenchOptions, pro
     return bench(loaded.target, groups, mask, policy, options, progress)
 
 
-def _metered(arm: Arm, energy: Energy, used: list[float]) -> Arm:
-    """The arm, noting joules and tokens by turns where there is a meter."""
+def _metered(arm: Arm, joules: Callable[[], float | None], energy: list[tuple[float, int]]) -> Arm:
+    """The same arm; each run adds (joules used, new tokens) to `energy` where energy can be read."""
 
     def run(prompt: Ids, new_tokens: int) -> Run:
-        before = energy.joules()
+        before = joules()
         out = arm(prompt, new_tokens)
-        after = energy.joules()
+        after = joules()
         if before is not None and after is not None:
-            used.extend((after - before, float(len(out.ids))))
+            energy.append((after - before, len(out.ids)))
         return out
 
     return run

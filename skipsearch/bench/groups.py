@@ -1,4 +1,4 @@
-"""Groups of prompts to measure on: task groups of a file, whole files, code nobody trained on, random tokens."""
+"""Groups of prompts to measure on: held-out code, random tokens, files, and the task groups of a file."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ def prompt_groups(
     sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, per_group: int, room: int, seed: int,
     vocabulary: int,
 ) -> dict[str, tuple[Ids, ...]]:  # fmt: skip
-    """Prompts by group name, `per_group` of each, cut to their first `room` tokens.
+    """Token ids of prompts by name of the group.
 
     Args:
-        sources: "builtin", "random", or prompt files and data set ids as for `skipsearch run`; a JSON-lines file
-            whose rows name a category gives a group for each.
+        sources: "builtin", "random", or prompt files and data set ids as for `skipsearch run`. A JSON-lines file
+            whose rows have a "category" gives one group per category.
+        per_group: prompts of each group.
+        room: cut each prompt to its first `room` tokens.
+        vocabulary: number of tokens, for random prompts.
 
     Raises:
-        PromptError: a source that is missing or too small.
+        PromptError: a source is missing or too small.
     """
     groups: dict[str, tuple[Ids, ...]] = {}
     for name in sources:
@@ -49,6 +52,7 @@ def prompt_groups(
 
 
 def _split(name: str) -> list[tuple[str, PromptSource]]:
+    """The groups of a source: name and prompts of each."""
     path = Path(name).expanduser()
     if name == BUILT_IN:
         return [("held-out code", PromptSource())]

@@ -1,4 +1,4 @@
-"""What the machine can do and what a run took of it: copy bandwidth, peak memory, energy."""
+"""Figures of the machine: memory bandwidth, and the peak memory and energy of a run."""
 
 from __future__ import annotations
 
@@ -6,87 +6,75 @@ import contextlib
 import resource
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from skipsearch.model.device import synchronize
 
-COPY_BYTES = {"cpu": 1 << 29, "cuda": 1 << 32}  # far beyond the caches
+COPY_BYTES = {"cpu": 1 << 29, "cuda": 1 << 32}  # far more than the caches hold
+
+
+def _median_seconds(device: torch.device, action: Callable[[], object]) -> float:
+    """Median time of 6 calls, after 2 that are not counted."""
+    seconds = []
+    for _ in range(8):
+        synchronize(device)
+        start = time.perf_counter()
+        action()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[2:])
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second of a large copy, counting those read and those written."""
+    """Bytes per second of a large copy; bytes read and bytes written both count."""
     size = COPY_BYTES["cuda" if device.type == "cuda" else "cpu"]
     source, target = (torch.ones(size // 4, dtype=torch.float32, device=device) for _ in range(2))
-    seconds = []
-    for _ in range(8):
-        synchronize(device)
-        start = time.perf_counter()
-        target.copy_(source)
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * size / statistics.median(seconds[2:])
+    return 2 * size / _median_seconds(device, lambda: target.copy_(source))
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes per second of reading a large matrix once for a product with a vector, as decoding reads weights."""
-    size = COPY_BYTES["cuda" if device.type == "cuda" else "cpu"] // 4
-    matrix = torch.ones((size // 8192, 8192), device=device)
-    vector = torch.ones(8192, device=device)
-    seconds = []
-    for _ in range(8):
-        synchronize(device)
-        start = time.perf_counter()
-        matrix @ vector
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return 4 * size / statistics.median(seconds[2:])
+    """Bytes per second of a large matrix-vector product, which reads the matrix once, as decoding reads weights."""
+    rows = COPY_BYTES["cuda" if device.type == "cuda" else "cpu"] // 4 // 8192
+    matrix, vector = torch.ones((rows, 8192), device=device), torch.ones(8192, device=device)
+    return 4 * matrix.numel() / _median_seconds(device, lambda: matrix @ vector)
 
 
-@contextlib.contextmanager
-def peak_memory(device: torch.device, found: dict[str, float]) -> Iterator[None]:
-    """Put into found["bytes"] the most memory used inside: of the device, or of the process on a CPU."""
-    reset = Path("/proc/self/clear_refs")
+def peak_memory(device: torch.device, run: Callable[[], object]) -> float:
+    """The most memory in bytes that is in use during `run`: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif reset.exists():
-        with contextlib.suppress(OSError):
-            reset.write_text("5")  # the kernel's own way to forget the high-water mark
-    yield
-    if device.type == "cuda":
-        found["bytes"] = float(torch.cuda.max_memory_allocated(device))
-        return
+        run()
+        return float(torch.cuda.max_memory_allocated(device))
+    with contextlib.suppress(OSError):  # not on every system
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak (VmHWM)
+    run()
     try:
         status = Path("/proc/self/status").read_text()
-        found["bytes"] = float(status.split("VmHWM:")[1].split()[0]) * 1024
+        return float(status.split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError, ValueError):
-        found["bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
-class Energy:
-    """Joules that the GPU has used, by NVML; None where it does not tell."""
+def energy_meter(device: torch.device) -> Callable[[], float | None]:
+    """A function that returns the joules that the GPU has used since its driver was loaded, by NVML.
 
-    def __init__(self, device: torch.device) -> None:
-        self._handle: Any = None
-        if device.type != "cuda":
-            return
-        with contextlib.suppress(Exception):  # no library, no driver, no counter: each means that nobody can tell
+    It returns None where they cannot be read: on a CPU, or without the library, a driver or a counter.
+    """
+    if device.type != "cuda":
+        return lambda: None
+
+    def joules() -> float | None:
+        try:
             import pynvml
 
             pynvml.nvmlInit()
             uuid = str(torch.cuda.get_device_properties(device).uuid)
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
-            self._read = pynvml.nvmlDeviceGetTotalEnergyConsumption
-            self._read(self._handle)
+            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+            return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000
+        except Exception:  # each cause has an error of its own; the counter of some cards comes and goes
+            return None
 
-    def joules(self) -> float | None:
-        """Since the driver was loaded."""
-        if self._handle is None:
-            return None
-        try:
-            return float(self._read(self._handle)) / 1000
-        except Exception:  # the counter of some cards comes and goes
-            return None
+    return joules

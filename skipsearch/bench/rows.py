@@ -1,4 +1,4 @@
-"""Rows of a benchmark: speeds, speed-ups with intervals, equality of tokens, bounds and bytes of each arm."""
+"""The rows of a benchmark: speed, speed-ups with intervals, equal tokens, bounds and bytes of each arm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from skipsearch.evaluate.timing import Timing, interval
 
 
 def joined(timings: list[Timing]) -> Timing:
-    """Several groups' timings of one arm as one."""
+    """The timings of one arm on several groups, as one timing."""
     return Timing(
         seconds=np.concatenate([t.seconds for t in timings]), prefill=np.concatenate([t.prefill for t in timings]),
         runs=tuple(run for t in timings for run in t.runs),
@@ -24,10 +24,11 @@ def group_rows(
     """A row for each arm of one group, ready for JSON.
 
     Args:
+        timed: timing of each arm by name; plain decoding is always among them.
         costs: by arm, the cost ratio "c" of its draft and the "bytes" of weights that a draft step reads.
         full: bytes of weights that a verify reads.
         bandwidth: bytes per second of a large copy on this machine.
-        seed: of the intervals.
+        seed: of the bootstrap intervals.
     """
     reference = timed.get(HF_EAGER, timed.get(EAGER, timed[PLAIN]))
     rows = []
@@ -50,13 +51,13 @@ def group_rows(
             row |= {"acceptance_rate": stats.acceptance_rate, "tau": stats.tau, "blocks_from": dict(stats.blocks_from)}
             row["accepted_from"] = dict(stats.accepted_from)
             moved = stats.verifies * full + of_mask * costs.get(name, {}).get("bytes", 0)
-            if name != HYBRID:  # whose drafts come from two sources, and only one of them reads weights
+            if name != HYBRID:  # part of its drafts are n-grams, which read no weights
                 row |= {"bytes_per_second": moved / seconds, "of_copy_bandwidth": moved / seconds / bandwidth}
         if name in costs:
             c = costs[name]["c"]
             row |= {"cost_ratio": c, "bound": 1 / c}
             if name in (MASK, PREFIX) and stats.verifies:
-                # What this acceptance could bring if a verify cost no more than a plain step, and nothing else a thing.
+                # The speed-up at this acceptance if a verify cost as much as a plain step, and all else were free.
                 row["own_bound"] = stats.tau / (1 + c * stats.drafted / stats.verifies)
                 row["share_of_own_bound"] = row["speedup_plain"] / row["own_bound"]
         rows.append(row)

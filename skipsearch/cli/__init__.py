@@ -1,6 +1,6 @@
-"""The command line: parses, calls one function, prints.
+"""The command line: each command parses its options, calls one function and prints the result.
 
-Results go to stdout, progress and logs to stderr. With --json stdout holds one JSON object, nothing else.
+Results go to stdout, progress and logs to stderr. With --json, stdout holds one JSON object and nothing else.
 Exit codes: 0 success, 1 a failed verdict or run, 2 wrong use, 130 interrupted.
 """
 
@@ -19,14 +19,14 @@ from skipsearch.errors import BackendWarning, SkipsearchError
 
 
 def main() -> None:
-    """Entry point: turns our errors into one line, and an interruption into exit 130."""
+    """Entry point: prints our errors as one line, and exits with 130 after an interruption."""
     debug = "--debug" in sys.argv
     if not debug:
         warnings.filterwarnings("ignore")
         warnings.filterwarnings("once", category=BackendWarning)
         warnings.showwarning = lambda message, *_, **__: err.print(f"note: {message}", markup=False, soft_wrap=True)
         logging.getLogger("transformers").setLevel(logging.ERROR)
-        os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # our error says it; the library says it again
+        os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # our own error reports the same
     try:
         app()
     except SkipsearchError as error:

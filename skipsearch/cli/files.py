@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,12 +14,12 @@ from skipsearch.cli import options as opt
 def show(
     mask: Annotated[Path, typer.Argument(help="mask.json")], as_json: opt.Json = False, debug: opt.Debug = False
 ) -> None:
-    """Draw a mask file: a row of cells for each kind of sublayer, and its evidence."""
+    """Draw a mask file, one row of cells for each kind of sublayer, and print its evidence."""
     from skipsearch.maskfile import load_mask
     from skipsearch.report.tables import mask_table
 
     file = load_mask(mask)
-    opt.say(file.model_dump(mode="json"), as_json, mask_table(file))
+    opt.print_result(file.model_dump(mode="json"), as_json, mask_table(file))
 
 
 @opt.app.command("import")
@@ -27,8 +27,8 @@ def import_(
     source: Annotated[Path, typer.Argument(help="skip_layers.json of Self-SD or SWIFT")],
     layers: Annotated[int, typer.Option(min=1, help="decoder layers of the model")],
     to: Annotated[Path, typer.Option("--to", help="mask file to write")] = Path("mask.json"),
-    key: Annotated[str | None, typer.Option(help="which entry of the file")] = None,
-    model_id: Annotated[str, typer.Option(help="hub id to note in the file")] = "unknown",
+    key: Annotated[str | None, typer.Option(help="which entry of the file; needed if it has several")] = None,
+    model_id: Annotated[str, typer.Option(help="hub id to write into the file")] = "unknown",
     as_json: opt.Json = False, debug: opt.Debug = False,
 ) -> None:  # fmt: skip
     """Turn a skip set of Self-SD or SWIFT into a mask file."""
@@ -37,17 +37,17 @@ def import_(
 
     file = import_mask(source, num_layers=layers, key=key, model_id=model_id)
     file.save(to)
-    opt.say({"file": str(to), **file.model_dump(mode="json")}, as_json, mask_table(file), f"written to {to}")
+    opt.print_result({"file": str(to), **file.model_dump(mode="json")}, as_json, mask_table(file), f"written to {to}")
 
 
 @opt.app.command()
 def models(
     families: Annotated[
-        bool, typer.Option("--families", help="instead of presets, model families, each proven or refused here and now")
+        bool, typer.Option("--families", help="list model families instead of presets; each is tested now")
     ] = False,
     as_json: opt.Json = False, debug: opt.Debug = False,
 ) -> None:  # fmt: skip
-    """List the presets, or the families of models that can be skipped in."""
+    """List the presets, or the model families whose sublayers can be skipped."""
     if families:
         from dataclasses import asdict
 
@@ -57,23 +57,23 @@ def models(
         with opt.err.status("building a tiny model of each family, and proving its sublayers"):
             rows = [asdict(prove(family)) for family in FAMILIES]
         count = sum(row["supported"] for row in rows)
-        data = {"families": rows, "supported": count, "refused": len(rows) - count}
-        opt.say(data, as_json, family_table(data), f"{count} supported, {len(rows) - count} refused")
+        data: dict[str, Any] = {"families": rows, "supported": count, "refused": len(rows) - count}
+        opt.print_result(data, as_json, family_table(data), f"{count} supported, {len(rows) - count} refused")
         return
     from skipsearch.model.preset import presets
     from skipsearch.report.tables import preset_table
 
-    found = presets()
     data = {
-        n: {"id": p.model_id, "num_layers": p.num_layers, "masks": [m.name for m in p.masks]} for n, p in found.items()
+        name: {"id": preset.model_id, "num_layers": preset.num_layers, "masks": [mask.name for mask in preset.masks]}
+        for name, preset in presets().items()
     }
-    opt.say(data, as_json, preset_table(data))
+    opt.print_result(data, as_json, preset_table(data))
 
 
 @opt.app.command()
 def dashboard(
     results: Annotated[Path | None, typer.Argument(help="a results folder or study.db (default: newest)")] = None,
-    storage: Annotated[str | None, typer.Option(help="an Optuna storage URL instead")] = None,
+    storage: Annotated[str | None, typer.Option(help="an Optuna storage URL, instead of results")] = None,
     host: str = "127.0.0.1", port: Annotated[int, typer.Option(min=0, max=65535)] = 8080, debug: opt.Debug = False,
 ) -> None:  # fmt: skip
     """Open optuna-dashboard on a study."""

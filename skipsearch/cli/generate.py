@@ -1,15 +1,23 @@
-"""`skipsearch generate`: continue a prompt, streaming, by any decoding method."""
+"""`skipsearch generate`: continue a prompt by any decoding method and print the text as it comes."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.console import Console
 
 from skipsearch.cli import options as opt
+
+if TYPE_CHECKING:
+    from skipsearch.generate.continuation import GenerateSettings
+    from skipsearch.generate.method import SelfSpeculative
+    from skipsearch.model.load import Loaded
+
+ON_THE_FLY = "on the fly"  # label of the method that searches while it decodes
 
 
 @opt.app.command()
@@ -17,103 +25,79 @@ def generate(
     model: opt.Model,
     mask: Annotated[Path | None, typer.Option(help="mask.json; without it, plain decoding")] = None,
     on_the_fly: Annotated[
-        bool, typer.Option("--on-the-fly", help="find masks while decoding, from --mask or from nothing")
+        bool, typer.Option("--on-the-fly", help="find masks while decoding; starts with --mask if it is given")
     ] = False,
     decoding: Annotated[
         Literal["lossless", "mtad"], typer.Option(help="mtad: joint decoding of several tokens, LOSSY: likelier text")
     ] = "lossless",
     beam_width: Annotated[int | None, typer.Option(min=1, help="beams of mtad (default 4)")] = None,
     threshold: Annotated[
-        float | None, typer.Option(min=0, max=0.99, help="joint likelihood ratio that mtad accepts from (default 0.5)")
+        float | None, typer.Option(min=0, max=0.99, help="joint likelihood ratio from which mtad accepts (default 0.5)")
     ] = None,
     draft_model: Annotated[
         str | None, typer.Option(help="a smaller model that drafts for mtad instead of the mask: preset, id or folder")
     ] = None,
     share: Annotated[
-        float | None, typer.Option(min=0, max=0.99, help="of decoding's seconds, to search on the fly (default 0.05)")
+        float | None, typer.Option(min=0, max=0.99, help="part of the time that --on-the-fly searches (default 0.05)")
     ] = None,
-    save: Annotated[Path | None, typer.Option(help="where to write the mask that was found on the fly")] = None,
+    save: Annotated[Path | None, typer.Option(help="where to write the mask that --on-the-fly found")] = None,
     prompt: Annotated[str, typer.Option(help="text to continue")] = "def main(",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: opt.Temperature = 0.0,
-    top_k: Annotated[int, typer.Option(min=0)] = 0,
-    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
-    compare: Annotated[bool, typer.Option(help="decode plainly too, and compare speed and tokens")] = False,
-    backend: opt.Backends = "auto",
-    seed: opt.Seed = 0,
+    top_k: Annotated[int, typer.Option(min=0)] = 0, top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    compare: Annotated[bool, typer.Option(help="also decode plainly, and compare speed and tokens")] = False,
+    backend: opt.Backends = "auto", seed: opt.Seed = 0,
     dtype: opt.Dtype = "auto", device: opt.Device = "auto", revision: opt.Revision = None, trust: opt.Trust = False,
     as_json: opt.Json = False, debug: opt.Debug = False,
 ) -> None:  # fmt: skip
     """Continue a prompt with a mask (or plainly), streaming."""
-    _check(decoding, on_the_fly, mask, compare, save, share, beam_width, threshold, draft_model)
-    tuned = "eager" if decoding == "mtad" else backend
-    if tuned == "auto":
-        tuned = "compiled" if on_the_fly else _backend_of(mask)
+    joint = decoding == "mtad"
+    beams: dict[str, Any] = {"beam_width": beam_width, "threshold": threshold, "draft_model": draft_model}
+    _check(mask, joint, on_the_fly, compare, beams, {"save": save, "share": share})
+    if joint or backend == "auto":
+        backend = "eager" if joint else "compiled" if on_the_fly else _backend_of(mask)
     loaded = opt.load(model, dtype, device, revision, trust)
-    from skipsearch.generate.continuation import GenerateSettings, check_room, continue_text
-    from skipsearch.online.self_speculative import self_speculative
-    from skipsearch.report.progress import stages
-    from skipsearch.report.tables import found_line, generation_line
+    from skipsearch.generate.continuation import GenerateSettings, check_room
 
     check_room(loaded, prompt, max_new_tokens)
-    plain = self_speculative(None, backend=tuned)
-    if decoding == "mtad":
-        small = opt.load(draft_model, dtype, device, None, trust).model if draft_model else None
-        name, method = "mtad (lossy)", self_speculative(
-            mask, decoding="mtad", beam_width=beam_width, threshold=threshold, draft_model=small
-        )  # fmt: skip
-    elif on_the_fly:
-        name, method = "on the fly", self_speculative("auto", start=mask, seed=seed, share=share, backend=tuned)
-    else:
-        name, method = ("plain", plain) if mask is None else ("mask", self_speculative(mask, backend=tuned))
-    methods = {"plain": plain, name: method} if compare else {name: method}
+    if draft_model is not None:
+        beams["draft_model"] = opt.load(draft_model, dtype, device, None, trust).model
+    methods = _methods(mask, on_the_fly, compare, backend, seed, share, {"decoding": decoding, **beams})
     settings = GenerateSettings(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )
-    with stages(opt.err, quiet=as_json) as progress:
-        for each in methods.values():  # warm-up, so that the first arm pays for nothing alone
-            few = replace(settings, max_new_tokens=min(16 if compare else 2, max_new_tokens))
-            continue_text(loaded, prompt, each, few, stream=False, progress=progress.stage)
-    tuner = method.tuner_for(loaded.model) if on_the_fly else None
-    results: dict[str, Any] = {}
-    for label, each in methods.items():
-        if compare and not as_json:
-            opt.out.rule(label)
-        results[label] = found = continue_text(loaded, prompt, each, settings, stream=not as_json)
-        if not as_json:
-            opt.out.print(generation_line(found))
-        if tuner is not None and each is method:
-            found["search"] = tuner.report()
-            if not as_json:
-                opt.out.print(found_line(found["search"]))
-    exact = decoding == "lossless" and temperature == 0
-    equal = len({tuple(found["tokens"]) for found in results.values()}) == 1 if compare and exact else None
+    out = Console(quiet=as_json)
+    results = _continue(loaded, prompt, methods, settings, out)
+    must_agree = compare and not joint and temperature == 0
+    equal = len({tuple(found["tokens"]) for found in results.values()}) == 1 if must_agree else None
     if as_json:
         print(json.dumps({**results, "greedy_equal": equal}))
     elif compare:
-        opt.out.print(_compared(equal, decoding))
-    if save is not None and tuner is not None:
-        tuner.save(save, loaded.name)
-        if not as_json:
-            opt.out.print(f"saved {_what(save, mask)}; next: skipsearch validate {save} --model {model}")
-    # In half precision verifying several rows at once may round differently: a difference is no failure there.
+        out.print(_compared(equal, joint))
+    if save is not None:
+        methods[ON_THE_FLY].tuner_for(loaded.model).save(save, loaded.name)
+        out.print(f"saved {_found(save, mask)}; next: skipsearch validate {save} --model {model}")
+    # In half precision, verifying several tokens at once may round differently, so a difference there is no failure.
     raise typer.Exit(1 if equal is False and str(loaded.model.dtype) == "torch.float32" else 0)
 
 
 def _check(
-    decoding: str, on_the_fly: bool, mask: Path | None, compare: bool, save: Path | None, share: float | None,
-    beam_width: int | None, threshold: float | None, draft_model: str | None,
-) -> None:  # fmt: skip
-    """Refuse options that do not go together, before anything is loaded."""
-    joint = decoding == "mtad"
-    lone = {"--beam-width": beam_width, "--threshold": threshold, "--draft-model": draft_model}
-    for option, value, goes, why in (
-        *((name, value, joint, "it goes with --decoding mtad alone") for name, value in lone.items()),
-        ("--save", save, on_the_fly, "nothing is searched without --on-the-fly"),
-        ("--share", share, on_the_fly, "nothing is searched without --on-the-fly"),
+    mask: Path | None, joint: bool, on_the_fly: bool, compare: bool, beams: dict[str, Any], search: dict[str, Any]
+) -> None:
+    """Refuse options that exclude or need each other, before any model is loaded.
+
+    Args:
+        beams: "beam_width", "threshold" and "draft_model", each None if it was not given.
+        search: "save" and "share", likewise.
+    """
+    for options, allowed, reason in (
+        (beams, joint, "it goes with --decoding mtad alone"),
+        (search, on_the_fly, "nothing is searched without --on-the-fly"),
     ):
-        if value is not None and not goes:
-            raise typer.BadParameter(why, param_hint=option)
+        for name, value in options.items():
+            if value is not None and not allowed:
+                raise typer.BadParameter(reason, param_hint=f"--{name.replace('_', '-')}")
+    draft_model, save = beams["draft_model"], search["save"]
     if joint and on_the_fly:
         raise typer.BadParameter("mtad and --on-the-fly exclude each other", param_hint="--decoding")
     if joint and (mask is None) == (draft_model is None):
@@ -124,13 +108,63 @@ def _check(
         raise typer.BadParameter(f"folder {save.absolute().parent} does not exist; make it first", param_hint="--save")
 
 
-def _compared(equal: bool | None, decoding: str) -> str:
+def _methods(
+    mask: Path | None, on_the_fly: bool, compare: bool, backend: opt.Backend, seed: int, share: float | None,
+    joint: dict[str, Any],
+) -> dict[str, SelfSpeculative]:  # fmt: skip
+    """The decoding methods to run, by label: the chosen one, and before it plain decoding if they are compared.
+
+    Args:
+        joint: arguments of `self_speculative` for joint decoding.
+    """
+    from skipsearch.online.self_speculative import self_speculative
+
+    plain = self_speculative(None, backend=backend)
+    if joint["decoding"] == "mtad":
+        name, method = "mtad (lossy)", self_speculative(mask, **joint)
+    elif on_the_fly:
+        name, method = ON_THE_FLY, self_speculative("auto", start=mask, seed=seed, share=share, backend=backend)
+    else:
+        name, method = ("plain", plain) if mask is None else ("mask", self_speculative(mask, backend=backend))
+    return {"plain": plain, name: method} if compare else {name: method}
+
+
+def _continue(
+    loaded: Loaded, prompt: str, methods: dict[str, SelfSpeculative], settings: GenerateSettings, out: Console
+) -> dict[str, Any]:
+    """Continue the prompt with each method after a warm-up; a quiet `out` prints neither texts nor figures.
+
+    Returns:
+        what `continue_text` returns, by label; with "search", a report, where masks were searched on the fly.
+    """
+    from skipsearch.generate.continuation import continue_text
+    from skipsearch.report.progress import stages
+    from skipsearch.report.tables import found_line, generation_line
+
+    few = replace(settings, max_new_tokens=min(16 if len(methods) > 1 else 2, settings.max_new_tokens))
+    with stages(opt.err, quiet=out.quiet) as progress:
+        for method in methods.values():  # before any is timed: the first one alone would pay for what all share
+            continue_text(loaded, prompt, method, few, stream=False, progress=progress.stage)
+    results = {}
+    for name, method in methods.items():
+        if len(methods) > 1:
+            out.rule(name)
+        results[name] = found = continue_text(loaded, prompt, method, settings, stream=not out.quiet)
+        out.print(generation_line(found))
+        if name == ON_THE_FLY:
+            found["search"] = method.tuner_for(loaded.model).report()
+            out.print(found_line(found["search"]))
+    return results
+
+
+def _compared(equal: bool | None, joint: bool) -> str:
     if equal is None:
-        return f"the two texts may differ: {'mtad is lossy by design' if decoding == 'mtad' else 'they are samples'}"
+        return f"the two texts may differ: {'mtad is lossy by design' if joint else 'they are samples'}"
     return "same tokens as plain decoding" if equal else "tokens differ from plain decoding"
 
 
-def _what(saved: Path, start: Path | None) -> str:
+def _found(saved: Path, start: Path | None) -> str:
+    """What was saved: a new mask, or the one that the search started with."""
     from skipsearch.maskfile import load_mask
 
     kept = start is not None and load_mask(saved).mask == load_mask(start).mask
@@ -138,9 +172,8 @@ def _what(saved: Path, start: Path | None) -> str:
 
 
 def _backend_of(mask: Path | None) -> Literal["eager", "compiled"]:
-    """The backend that a mask was tuned for: with --compare both arms take it."""
+    """The backend that a mask was tuned for. With --compare plain decoding takes it too."""
     from skipsearch.maskfile import load_mask
 
-    file = load_mask(mask) if mask is not None else None
-    tuned = file is not None and file.evidence is not None and file.evidence.backend == "compiled"
-    return "compiled" if tuned else "eager"
+    evidence = load_mask(mask).evidence if mask is not None else None
+    return "compiled" if evidence is not None and evidence.backend == "compiled" else "eager"

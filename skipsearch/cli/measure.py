@@ -19,14 +19,14 @@ def validate(
     num_prompts: opt.Calibration = 24, num_held_out: opt.HeldOut = 20,
     prompt_tokens: opt.PromptTokens = None, new_tokens: opt.NewTokens = 96, rounds: opt.Rounds = 2, seed: opt.Seed = 0,
     backend: opt.Backends = "auto", temperature: opt.Temperature = 0.0, context: opt.Contexts = None,
-    write: Annotated[bool, typer.Option(help="put the new evidence into the mask file")] = False,
+    write: Annotated[bool, typer.Option(help="write the new evidence into the mask file")] = False,
     audited: Annotated[
-        bool, typer.Option("--audit", help="instead of timing, explain every difference from plain decoding in fp32")
+        bool, typer.Option("--audit", help="do not time; explain every difference from plain decoding in fp32")
     ] = False,
     dtype: opt.Dtype = "auto", device: opt.Device = "auto", revision: opt.Revision = None, trust: opt.Trust = False,
     as_json: opt.Json = False, debug: opt.Debug = False,
 ) -> None:  # fmt: skip
-    """Time a mask against plain decoding on held-out prompts of this machine."""
+    """Time a mask against plain decoding on this machine, with held-out prompts."""
     from skipsearch.maskfile import load_mask
 
     file = load_mask(mask)
@@ -48,33 +48,33 @@ def validate(
 
         with stages(opt.err, quiet=as_json) as progress:
             found = audit_file(loaded, file, options, progress.stage).to_dict()
-        opt.say(found, as_json, audit_table(found))
+        opt.print_result(found, as_json, audit_table(found))
         raise typer.Exit(0 if found["passed"] else 1)
     with stages(opt.err, quiet=as_json) as progress:
         fresh = validate_file(loaded, file, options, progress.stage)
     if write:
         fresh.save(mask)
-    opt.say(fresh.model_dump(mode="json"), as_json, mask_table(fresh))
+    opt.print_result(fresh.model_dump(mode="json"), as_json, mask_table(fresh))
     raise typer.Exit(0 if fresh.evidence and fresh.evidence.verdict == "use" else 1)
 
 
 @opt.app.command()
 def bench(
     model: opt.Model = "demo",
-    mask: Annotated[Path | None, typer.Option(help="mask.json; without it, arms that need none")] = None,
+    mask: Annotated[Path | None, typer.Option(help="mask.json; without it, only arms that need no mask")] = None,
     prompts: Annotated[
         list[str] | None,
-        typer.Option("--prompts", help="builtin, random, or a file (Spec-Bench: a group a task); may be repeated"),
+        typer.Option("--prompts", help="builtin, random, or a file (Spec-Bench: one group per task); may be repeated"),
     ] = None,
     per_group: Annotated[int, typer.Option(min=2, help="prompts of each group")] = 8,
-    arm: Annotated[list[str] | None, typer.Option("--arm", help="an arm beside plain; may be repeated")] = None,
-    hf: Annotated[bool, typer.Option(help="measure transformers' own ways too")] = True,
+    arm: Annotated[list[str] | None, typer.Option("--arm", help="an arm besides plain; may be repeated")] = None,
+    hf: Annotated[bool, typer.Option(help="also measure transformers' own methods")] = True,
     new_tokens: opt.NewTokens = 96, rounds: opt.Rounds = 2, backend: opt.Backends = "auto", seed: opt.Seed = 0,
     folder: opt.Folder = None,
     dtype: opt.Dtype = "auto", device: opt.Device = "auto", revision: opt.Revision = None, trust: opt.Trust = False,
     as_json: opt.Json = False, debug: opt.Debug = False,
 ) -> None:  # fmt: skip
-    """Time every way to decode side by side: transformers' own, plain, n-grams, the mask, both."""
+    """Time all decoding methods side by side: transformers' own, plain, n-grams, the mask, both."""
     from skipsearch.maskfile import load_mask
 
     file = load_mask(mask) if mask is not None else None
@@ -91,13 +91,13 @@ def bench(
         data = bench_file(loaded, file, options, progress.stage)
     paths = save_bench(data, folder or Path("results") / loaded.name)
     tables = (bench_title(data), speed_table(data), counts_table(data), groups_table(data))
-    opt.say({**data, "files": paths}, as_json, *tables, f"picture: {paths['bench.svg']}")
+    opt.print_result({**data, "files": paths}, as_json, *tables, f"picture: {paths['bench.svg']}")
 
 
 @opt.app.command()
 def doctor(
     calibrated: Annotated[
-        bool, typer.Option("--calibrate", help="instead, check the cost model against real decoding (minutes)")
+        bool, typer.Option("--calibrate", help="instead, compare the cost model with real decoding (takes minutes)")
     ] = False,
     model: opt.Model = "demo", backend: opt.Backends = "auto", seed: opt.Seed = 0,
     dtype: opt.Dtype = "auto", device: opt.Device = "auto", revision: opt.Revision = None, trust: opt.Trust = False,
@@ -110,20 +110,21 @@ def doctor(
         from skipsearch.evaluate.calibrate import calibrate
         from skipsearch.report.progress import stages
         from skipsearch.report.tables import calibration_table
+        from skipsearch.search.options import SearchOptions
         from skipsearch.search.prepare import chosen_prompts
 
-        options = opt.search_options("builtin", None, None, "test", True, seed=seed, backend=backend)
+        options = SearchOptions(seed=seed, backend=backend)
         with stages(opt.err, quiet=as_json) as progress:
             prompts = chosen_prompts(loaded.target, loaded.tokenizer, options).calibration
             target = with_backend(loaded.target, backend, progress.stage)
             data = {"model": loaded.name, **calibrate(target, prompts, progress.stage, seed=seed)}
-        opt.say(data, as_json, *(calibration_table(found) for found in data["contexts"]), _calibration_verdict(data))
+        opt.print_result(data, as_json, *map(calibration_table, data["contexts"]), _calibration_verdict(data))
         raise typer.Exit(0 if data["passed"] else 1)
     from skipsearch.report.doctor import examine
     from skipsearch.report.tables import doctor_table
 
     data = examine()
-    opt.say(data, as_json, doctor_table(data))
+    opt.print_result(data, as_json, doctor_table(data))
     raise typer.Exit(1 if data["missing"] else 0)
 
 

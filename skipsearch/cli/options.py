@@ -1,4 +1,4 @@
-"""What several commands share: the application, options by name, and how results are said."""
+"""What the commands share: the application, options used by several commands, and printing of results."""
 
 from __future__ import annotations
 
@@ -27,38 +27,40 @@ Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, or map to spread over all devices")]
 Revision = Annotated[str | None, typer.Option(help="hub revision")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run modelling code from the hub")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run model code from the hub")]
 PromptsFrom = Annotated[
     str, typer.Option("--prompts", help="builtin, a .txt/.jsonl/.csv/.parquet file, or a data set id")
 ]
 Column = Annotated[str | None, typer.Option("--prompt-column", help="column that holds the prompts")]
-Config = Annotated[str | None, typer.Option("--prompt-config", help="configuration of a data set id")]
-Split = Annotated[str, typer.Option("--prompt-split", help="split of a data set id")]
-Chat = Annotated[bool, typer.Option(help="use the model's chat template where it has one")]
-PromptTokens = Annotated[int | None, typer.Option(min=1, help="cut prompts to so many tokens")]
+Config = Annotated[str | None, typer.Option("--prompt-config", help="configuration of the data set")]
+Split = Annotated[str, typer.Option("--prompt-split", help="split of the data set")]
+Chat = Annotated[bool, typer.Option(help="use the model's chat template, if it has one")]
+PromptTokens = Annotated[int | None, typer.Option(min=1, help="cut each prompt to this many tokens")]
 NewTokens = Annotated[int, typer.Option(min=2, help="tokens to decode from each prompt")]
 Calibration = Annotated[
-    int, typer.Option("--num-prompts", min=2, help="calibration prompts: searched with, never validated on")
+    int, typer.Option("--num-prompts", min=2, help="calibration prompts: used by the search, never for validation")
 ]
-HeldOut = Annotated[int, typer.Option("--num-held-out", min=2, help="prompts to validate on")]
+HeldOut = Annotated[int, typer.Option("--num-held-out", min=2, help="held-out prompts: used for validation alone")]
 Contexts = Annotated[
-    list[int] | None, typer.Option(min=1, help="context length to serve (default: the prompts'); may be repeated")
+    list[int] | None,
+    typer.Option(min=1, help="context length to serve (default: as the prompts); may be repeated"),
 ]
 Rounds = Annotated[int, typer.Option(min=1, help="repetitions of each timing")]
+Backend = Literal["auto", "eager", "compiled"]
 Backends = Annotated[
-    Literal["auto", "eager", "compiled"],
+    Backend,
     typer.Option(
         "--backend",
-        help="what runs forwards; auto: compiled if it can (generate: what the mask was tuned for, eager without one)",
+        help="what runs the forward passes; auto: compiled if possible (generate: as the mask was tuned, else eager)",
     ),
 ]
-Temperature = Annotated[float, typer.Option(min=0, help="sample at it; 0 decodes greedily")]
-Seed = Annotated[int, typer.Option(help="seed of everything random")]
+Temperature = Annotated[float, typer.Option(min=0, help="sampling temperature; 0 decodes greedily")]
+Seed = Annotated[int, typer.Option(help="seed of the random numbers")]
 Folder = Annotated[Path | None, typer.Option("--out", help="results folder (default results/<model>)")]
 
 
 def load(name: str, dtype: str, device: str, revision: str | None, trust: bool) -> Loaded:
-    """The model by this name, with a spinner while it is read."""
+    """Load the model of this name; shows a spinner meanwhile."""
     with err.status(f"loading {escape(name)}"):
         from skipsearch.model.load import load_model
 
@@ -68,7 +70,7 @@ def load(name: str, dtype: str, device: str, revision: str | None, trust: bool) 
 def search_options(
     source: str, column: str | None, config: str | None, split: str, chat: bool, **settings: Any
 ) -> SearchOptions:
-    """Settings of a search whose prompts come from there."""
+    """Settings of a search with this prompt source; `settings` are the other fields of `SearchOptions`."""
     from skipsearch.evaluate.prompts import PromptSource
     from skipsearch.search.options import SearchOptions
 
@@ -76,8 +78,8 @@ def search_options(
     return SearchOptions(source=prompts, **settings)
 
 
-def say(data: dict[str, Any], as_json: bool, *shown: Any) -> None:
-    """One JSON object, or what people read."""
+def print_result(data: dict[str, Any], as_json: bool, *shown: Any) -> None:
+    """Print `data` as one JSON object, or else what people read: tables and lines."""
     if as_json:
         print(json.dumps(data))
     else:

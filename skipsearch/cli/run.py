@@ -1,4 +1,4 @@
-"""`skipsearch run`: search, validate, export."""
+"""`skipsearch run`: search a mask, validate it, and export it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from skipsearch.cli import options as opt
 @opt.app.command()
 def run(
     model: opt.Model,
-    trials: Annotated[int, typer.Option(min=1, help="finished trials that the study shall hold")] = 200,
-    time_budget: Annotated[float | None, typer.Option(min=0, help="seconds for trials")] = None,
+    trials: Annotated[int, typer.Option(min=1, help="number of finished trials in the study")] = 200,
+    time_budget: Annotated[float | None, typer.Option(min=0, help="seconds that the trials may take")] = None,
     sampler: Annotated[
         Literal["trust-region", "gp", "tpe", "nsga2", "random"] | None,
-        typer.Option(help="who proposes masks (default: trust-region, with --pareto nsga2)"),
+        typer.Option(help="what proposes masks (default: trust-region; with --pareto nsga2)"),
     ] = None,
     pareto: Annotated[bool, typer.Option("--pareto", help="search the front of acceptance against draft cost")] = False,
     space: Annotated[Path | None, typer.Option(help="TOML file with a [space] table: what may be skipped")] = None,
     context: opt.Contexts = None,
     temperature: opt.Temperature = 0.0,
-    memory: Annotated[float | None, typer.Option(min=0.001, help="GB that replay may take (default: fits)")] = None,
+    memory: Annotated[float | None, typer.Option(min=0.001, help="GB that replay may use (default: what fits)")] = None,
     prompts: opt.PromptsFrom = "builtin", prompt_column: opt.Column = None, prompt_config: opt.Config = None,
     prompt_split: opt.Split = "test", chat: opt.Chat = True,
     num_prompts: opt.Calibration = 24, num_held_out: opt.HeldOut = 20,
@@ -53,14 +53,8 @@ def run(
         result = search(loaded, out=folder, options=options, progress=progress.stage, report=progress.trials(trials))
     data = summary(result)
     fronts = [front_table(result.front, result.file.provenance.trial)] if pareto else []
-    opt.say(
-        data,
-        as_json,
-        *fronts,
-        summary_table(data),
-        str(result.mask),
-        f"\nNext: {_next_step(model, result.folder, data)}",
-    )
+    next_step = f"\nNext: {_next_step(model, result.folder, data)}"
+    opt.print_result(data, as_json, *fronts, summary_table(data), str(result.mask), next_step)
     raise typer.Exit(0 if result.file.evidence and result.file.evidence.verdict == "use" else 1)
 
 

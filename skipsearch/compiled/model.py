@@ -1,7 +1,7 @@
 """CompiledModel: forwards of fixed shape through compiled pieces and static buffers; CUDA graphs on a GPU.
 
-Serves one sequence at a time in each set of buffers. A forward takes the next width that it has pieces
-for, and what fills it lies behind the last token, where no query sees it and the next forward overwrites it.
+Each set of buffers serves one sequence at a time. A forward is padded to the next width that has pieces. The padding
+lies behind the last token, where no query attends to it and the next forward overwrites it.
 Shapes: Q tokens of a forward, T slots that attention reads, V vocabulary.
 """
 
@@ -26,14 +26,14 @@ from skipsearch.model.target import Target
 WIDTHS = (1, 2, 4, 6, 9, 13)  # forwards of a block: a plain step, and drafts with the token before them
 GUESS = 3  # tokens that a draft reads in one forward beside its own last one
 CHUNK = {"cpu": 64, "cuda": 256}  # tokens of a forward of the prefill
-STEP = {"cpu": 64, "cuda": 256}  # attention reads slots in multiples of this: on a GPU each is a graph of its own
-SLACK = 320  # slots behind the longest sequence, for what fills a forward and its multiple of slots
+STEP = {"cpu": 64, "cuda": 256}  # attention reads slots in multiples of this; on a GPU each multiple is a graph
+SLACK = 320  # slots behind the longest sequence, for the padding of a forward
 log = logging.getLogger("skipsearch")
 
 
 @dataclass(slots=True, eq=False)
 class Buffers:
-    """Everything of one sequence that has a fixed address.
+    """The tensors of one sequence, at fixed addresses.
 
     Attributes:
         ids [1, C], positions [C], slots [C]: tokens; the position of each slot; 0, 1, 2, ...
@@ -48,7 +48,7 @@ class Buffers:
     layers: list[tuple[Tensor, Tensor]]
     slices: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     graphs: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
-    pool: Any = None  # of the graphs, which overwrite each other's output
+    pool: Any = None  # memory of the graphs; each overwrites the output of the others
 
     def first(self, slots: int) -> list[tuple[Tensor, Tensor]]:
         """The first slots of each layer's buffers."""
@@ -106,7 +106,7 @@ class CompiledModel:
         if buffers is not None:
             for layer in buffers.layers:
                 for buffer in layer:
-                    buffer.zero_()  # masked-out NaN of an earlier sequence would be NaN still
+                    buffer.zero_()  # attention weights of 0 times NaN of an earlier sequence would be NaN
         else:
             whole: dict[str, Any] = {"dtype": torch.long, "device": self.device}
             buffers = Buffers(
@@ -172,7 +172,7 @@ class CompiledModel:
     def run(
         self, layers: Sequence[Layer], buffers: Buffers, at: Tensor, width: int, slots: int, last: int | None = None
     ) -> Scores:
-        """One forward of `width` tokens that stand in `buffers.ids`; `last` asks for the scores of that one alone."""
+        """One forward of `width` tokens in `buffers.ids`; with `last`, the scores behind that token alone."""
         outside = self.pieces.outside[1]
         out = self._head(width)[0](*outside, buffers.ids, buffers.positions, buffers.slots[:slots], at)
         hidden, slots_Q = out[0], out[1]
@@ -192,7 +192,7 @@ class CompiledModel:
         last = tokens - 1 if keep_last and width == self.chunk else None
         slots = self.slots_for(start + width)
         self.seek(buffers, start, place)
-        if last is not None:  # a part of the prefill, bound by arithmetic: not worth a graph for every length
+        if last is not None:  # a part of the prefill: bound by arithmetic, so a graph would gain nothing
             return self.run(layers, buffers, buffers.at, width, slots, last)
         scores: Scores = self.graph(
             buffers, ("forward", width, slots, *map(id, layers)),
@@ -201,7 +201,7 @@ class CompiledModel:
         return scores
 
     def draft(self, layers: Sequence[Layer], buffers: Buffers, start: int, place: int, steps: int) -> None:
-        """Draft greedily so many tokens behind the one at `start`, into ids, without asking the host in between."""
+        """Draft greedily so many tokens behind the one at `start` into ids; the host is not waited for in between."""
         slots = self.slots_for(start + steps)
         self.seek(buffers, start, place)
 
@@ -215,7 +215,7 @@ class CompiledModel:
         self.graph(buffers, ("draft", steps, slots, *map(id, layers)), run)
 
     def slots_for(self, end: int) -> int:
-        """How many slots attention reads if tokens stand below `end`."""
+        """How many slots attention reads if all tokens lie below slot `end`."""
         return -(-end // self.step) * self.step
 
     def seek(self, buffers: Buffers, start: int, place: int) -> None:
@@ -223,7 +223,7 @@ class CompiledModel:
         buffers.at.copy_(torch.tensor([start, place]), non_blocking=True)
 
     def graph(self, buffers: Buffers, key: Any, run: Callable[[], Any]) -> Any:
-        """Run it; on a GPU by replaying a graph, captured the first time. Its output is overwritten the next time."""
+        """Run a function; on a GPU replay its graph, captured at the first call. The next call overwrites it."""
         if self.device.type != "cuda":
             return run()
         if buffers.pool is None:
@@ -232,7 +232,7 @@ class CompiledModel:
             stream = torch.cuda.Stream(self.device)
             stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(stream):
-                for _ in range(2):  # what is compiled or chosen at first use must not be captured
+                for _ in range(2):  # so that nothing is compiled or autotuned during the capture
                     run()
             torch.cuda.current_stream(self.device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()

@@ -1,10 +1,9 @@
-"""The model cut at its layers into pieces, each kind of piece compiled once.
+"""Pieces: the model cut at its layers, each kind of piece compiled once.
 
-A head (embeddings, positions, attention masks), one piece for every different build of layer, and a tail
-(final norm, logits, the likeliest token and its probability). Weights are inputs of a piece, so layers
-that are built alike share one, and a draft is nothing but a shorter list of calls: no mask ever compiles
-anything that another has not. Attention reads static buffers whose length is a symbol, so nothing is
-compiled again as the context grows.
+There is a head (embeddings, positions, attention masks), one piece for each different build of layer, and a tail
+(final norm, logits, the likeliest token and its probability). Weights are inputs of a piece, so layers of the same
+build share one. A draft is a shorter list of calls of the same pieces, so a new mask compiles nothing new. Attention
+reads static buffers whose length is a symbol, so nothing is compiled again as the context grows.
 
 Does not patch the model: pieces are traced from copies of its modules that share the tensors.
 Shapes: Q tokens of a forward, C tokens of a buffer, T slots that attention reads, H heads, D head size.
@@ -20,11 +19,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from skipsearch.compiled.compile import Piece, compile_piece
 from skipsearch.compiled.tracing import (
     EXAMPLE_SLOTS,
+    Call,
     Last,
     OneLayer,
     Recorder,
@@ -33,6 +33,7 @@ from skipsearch.compiled.tracing import (
     cache_shapes,
     copy_sharing_tensors,
     make_buffer,
+    read_calls,
     tensors_of,
 )  # fmt: skip
 from skipsearch.draft.view import RemovedLayer, with_layers
@@ -43,22 +44,9 @@ from skipsearch.model.target import Target
 EXAMPLE_IDS, EXAMPLE_POSITIONS = 331, 359
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """How the model calls one layer: the same for every token.
-
-    Attributes:
-        leaves: flat arguments; "hidden", "cache", a number of the head's outputs, or a constant in a tuple.
-        spec: how to make the arguments of them again.
-    """
-
-    leaves: tuple[Any, ...]
-    spec: Any
-
-
 @dataclass(slots=True, eq=False)
 class Layer:
-    """A layer as it is to be run: its tensors, the build that tells which piece fits, and its place in the cache."""
+    """A layer to be run: its tensors, its build, which selects the piece, and its place in the cache."""
 
     module: nn.Module
     names: list[str]
@@ -95,7 +83,7 @@ class Pieces:
         self.layer_calls: list[Call] = []
 
     def layers_of(self, model: nn.Module) -> list[Layer]:
-        """The layers of the model or of a draft view of it that have anything to run."""
+        """The layers of the model, or of a draft view of it, without those that are skipped whole."""
         found = []
         for index, module in enumerate(cast(nn.ModuleList, model.get_submodule(self.path))):
             if isinstance(module, RemovedLayer):
@@ -119,7 +107,7 @@ class Pieces:
             ids = ids_C[:, slots_Q + (at[1] - at[0])]
             self.calls.clear()
             self._outer(self._outside, inputs, ids, slots_Q, slots_T, positions_N[slots_Q])
-            hidden, extras, self.layer_calls = _read_calls(self.calls)
+            hidden, extras, self.layer_calls = read_calls(self.calls)
             self.calls.clear()
             return [hidden, slots_Q, *extras]
 
@@ -167,7 +155,7 @@ class Pieces:
     def tail(self, width: int, hidden: Tensor) -> Piece:
         """(*tensors outside of layers, hidden [1, Q, E]) -> logits [1, Q, V], and [2, Q]: tokens, probabilities.
 
-        The likeliest tokens stand as doubles beside their probabilities, so that both reach the host at once.
+        The likeliest tokens are doubles beside their probabilities, so that one copy brings both to the host.
         """
         names, tensors = self.outside
         model = copy_sharing_tensors(self._outside)
@@ -223,35 +211,7 @@ def _check(model: PreTrainedModel) -> None:
 
 
 def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """What to add to attention's scores: made once here, and not once in every layer."""
+    """The mask as what is added to attention scores: made once here, not once in every layer."""
     if seen.dtype != torch.bool:
         return seen
     return torch.where(seen, 0.0, -torch.inf).to(dtype)
-
-
-def _read_calls(calls: list[Any]) -> tuple[Tensor, list[Tensor], list[Call]]:
-    """What goes into the first layer, the other tensors that layers take, and how each layer takes them."""
-    extras: list[Tensor] = []
-    first: Tensor | None = None
-    found = []
-    for args, kwargs in calls:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        first = hidden if first is None else first
-        if hidden is not first:
-            raise BackendError("the model changes the hidden state between layers; use backend 'eager'")
-        leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=lambda leaf: isinstance(leaf, Cache))
-        kinds: list[Any] = []
-        for leaf in leaves:
-            if leaf is hidden:
-                kinds.append("hidden")
-            elif isinstance(leaf, Cache):
-                kinds.append("cache")
-            elif isinstance(leaf, Tensor):
-                place = next((i for i, extra in enumerate(extras) if extra is leaf), len(extras))
-                extras += [leaf] if place == len(extras) else []
-                kinds.append(place + 2)  # behind hidden and slots in the head's outputs
-            else:
-                kinds.append((leaf,))
-        found.append(Call(tuple(kinds), spec))
-    assert first is not None
-    return first, extras, found

@@ -1,31 +1,34 @@
-"""Stand-ins to trace a model with: layers that record or replace, a cache of static buffers, twins of modules.
+"""What a model is traced with: layers that record or replace, a cache of static buffers, copies that share tensors.
 
-A twin is a copy of a module tree with the same tensors, so that tracing never touches the user's model.
+Tracing works on copies of the module tree with the same tensors, so it never touches the user's model.
 Shapes: Q tokens of a forward, T slots that attention reads, H heads, D head size.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from skipsearch.errors import BackendError
 from skipsearch.model.target import Target
 
 EXAMPLE_SLOTS = 197  # slots to trace with
 
 
 class Recorder(nn.Module):
-    """Stands for a layer: notes its arguments, and passes the hidden state on."""
+    """Takes the place of a layer: records its arguments, and returns the hidden state unchanged."""
 
     def __init__(self, layer: nn.Module, as_tuple: bool, calls: list[Any]) -> None:
         super().__init__()
         self.as_tuple, self.calls = as_tuple, calls
-        object.__setattr__(self, "layer", layer)  # not a child: only asked for its settings
+        object.__setattr__(self, "layer", layer)  # not a child module: only its settings are read
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -40,14 +43,14 @@ class Recorder(nn.Module):
 
 
 class Last(Recorder):
-    """Stands for the last layer, and returns what it was given beforehand."""
+    """Takes the place of the last layer, and returns the hidden state that was put into `calls`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return (self.calls[0],) if self.as_tuple else self.calls[0]
 
 
 class Slots(DynamicLayer):  # type: ignore[misc]
-    """One layer's buffers: new keys go to given slots, attention sees all."""
+    """One layer's buffers: new keys and values go to given slots, attention reads all slots."""
 
     def __init__(self, buffers: tuple[Tensor, Tensor] | None = None, slots_Q: Tensor | None = None) -> None:
         super().__init__()
@@ -67,7 +70,7 @@ class Slots(DynamicLayer):  # type: ignore[misc]
 
 
 class OneLayer(DynamicCache):  # type: ignore[misc]
-    """A cache that is the same layer whatever number is asked for: layers that share a piece differ in theirs."""
+    """A cache whose every layer number means the same layer: layers that share a piece have different numbers."""
 
     def __init__(self, layers: list[Slots]) -> None:
         Cache.__init__(self, layers=layers)
@@ -80,7 +83,7 @@ class OneLayer(DynamicCache):  # type: ignore[misc]
 
 
 def copy_sharing_tensors(module: nn.Module) -> Any:
-    """A copy of the module tree with the same tensors, which tracing may swap without touching the model."""
+    """A copy of the module tree with the same tensors. Tracing may swap them there without touching the model."""
     memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
     memo |= {id(m.config): m.config for m in module.modules() if hasattr(m, "config")}
     for m in module.modules():
@@ -95,7 +98,7 @@ def tensors_of(module: nn.Module) -> tuple[list[str], list[Tensor]]:
 
 
 def build_of(module: nn.Module, names: list[str], tensors: list[Tensor]) -> str:
-    """Two layers with the same build compute the same function of their tensors. Their number is no part of it."""
+    """How a layer is built, its number left out. Layers of equal builds compute the same function of their tensors."""
     parts: list[Any] = [(n, tuple(t.shape), t.stride(), t.dtype, t.device) for n, t in zip(names, tensors, strict=True)]
     ignored = ("layer_idx", "training", "config")
     for name, part in module.named_modules():
@@ -119,6 +122,47 @@ def cache_shapes(target: Target) -> list[tuple[tuple[int, int, torch.dtype], ...
 
 
 def make_buffer(shape: tuple[int, int, torch.dtype], slots: int, device: torch.device) -> Tensor:
-    """Zeros [1, H, T, D] that lie slot after slot, so that what attention reads of them is one block."""
+    """Zeros [1, H, T, D], contiguous slot after slot, so that attention reads one block of memory."""
     heads, size, dtype = shape
     return torch.zeros((1, slots, heads, size), dtype=dtype, device=device).transpose(1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """How the model calls one layer. It is the same for every token.
+
+    Attributes:
+        leaves: flat arguments; "hidden", "cache", a number of the head's outputs, or a constant in a tuple.
+        spec: how to make the arguments of them again.
+    """
+
+    leaves: tuple[Any, ...]
+    spec: Any
+
+
+def read_calls(calls: list[Any]) -> tuple[Tensor, list[Tensor], list[Call]]:
+    """The hidden state that enters the first layer, the other tensors that layers take, and how each takes them."""
+    extras: list[Tensor] = []
+    first: Tensor | None = None
+    found = []
+    for args, kwargs in calls:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        first = hidden if first is None else first
+        if hidden is not first:
+            raise BackendError("the model changes the hidden state between layers; use backend 'eager'")
+        leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=lambda leaf: isinstance(leaf, Cache))
+        kinds: list[Any] = []
+        for leaf in leaves:
+            if leaf is hidden:
+                kinds.append("hidden")
+            elif isinstance(leaf, Cache):
+                kinds.append("cache")
+            elif isinstance(leaf, Tensor):
+                place = next((i for i, extra in enumerate(extras) if extra is leaf), len(extras))
+                extras += [leaf] if place == len(extras) else []
+                kinds.append(place + 2)  # behind hidden and slots in the head's outputs
+            else:
+                kinds.append((leaf,))
+        found.append(Call(tuple(kinds), spec))
+    assert first is not None
+    return first, extras, found

@@ -111,7 +111,7 @@ class Batch:
         self.draft_layers = [] if self.compiled is None or view is None else self.compiled.layers_of(view)
 
     def put(self, row: int, ahead: int, tokens: list[int]) -> None:
-        """Draft these tokens behind a row's last one and `ahead` others."""
+        """Write drafted tokens behind a row's last one and `ahead` others."""
         place = self.lengths[row] + ahead
         self.ids[row, place : place + len(tokens)] = torch.tensor(tokens, device=self.ids.device)
 
@@ -200,7 +200,7 @@ class Batch:
         return logits[:, last - first : last - first + k + 1], None
 
     def _prefill(self, starts: list[int], width: int) -> list[int]:
-        """Process so many tokens for their keys alone; returns where they end."""
+        """Process so many tokens for their keys and values alone; returns where they end."""
         while width > 0:
             step = min(width, self.chunk or width)
             self._forward(self.target.model, starts, step, 1)
@@ -208,7 +208,7 @@ class Batch:
         return starts
 
     def room(self, max_length: int) -> list[int]:
-        """How many tokens each row may draft so that the block, with the target's token, stays within the limit."""
+        """How many tokens each row may draft so that the block, with the bonus token, stays within the limit."""
         rooms = [max_length - length - 1 for length in self.lengths]
         if self.aligned:
             last = self.lengths[0] - 1 - self.offset
@@ -216,10 +216,10 @@ class Batch:
         return rooms
 
     def truncate(self, row: int, length: int) -> None:
-        """Forget all tokens of an active row behind the first `length`; the last one left is processed again.
+        """Forget all tokens of an active row behind the first `length`; the last one that stays is processed again.
 
         Raises:
-            DecodingError: it reaches into `past_key_values` of a sliding window, and the tokens there are not known.
+            DecodingError: the cut lies inside `past_key_values` of a sliding window, whose tokens are not known.
         """
         self.lengths[row] = length
         committed = min(self.cache.committed[row], length - 1 - self.offset)
@@ -233,7 +233,7 @@ class Batch:
         self.cache.committed[row] = committed
 
     def drop(self, ended: list[int]) -> None:
-        """Take active rows out of the batch; the last ones take their places."""
+        """Take ended rows out of the batch; the last active ones move to their places."""
         left = len(self.rows) - len(ended)
         free = [row for row in ended if row < left]
         movers = sorted(set(range(left, left + len(ended))) - set(ended))

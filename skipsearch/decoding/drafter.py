@@ -1,6 +1,6 @@
-"""Drafter: where each block's draft comes from. Sources are the mask, n-grams of the text, or none.
+"""Drafter: where each block's draft comes from. The sources are the mask, n-grams of the text, or none (plain).
 
-Whatever drafts, the target verifies in the same way, so the output does not depend on it.
+The target verifies every draft in the same way, so the output does not depend on its source.
 Shapes: B rows, K drafted tokens, V vocabulary.
 """
 
@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 
 from skipsearch.compiled.model import GUESS
 from skipsearch.decoding.ngram import NgramIndex
-from skipsearch.decoding.policy import DraftPolicy, ExitRule
+from skipsearch.decoding.policy import ExitRule
 from skipsearch.decoding.scheduler import Scheduler
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import Block
+from skipsearch.policy import DraftPolicy
 
-GUESS_FROM = 0.4  # acceptance from which an n-gram is worth a look
+GUESS_FROM = 0.4  # acceptance from which the draft model checks an n-gram
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +29,11 @@ class Draft:
     """What was drafted for one block.
 
     Attributes:
-        drafted: tokens of each row, which lie behind its last one.
+        drafted: how many tokens of each row; they lie in `ids` behind its last one.
         probs: with sampling, the probabilities [B, K, V] that they were drawn from.
         source: "plain", "mask" or "ngram".
-        of_mask: of one row, how many tokens the mask drafted; an n-gram that agreed in `match` tokens gave the rest.
+        of_mask: of a single row, how many of the tokens the mask drafted; an n-gram drafted the others.
+        match: how many tokens in front of that n-gram agreed with the text.
     """
 
     drafted: list[int]
@@ -44,10 +46,10 @@ class Draft:
 class Drafter:
     """Drafts for one batch of sequences, and learns from what is accepted.
 
-    N-grams and the choice between sources are for a single sequence; rows of a batch draft with the mask.
+    A single sequence may draft from n-grams, and choose between the sources. The rows of a batch draft with the mask.
 
     Args:
-        scheduler: estimates to go on from, shared by sequences that follow each other.
+        scheduler: estimates to start from; sequences that follow each other share one.
 
     Attributes:
         seconds: of the last block.
@@ -64,13 +66,13 @@ class Drafter:
         self._begun, self._drafted = 0.0, 0.0
 
     def change(self, view: PreTrainedModel | None, policy: DraftPolicy) -> None:
-        """From the next draft on, another mask, or none: what was learnt of the one before is let go."""
+        """Draft with another mask, or with none, from now on. Estimates of the previous mask are dropped."""
         self.sequences.draft_with(view)
         self.adopt(policy)
         self.scheduler.forget_mask()
 
     def adopt(self, policy: DraftPolicy) -> None:
-        """From the next draft on, another policy."""
+        """Draft with another policy from now on."""
         self.policy = policy
         self.rules = {row: ExitRule(policy) for row in self.sequences.rows}
 
@@ -97,7 +99,7 @@ class Drafter:
                 length, rates["ngram"] = self.scheduler.ngram_plan(match, len(following))
         if self.policy.never_slower or not rates:
             if not self.scheduler.knows_plain and self.scheduler.clock:
-                return nothing  # a plain step, to know what the others have to beat
+                return nothing  # the first step is plain: its seconds are what a draft has to beat
             if self.scheduler.knows_plain or not rates:
                 rates["plain"] = self.scheduler.plain_rate
         source = self.scheduler.choose(rates)
@@ -131,7 +133,7 @@ class Drafter:
         )  # fmt: skip
         match = 0
         of_mask = drafted[0]
-        # No block is longer than a mask or an n-gram may draft alone: such widths are compiled.
+        # No block is longer than a mask or an n-gram may draft alone: only such widths are compiled.
         room = min(rooms[0], max(policy.max_length, policy.ngram)) - of_mask
         if self.index is not None and room > 0:
             match, following = self.index.lookup(tokens, min(policy.ngram, room))
@@ -147,20 +149,20 @@ class Drafter:
         return Draft(drafted, probs, "mask", of_mask, match)
 
     def _guess(self, drafted: list[int]) -> list[int]:
-        """An n-gram for the mask to check in one pass, behind what it has drafted; of one length, or none."""
+        """An n-gram of `GUESS` tokens that the draft model checks in one forward, or none."""
         assert self.index is not None
         match, following = self.index.lookup(drafted, GUESS)
         return following if match and self.scheduler.ngram_acceptance(match) >= GUESS_FROM else []
 
     def _certain(self, tokens: list[int]) -> Tensor | None:
-        """Probabilities [1, K, V] of a source that proposes exactly these tokens; none for greedy decoding."""
+        """Draft probabilities [1, K, V] of a source without sampling: 1 for each of these tokens; None if greedy."""
         if self.sequences.selection.sampling is None:
             return None
         ids = torch.tensor([tokens], device=self.sequences.ids.device)
         return torch.nn.functional.one_hot(ids, self.sequences.target.vocabulary).float()
 
     def learn(self, draft: Draft, blocks: list[Block]) -> None:
-        """Take in what became of a draft. Called right after its verify."""
+        """Update the estimates with the outcome of a draft. To be called right after its verify."""
         self.seconds = seconds = time.perf_counter() - self._begun
         if self.single and self.index is None and self.sequences.draft_model is None:
             if self.scheduler.clock:
@@ -171,11 +173,11 @@ class Drafter:
                 self.rules[block.row].learn(block.drafted, block.accepted)
             return
         block = blocks[0]
-        # The exit is about what the mask drafted, not about an n-gram behind it or in its place.
+        # The exit rule learns from what the mask drafted, not from an n-gram behind it or in its place.
         self.rules[block.row].learn(min(draft.of_mask, block.drafted), min(draft.of_mask, block.accepted))
         if self.index is not None:
             self.index.extend(block.tokens)
-        # Where nothing waits for the device, the clock cannot tell a draft from its verify.
+        # On a GPU a draft without an exit does not wait for the device: the clock cannot separate it from its verify.
         apart = draft.source != "mask" or self.policy.uses_confidence or self.sequences.ids.device.type == "cpu"
         self.scheduler.learn(
             draft.source, of_mask=draft.of_mask, match=draft.match, drafted=block.drafted, accepted=block.accepted,

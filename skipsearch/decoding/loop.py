@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from skipsearch.decoding.drafter import Draft, Drafter
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.scheduler import Scheduler
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import Block, DecodeStats
 from skipsearch.decoding.tuner import Tuner
+from skipsearch.policy import DraftPolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Logits processors on some rows of the batch that they were made for.
 
-Most look at nothing but the prefix. A few hold something for each row, by its place in the batch; rows that
-end or stand at another length would then read a neighbour's. These are handed what belongs to their rows.
+Most read the prefix alone. A few hold a value for each row, by its place in the batch. Once rows have ended, or stand
+at another length, such a processor would read the value of another row; so it gets those of its rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _TENSORS = {
     "EncoderRepetitionPenaltyLogitsProcessor": "encoder_input_ids",
 }
 _FUNCTIONS = {"PrefixConstrainedLogitsProcessor": "_prefix_allowed_tokens_fn"}
-# These keep what they have seen from token to token, and a rejected draft cannot be taken back.
+# These keep state from token to token, which a rejected draft would have changed.
 _STATEFUL = {
     "UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor",
     "EncoderNoRepeatNGramLogitsProcessor",
@@ -55,7 +55,7 @@ class TokenSelection:
 
 
 def check(processors: LogitsProcessorList) -> None:
-    """Refuse those that cannot look at drafts.
+    """Refuse those that cannot be applied to drafts.
 
     Raises:
         DecodingError: one keeps state from token to token.

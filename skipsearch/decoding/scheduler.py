@@ -1,7 +1,7 @@
-"""Scheduler: running estimates of what each source of drafts brings, in tokens per second.
+"""Scheduler: which source drafts next, by running estimates of its tokens per second.
 
-From them follows which source drafts next, and that none does while plain steps are faster. A source that
-lost is tried again when the time since its last try makes the expected loss a small share: bounded cost.
+No source drafts while plain steps are faster. A source that was slower is tried again once enough time has passed
+that its expected loss is a small share of it; so probing has a bounded cost.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-MEMORY_OF_MASK, MEMORY_OF_NGRAM = 0.85, 0.92  # weight that what was learnt keeps at each new block of its source
-MARGIN = 0.9  # masks must be so much better: their estimate is of blocks chosen for them, and those flatter it
-PROBE_SHARE, PROBE_PLAIN = 0.02, 0.002  # of the time may go into trying what seemed slower; plain steps vary little
-# Acceptance that is expected of an n-gram whose last 1, 2, 3, 4 to 7, 8 and more tokens agree, before any is seen.
+MEMORY_OF_MASK, MEMORY_OF_NGRAM = 0.85, 0.92  # weight of the old estimate at each new block of its source
+MARGIN = 0.9  # on the mask's estimate: it is made from blocks chosen for the mask, which flatter it
+PROBE_SHARE, PROBE_PLAIN = 0.02, 0.002  # of the time, for trying slower sources; plain steps vary little
+# Expected acceptance of an n-gram before any was verified, if 1, 2, 3, 4 to 7, or 8 and more tokens before it agree.
 FIRST_GUESS = (0.3, 0.5, 0.65, 0.75, 0.85)
 GUESS_WEIGHT = 3.0
-FAR_OFF = 3.0  # times what was expected: no block counts for more
+FAR_OFF = 3.0  # times the expected seconds: a block counts for no more
 
 
 def match_class(length: int) -> int:
@@ -24,12 +24,12 @@ def match_class(length: int) -> int:
 
 
 class Scheduler:
-    """What plain steps, mask drafts and n-grams have brought so far.
+    """Estimates for plain steps, mask drafts and n-grams.
 
     Args:
         costs: seconds of a draft step, then of verifying 0, 1, 2, ... drafted tokens, if they were measured before.
-        clock: whether seconds are measured while decoding; without it the given costs stand, so that
-            what is drafted, and with it sampled output, depends on nothing but the seed.
+        clock: whether seconds are measured while decoding. Without it the given costs are used, so that the choice of
+            sources, and with it sampled output, depends on the seed alone.
     """
 
     def __init__(self, costs: Sequence[float] = (), clock: bool = True) -> None:
@@ -44,7 +44,7 @@ class Scheduler:
         self._loss: dict[str, float] = {}
 
     def forget_mask(self) -> None:
-        """Another mask drafts from now on."""
+        """Start the mask's estimates anew: another mask drafts from now on."""
         self.tokens, self.seconds = 0.0, 0.0  # of blocks that a mask drafted
         self.accepted, self.drafted = 2.0, 3.0  # of mask drafts, up to the first rejected one
 
@@ -54,7 +54,7 @@ class Scheduler:
         return 0 in self.verify
 
     def verify_seconds(self, drafted: int) -> float:
-        """Seconds of a verify, between those known: linear, beyond them: as the nearest."""
+        """Seconds of a verify of so many tokens: linear between known ones, beyond them as the nearest."""
         if drafted in self.verify:
             return self.verify[drafted]
         lengths = list(self.verify)  # other sequences may add to them meanwhile
@@ -77,7 +77,7 @@ class Scheduler:
         if old is None:
             self.verify[drafted] = seconds
             return
-        # Disturbances only ever add: what is faster is believed sooner.
+        # Disturbances only add time, so a faster reading gets more weight.
         seconds = min(seconds, FAR_OFF * old)
         self.verify[drafted] = old + (0.3 if seconds < old else 0.1) * (seconds - old)
 
@@ -95,12 +95,12 @@ class Scheduler:
         return self.accepted / self.drafted
 
     def ngram_acceptance(self, match: int) -> float:
-        """Chance that the next token of an n-gram is right, while those before it were."""
+        """Chance that the next token of an n-gram is accepted if those before it were."""
         known = match_class(match)
         return min(0.99, self.hits[known] / self.tries[known])
 
     def ngram_plan(self, match: int, longest: int) -> tuple[int, float]:
-        """The number of tokens to propose that promises most tokens per second, and those."""
+        """How many tokens of an n-gram to draft for the most tokens per second, and that rate."""
         a = self.ngram_acceptance(match)
         rates = {
             k: (1 - a ** (k + 1)) / (1 - a) / self.verify_seconds(k) for k in range(1, longest + 1)
@@ -109,7 +109,7 @@ class Scheduler:
         return best, rates[best]
 
     def tail(self, chance: float, drafted: int, match: int, longest: int) -> int:
-        """How many tokens of an n-gram to append to a draft that is right with this chance."""
+        """How many tokens of an n-gram to append to a draft that is accepted whole with this chance."""
         a = self.ngram_acceptance(match)
         rate = max(self.plain_rate, 0.0 if math.isinf(self.mask_rate) else self.mask_rate)
         base, gain, best, gained = self.verify_seconds(drafted), 0.0, 0, 0.0
@@ -121,7 +121,7 @@ class Scheduler:
         return best
 
     def choose(self, rates: dict[str, float]) -> str:
-        """The source with the best rate, or one whose turn it is to be tried again."""
+        """The source with the best rate, or one that is due to be tried again."""
         best = max(rates, key=rates.__getitem__)
         self._best = 0.0 if math.isinf(rates[best]) else rates[best]
         if not self._best:
@@ -137,17 +137,17 @@ class Scheduler:
         self, source: str, *, of_mask: int, match: int, drafted: int, accepted: int, seconds: float,
         verify_seconds: float | None,
     ) -> None:  # fmt: skip
-        """Take in how a block ended.
+        """Update the estimates with one block.
 
         Args:
-            of_mask: how many of the drafted tokens a mask drafted; an n-gram with `match` gave the others.
+            of_mask: how many of the drafted tokens the mask drafted; an n-gram with `match` drafted the others.
             seconds: of the whole block.
-            verify_seconds: of its verify, if the clock could tell.
+            verify_seconds: of its verify; None if the clock could not separate it.
         """
         if not self.clock:
             seconds = of_mask * self.step + self.verify_seconds(drafted)
         elif self.verify and (self.step or not of_mask):
-            # A block in which something was compiled or captured says nothing of the next one.
+            # A block in which something was compiled or captured is no estimate of the next one.
             seconds = min(seconds, FAR_OFF * (of_mask * self.step + self.verify_seconds(drafted)))
         if self.clock and verify_seconds is not None:
             self.observe_verify(drafted, verify_seconds)

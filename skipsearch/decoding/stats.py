@@ -49,7 +49,7 @@ class DecodeStats:
         blocks: how many blocks drafted k tokens and had n of them accepted, by (k, n).
         committed: tokens in the output beyond the prompt.
         accepted_from: accepted tokens, by the source that drafted them ("mask", "ngram").
-        blocks_from: blocks, by the source that their drafts began with ("plain": none).
+        blocks_from: blocks, by the source that began their draft ("plain": nothing was drafted).
         lossy: whether the output is not the target's own, by design (joint decoding).
     """
 
@@ -60,14 +60,14 @@ class DecodeStats:
     lossy: bool = False
 
     def count(self, drafted: int, accepted: int, source: str, of_mask: int) -> None:
-        """One more block, of whose drafted tokens a mask drafted `of_mask`."""
+        """Add a block. The mask drafted `of_mask` of its tokens, an n-gram the others."""
         self.blocks[drafted, accepted] += 1
         self.blocks_from[source] += 1
         self.accepted_from["mask"] += min(accepted, of_mask)
         self.accepted_from["ngram"] += max(0, accepted - of_mask)
 
     def add(self, other: DecodeStats) -> None:
-        """Take in the counts of another run."""
+        """Add the counts of another run."""
         self.blocks.update(other.blocks)
         self.committed += other.committed
         self.accepted_from.update(other.accepted_from)
@@ -93,5 +93,5 @@ class DecodeStats:
 
     @property
     def tau(self) -> float:
-        """Tokens committed a verify: mean(n) + 1."""
+        """Tokens committed per verify: mean(n) + 1."""
         return self.accepted / self.verifies + 1 if self.verifies else 0.0

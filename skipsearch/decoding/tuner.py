@@ -1,4 +1,4 @@
-"""Tuner: who may change, while decoding goes on, what drafts. Whatever it chooses, the target verifies."""
+"""Tuner: changes what drafts while decoding goes on. The target verifies every choice, so the output stays its own."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from skipsearch.decoding.stats import Block
 
 
 class Tuner(Protocol):
-    """One model's. Told of single sequences alone; several may be under way at once."""
+    """The tuner of one model. It sees single sequences, no batches; several may be decoded at once."""
 
     def begin(self, sequences: Sequences, temperature: float) -> Drafter:
-        """Who drafts for a sequence whose prompt has just been processed; sampled at a temperature, greedy at 0."""
+        """The drafter of a sequence whose prompt has just been processed; temperature 0 is greedy."""
 
     def after(self, drafter: Drafter, draft: Draft, block: Block, ended: bool) -> None:
-        """A block was committed, the sequence's last one if it ended. Drafts may change from here on."""
+        """Called after each committed block; the drafter may be changed here. `ended`: it was the last one."""
 
     def save(self, path: str | Path, name: str | None = None) -> None:
         """Write the mask that was found as a mask file; by this name of the model."""

@@ -1,8 +1,7 @@
 """draft_view: the model with some sublayers left out, sharing every parameter with it.
 
-Promises that the model given is never patched, toggled or copied, and that any number of views may be
-alive at once. The view keeps the model's class, so it runs wherever the model does, also as the
-`assistant_model` of `generate`.
+Promises that the given model is never patched, toggled or copied, and that any number of views can exist at once.
+A view has the model's class, so it runs wherever the model does, also as the `assistant_model` of `generate`.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ class _Layers(nn.ModuleList):
 
 
 class RemovedLayer(nn.Module):
-    """A layer skipped whole, norms included: keeps its place so that per-layer settings stay aligned."""
+    """A layer that is skipped whole, norms included. It keeps its place, so that per-layer settings stay aligned."""
 
     def __init__(self, layer: nn.Module, as_tuple: bool) -> None:
         super().__init__()
         self.as_tuple = as_tuple
-        if hasattr(layer, "attention_type"):  # some models choose the layer's mask by this attribute
+        if hasattr(layer, "attention_type"):  # some models choose the layer's attention mask by this attribute
             self.attention_type = layer.attention_type
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

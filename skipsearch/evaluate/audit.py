@@ -1,4 +1,4 @@
-"""Audit: are the places where half-precision output differs from plain decoding explained by rounding alone?
+"""Audit: does rounding alone explain where half-precision output differs from plain decoding?
 
 Verifying several tokens at once runs other kernels than one token at a time; in bf16 and fp16 the two round
 differently, and a near-tie may fall the other way. Whatever is not a near-tie is a fault. Each first divergence
@@ -15,11 +15,11 @@ import torch
 from transformers import PreTrainedModel
 
 from skipsearch.compiled.backend import Progress
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.evaluate.prompts import Ids
 from skipsearch.evaluate.timing import our_arm
 from skipsearch.mask import SkipMask
 from skipsearch.model.target import Target
+from skipsearch.policy import DraftPolicy
 
 # With logits off by r, two tokens may change places if they lie within 2 r; r is measured in a pass of other
 # shapes than either run's, so twice that is allowed.

@@ -17,7 +17,6 @@ import numpy as np
 from scipy.stats import bootstrap, spearmanr
 
 from skipsearch.compiled.backend import Progress, warm_mask
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.evaluate.cost import Point
 from skipsearch.evaluate.mask_replay import MaskReplay
 from skipsearch.evaluate.objective import score_policy
@@ -29,6 +28,7 @@ from skipsearch.evaluate.trace import DecodeSettings, Trace, record
 from skipsearch.mask import SkipMask
 from skipsearch.model.device import device_name
 from skipsearch.model.target import Target
+from skipsearch.policy import DraftPolicy
 
 PROMPTS, TOKENS, SHORT, LONGEST = 4, 48, 64, 8
 EXITS = (0.3, 0.5, 0.7)

@@ -1,6 +1,6 @@
 """Costs: seconds of a draft step and of a verify on one device, as curves over context length.
 
-Values, and the name of what they were measured on; `profile` measures them. Knows no tokens.
+Values, with the name of the set-up they were measured on; `profile` measures them. Knows no tokens.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ class Costs:
         return combine_points(self.points, lambda values: float(np.interp(context, where, values)))
 
     def mean_over(self, contexts: Sequence[float]) -> Point:
-        """The mean of the points at several context lengths: what serving an even mix of them costs."""
+        """The mean of the points at several context lengths: the cost of serving an even mix of them."""
         return combine_points([self.at(context) for context in contexts], statistics.fmean)
 
 
 def combine_points(points: Sequence[Point], of: Callable[[Sequence[float]], float]) -> Point:
-    """One point of several, figure by figure."""
+    """One point from several, field by field."""
 
     def one(name: str) -> float:
         return of([getattr(point, name) for point in points])

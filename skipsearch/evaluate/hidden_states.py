@@ -23,9 +23,9 @@ class HiddenStates:
     """What units were called with, and the hidden states between them.
 
     Attributes:
-        units: modules with the arguments of their call behind the hidden states.
-        hidden: what goes into each unit [P, T, H], and what comes out of the last.
-        seen: places [P, T] that count.
+        units: modules, with the arguments of their call after the hidden states.
+        hidden: the input [P, T, H] of each unit, then the output of the last.
+        seen: positions [P, T] that count.
     """
 
     units: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]
@@ -40,12 +40,12 @@ class HiddenStates:
 
     def run_all(self, unit: int, hidden_SPTH: Tensor) -> Tensor:
         """The same for several hidden states at once."""
-        if hidden_SPTH.shape[1] == 1:  # arguments of one row go with any number of rows
+        if hidden_SPTH.shape[1] == 1:  # arguments for one row serve any number of rows
             return self.run(unit, hidden_SPTH.flatten(0, 1))[:, None]
         return torch.stack([self.run(unit, hidden_PTH) for hidden_PTH in hidden_SPTH])
 
     def cosine(self, a: Tensor, b: Tensor) -> float:
-        """Mean over the places that count."""
+        """Mean cosine over the positions that count."""
         return float(cosine_similarity(a[self.seen].float(), b[self.seen].float(), dim=-1).mean())
 
     def cosines(self, hidden_SPTH: Tensor, target_PTH: Tensor) -> list[float]:
@@ -72,7 +72,7 @@ class _Recorded(nn.Module):
 
 @torch.no_grad()
 def layer_states(target: Target, ids: Tensor, seen: Tensor) -> HiddenStates:
-    """Run the model once on ids [P, T], without a cache, and keep what its layers were called with."""
+    """Run the model once on ids [P, T], without a cache, and record what its layers were called with."""
     layers = [_Recorded(layer) for layer in target.layers]
     with_layers(target.model, target.sublayers.path, layers)(input_ids=ids, use_cache=False)
     return HiddenStates(
@@ -98,7 +98,7 @@ def sublayer_states(target: Target, states: HiddenStates, halves: Sequence[PreTr
 
 @torch.no_grad()
 def nearest(states: HiddenStates, may_skip: Sequence[bool], least: int, most: int) -> list[frozenset[int]]:
-    """For least..most skips: the units whose absence leaves the hidden states nearest the full ones.
+    """For each number of skips from `least` to `most`: the units whose skipping changes the hidden states least.
 
     Dynamic programming: behind each unit and for each number of skips, the state of largest cosine is kept (CLaSp,
     arXiv 2505.24196, with layers as units). The list ends where no more units may be skipped.

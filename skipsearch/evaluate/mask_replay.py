@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skipsearch.decoding.policy import DraftPolicy, ExitRule
+from skipsearch.decoding.policy import ExitRule
 from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.reference import Start
 from skipsearch.evaluate.replay import Replay, Segment
 from skipsearch.mask import SkipMask
+from skipsearch.policy import DraftPolicy
 
 
 @dataclass(frozen=True, slots=True)

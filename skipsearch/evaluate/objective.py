@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.evaluate.cost import Point, draft_step
 from skipsearch.evaluate.mask_replay import MaskReplay, PositionOutcomes
 from skipsearch.evaluate.replay import Replay, Segment
 from skipsearch.mask import SkipMask
+from skipsearch.policy import DraftPolicy
 
 Array = NDArray[Any]
 

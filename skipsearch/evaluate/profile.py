@@ -1,6 +1,6 @@
-"""The profile: blocks timed as decoding runs them, and told apart into costs by difference.
+"""Profile: whole blocks timed as decoding runs them, and separated into costs by difference.
 
-Times the runtime's own draft and verify, so every overhead of serving is inside.
+Times the runtime's own draft and verify, so every overhead of serving is included.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 
 from skipsearch.compiled.backend import Progress
 from skipsearch.decoding.drafter import Drafter
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.processors import TokenSelection
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.draft.view import draft_view
@@ -31,6 +30,7 @@ from skipsearch.files import write_json
 from skipsearch.mask import KINDS, SkipMask, Sublayer
 from skipsearch.model.device import synchronize
 from skipsearch.model.target import Target
+from skipsearch.policy import DraftPolicy
 
 FEW = 5  # tokens of the longer one of two blocks that tell a draft step from a verify
 WARM_UP = 2  # turns that are not counted
@@ -73,15 +73,15 @@ def profile(
     target: Target, *, contexts: list[int], max_length: int, progress: Progress, repeats: int = 6,
     temperature: float = 0.0,
 ) -> tuple[Point, ...]:  # fmt: skip
-    """Measure whole blocks at each context length, as decoding runs them, and tell their parts apart by difference.
+    """Measure whole blocks at each context length, as decoding runs them, and separate their parts by difference.
 
-    A block of K tokens takes K steps, something to begin, and a verify; a step takes the sum of what runs. One system
-    of equations tells them apart: blocks of one mask at every length, of masks of all densities at two lengths, and a
-    draft without its verify. The masks are like those to be priced, not all or nothing: weights that fit into a cache
-    cost less than their share. Arms take turns and medians are kept, so that a passing disturbance hits all of them
-    alike. A verify of more tokens costs no less than one of fewer, so that one disturbed arm attracts no drafts.
-    Sublayers of one kind that are built alike get one price; others (dense and mixture layers, full and sliding
-    attention) are told apart.
+    A block of K tokens takes K draft steps, something to begin, and a verify; a step takes the sum of what runs. One
+    system of equations separates them. Its rows are blocks of one mask at every length, blocks of masks of all
+    densities at two lengths, and a draft without its verify. The masks are like those that the search prices, since
+    weights that fit into a cache cost less than their share. Arms take turns and the median counts, so that a short
+    disturbance affects all of them alike. A verify of more tokens never costs less than one of fewer; otherwise one
+    disturbed arm would attract drafts. Sublayers of one kind and build have one price; others (dense layers and
+    mixtures of experts, full and sliding attention) are priced apart.
     """
     groups = build_groups(target)
     masks = _masks(target.num_layers, groups)

@@ -102,11 +102,11 @@ def load_prompts(
 
 
 def lengthened(prompts: Sequence[Ids], contexts: Sequence[int], new_tokens: int, room: int) -> tuple[Ids, ...]:
-    """Prompts behind so much of the others that what is decoded stands at these context lengths, in turn.
+    """Prompts with other prompts in front of them, so that decoding happens at these context lengths in turn.
 
     Args:
-        new_tokens: that will be decoded; their middle is what stands there.
-        room: the longest prompt; those that are longer than wanted already stay as they are.
+        new_tokens: that will be decoded; the middle one stands at the context length.
+        room: the longest prompt that fits; a prompt that is long enough stays as it is.
     """
     longer = []
     for i, prompt in enumerate(prompts):
@@ -117,7 +117,7 @@ def lengthened(prompts: Sequence[Ids], contexts: Sequence[int], new_tokens: int,
 
 
 def _built_in(seed: int) -> Iterator[str]:
-    """Definitions of standard-library modules that the bundled model never saw, in seeded order."""
+    """Definitions of standard-library modules that the bundled model was not trained on, in seeded order."""
     spans: list[str] = []
     for _, text in modules(held_out=True):
         starts = [m.start() for m in re.finditer(r"^(?:class|def|    def) ", text, re.MULTILINE)]
@@ -144,7 +144,7 @@ def _rows(source: PromptSource) -> Iterator[Any]:
             table = datasets.load_dataset(source.name, source.config, split=source.split)
     except PromptError:
         raise
-    except Exception as error:  # the library raises many kinds; its first line says which
+    except Exception as error:  # the library raises many kinds; the first line of the text says which
         reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
         raise PromptError(
             f"prompt source {source.name} cannot be read ({reason}); give a .txt, .jsonl, .csv or .parquet file, "

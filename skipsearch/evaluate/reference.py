@@ -1,6 +1,6 @@
-"""Reference: the target's keys and values over a trace, shown to many drafts at once.
+"""Reference: the target's keys and values over a trace, read by many drafts at once.
 
-Promises that a draft sees the reference up to its start, and itself. Knows no masks and no tokens.
+Promises that a draft attends to the reference up to its start, and to itself. Knows no masks and no tokens.
 
 Shapes: S block starts; P rows, each with G starts of one prompt; K drafted tokens; Q = G * K queries; T positions.
 """
@@ -16,20 +16,20 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 Start = tuple[int, int]  # (prompt, committed tokens)
-COPIED = 8  # reference positions that are copied and spread in the time that a draft runs a token
+COPIED = 8  # reference positions that are copied in the time that a draft runs one token
 
 
 class Grid:
-    """S block starts laid out for one pass: a row a prompt, G starts side by side in it.
+    """S block starts arranged for one pass: each row holds G starts of one prompt side by side.
 
-    Starts of one prompt read the same reference, which is copied once for all of them, or not at all where each prompt
-    has one row. Where a prompt has fewer than G, one stands there twice.
+    Starts of one prompt read the same reference. It is copied once for all of them, or not at all where each prompt has
+    one row. Where a prompt has fewer than G starts, its first one fills the row.
 
     Args:
         starts: (prompt, committed tokens), in the order of prompts.
         prompts: how many there are; 0 if the reference must not be written to.
         tokens: of a draft.
-        length: of the reference that all rows are shown.
+        length: of the reference that all rows read.
         side: the largest G.
     """
 
@@ -41,7 +41,7 @@ class Grid:
             of_prompt.setdefault(prompt, []).append(number)
         sizes = [len(numbers) for numbers in of_prompt.values()]
 
-        def cost(width: int) -> float:  # in tokens run; a row is copied, and spread over heads: measured
+        def cost(width: int) -> float:  # measured in tokens run: each row is also copied, and expanded over heads
             return (width * tokens + length / COPIED) * sum(-(-size // width) for size in sizes)
 
         width = min(range(1, min(side, max(sizes)) + 1), key=cost)
@@ -63,10 +63,10 @@ class Grid:
 
 
 class ReferenceLayer(DynamicLayer):  # type: ignore[misc]
-    """Shows drafts the reference keys and values of their prompt with their own behind them.
+    """Gives drafts the reference keys and values of their prompt, with their own behind them.
 
-    Their own are written into room behind the reference, or behind a copy of some of its rows in memory that all
-    layers share by turns: either is read before it is written again.
+    Their own are written behind the reference, or behind a copy of some of its rows. All layers use the same memory for
+    that copy, one after the other.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, scratch: dict[Any, Tensor]) -> None:

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 from scipy.stats import spearmanr
 
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.evaluate.cost import Point
 from skipsearch.evaluate.mask_replay import MaskReplay
 from skipsearch.evaluate.objective import Fidelity, Score, estimate_drafts, throughput
 from skipsearch.evaluate.replay import Replay
 from skipsearch.mask import SkipMask
+from skipsearch.policy import DraftPolicy
 
 AGREEMENT = 0.9  # rank correlation with whole scores from which a stage may give up
 CHECK_FIRST, CHECKED = 20, 15  # masks that are scored whole in any case: the first ones, and then one in so many
@@ -26,16 +26,16 @@ PARTS = ((2, 0.97), (3, 0.985))
 class Scorer:
     """Scores trials, on as much of the trace as each deserves.
 
-    Stages: the first tokens of a sample of the trace, the sample, more of it, all of it. A mask that is far behind the
-    best at a stage is given up there, and its score scaled to the whole; those near the best are looked at whole, so
-    that nothing is best by luck. A stage may give up only while its scores rank as the whole ones do, which is measured
-    on the first masks and on one in `CHECKED` after them: those are scored whole, whatever the stages say.
+    There are stages: the first tokens of a sample of the trace, the sample, more of it, all of it. A mask that is far
+    behind the best at a stage is given up there, and its score is scaled to the whole. Masks near the best are scored
+    whole, so that none is best by luck. A stage gives up masks only while its scores rank them as whole scores do. This
+    is measured on the first masks and then on one in `CHECKED`: those are scored whole in any case.
 
     Args:
         replay: of the calibration prompts, in several segments.
         point: costs.
-        first: tokens of each segment after which to look.
-        front: the acceptance rate and the cost ratio are what counts: nothing is given up, and both are those of
+        first: tokens of each segment that the first stage scores.
+        front: score for a front of acceptance rate and cost ratio: no mask is given up, and both figures are those of
             drafts of one fixed length, so that they can be compared.
 
     Attributes:
@@ -54,8 +54,8 @@ class Scorer:
         """Spearman's rank correlation of a stage's scores with whole ones; 0 before there are enough."""
         if len(self.checked) < CHECK_FIRST:
             return 0.0
-        said, whole = [row[stage] for row in self.checked], [row[-1] for row in self.checked]
-        return float(spearmanr(said, whole).statistic) if min(len(set(said)), len(set(whole))) > 2 else 0.0
+        early, whole = [row[stage] for row in self.checked], [row[-1] for row in self.checked]
+        return float(spearmanr(early, whole).statistic) if min(len(set(early)), len(set(whole))) > 2 else 0.0
 
     def __call__(self, mask: SkipMask) -> Score:
         found = self._score(mask)
@@ -95,7 +95,7 @@ class Scorer:
         return whole
 
     def _scale(self, stage: int) -> float:
-        """What whole scores are, in scores of a stage."""
+        """The median ratio of whole scores to those of a stage."""
         return statistics.median(row[-1] / row[stage] for row in self.checked)
 
 

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from skipsearch.compiled.backend import Progress
 from skipsearch.decoding.loop import Ending, decode
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.processors import TokenSelection
 from skipsearch.decoding.scheduler import Scheduler
 from skipsearch.decoding.sequences import Sequences
@@ -30,6 +29,7 @@ from skipsearch.evaluate.trace import DecodeSettings
 from skipsearch.mask import SkipMask
 from skipsearch.model.device import synchronize
 from skipsearch.model.target import Target
+from skipsearch.policy import DraftPolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +61,7 @@ class OurArm:
         target: decides the output.
         draft: the draft view; None decodes plainly.
         policy: how to draft.
-        scheduler: estimates that go on from prompt to prompt, as those of a served model do.
+        scheduler: estimates that go on from prompt to prompt, as they do for a served model.
         temperature: at which tokens are sampled; 0: greedily.
         tuner: chooses in place of `policy` and `scheduler`.
         aligned: see `Batch`.
@@ -76,7 +76,7 @@ class OurArm:
     aligned: int = 0
 
     def __call__(self, prompt: Ids, new_tokens: int) -> Run:
-        """Decode; the clock starts when the prefill has given its token."""
+        """Decode. The clock starts when the prefill has given its token."""
         target = self.target
         ending = Ending(max_length=len(prompt) + new_tokens, eos_ids=target.eos_ids)
         stats, ids, start = DecodeStats(), list[int](), 0.0

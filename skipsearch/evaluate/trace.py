@@ -1,6 +1,6 @@
 """Trace: the full model's own continuation of each calibration prompt.
 
-Everything the search scores is scored against it, so it is made once and kept.
+Every mask is scored against it, so it is made once and kept.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class DecodeSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
-    """Prompts and what the target says to them.
+    """Prompts and the target's continuations.
 
     Attributes:
         prompts: token ids, one row a prompt.
@@ -64,7 +64,7 @@ class Trace:
         )
 
     def padded(self, device: torch.device, room: int = 0) -> tuple[Tensor, Tensor]:
-        """Prompts with their continuations [P, T], with room behind the longest, and where continuations stand."""
+        """Token ids [P, T] of prompts and continuations, with room behind the longest; a mask of the continuations."""
         sequences = [p + c for p, c in zip(self.prompts, self.continuations, strict=True)]
         shape = (len(sequences), max(map(len, sequences)) + room)
         ids, generated = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
@@ -79,7 +79,7 @@ class Trace:
 
     @property
     def mean_context(self) -> float:
-        """Mean length of what a step attends to, in tokens."""
+        """Mean number of tokens that a step attends to."""
         pairs = zip(self.prompts, self.continuations, strict=True)
         return sum((len(p) + len(c) / 2) * len(c) for p, c in pairs) / max(1, self.tokens)
 

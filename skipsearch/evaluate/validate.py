@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from skipsearch.compiled.backend import Progress
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.evaluate.prompts import Ids, fingerprint
 from skipsearch.evaluate.timing import Arm, our_arm, time_interleaved
@@ -17,6 +16,7 @@ from skipsearch.mask import SkipMask
 from skipsearch.maskfile import Evidence
 from skipsearch.model.device import device_name
 from skipsearch.model.target import Target
+from skipsearch.policy import DraftPolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,10 +27,10 @@ class Arguments:
         input_ids: [B, T] prompts, padded on the left.
         layout: their padding, and a cache to continue from.
         processors: logits processors.
-        criteria: stopping criteria that `decode` does not look after itself.
+        criteria: stopping criteria that `decode` does not check itself.
         config: everything else.
         eos_ids: end-of-sequence tokens.
-        streamer: receives tokens; None: nobody does.
+        streamer: receives tokens, if there is one.
     """
 
     input_ids: Tensor
@@ -111,7 +111,7 @@ def dropped_arguments() -> dict[str, Any]:
 
 
 def _built_in(criterion: Any, eos_ids: frozenset[int], max_length: int) -> bool:
-    """Whether `decode` looks after this criterion itself."""
+    """Whether `decode` checks this criterion itself."""
     if isinstance(criterion, MaxLengthCriteria):
         return bool(criterion.max_length >= max_length)
     return isinstance(criterion, EosTokenCriteria) and set(criterion.eos_token_id.flatten().tolist()) == eos_ids
@@ -162,7 +162,7 @@ def _refuse_modes(config: GenerationConfig, model_kwargs: dict[str, Any]) -> Non
 
 
 def _refuse_in_batch(past: Cache | None, streamer: BaseStreamer | None) -> None:
-    """Raise DecodingError for what only a single sequence can have."""
+    """Raise DecodingError for what is possible with a single sequence alone."""
     if streamer is not None:
         raise DecodingError("a streamer takes one sequence, got a batch; stream prompts one by one")
     if past is not None and past.get_seq_length():

@@ -23,7 +23,6 @@ from skipsearch.compiled.backend import Backend, Progress, state_of, warm_draft,
 from skipsearch.decoding.accept import Sampling
 from skipsearch.decoding.batch import ALIGNED
 from skipsearch.decoding.loop import Ending, decode
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.processors import TokenSelection
 from skipsearch.decoding.rows import rows_may_differ
 from skipsearch.decoding.scheduler import Scheduler
@@ -33,11 +32,13 @@ from skipsearch.decoding.tuner import Tuner
 from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendWarning, DecodingError
 from skipsearch.generate.arguments import Arguments, dropped_arguments, read_arguments
+from skipsearch.generate.output import RowOutput, made_output, steps
 from skipsearch.joint.joint import Joint, jointly
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import MaskFile
 from skipsearch.model.load import check_mask_belongs
 from skipsearch.model.target import Target
+from skipsearch.policy import DraftPolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,7 +195,7 @@ class SelfSpeculative:
         target = self._backend_for(target, given.batch, given.padded_past)
         if draft is not None:
             warm_draft(target, draft)
-        outputs = [_RowOutput() for _ in range(given.batch)]
+        outputs = [RowOutput() for _ in range(given.batch)]
         together = given.batch == 1 or (not (self.deterministic or self.joint) and rows_may_differ(target))
         for group in [list(range(given.batch))] if together else [[b] for b in range(given.batch)]:
             sequences = self._sequences(target, draft, given, group)
@@ -208,15 +209,7 @@ class SelfSpeculative:
         past = given.layout.past if given.batch == 1 else None
         if past is not None:
             sequences.cache.hand_over(past)
-        output = _padded(input_ids, outputs, generation_config)
-        if not generation_config.return_dict_in_generate:
-            return output
-        return GenerateDecoderOnlyOutput(
-            sequences=output,  # type: ignore[arg-type]
-            scores=_stacked([row.scores for row in outputs]) if given.keep_scores else None,  # type: ignore[arg-type]
-            logits=_stacked([row.logits for row in outputs]) if given.keep_logits else None,  # type: ignore[arg-type]
-            past_key_values=past,
-        )
+        return made_output(input_ids, outputs, given, past)
 
     def _sequences(
         self, target: Target, draft: PreTrainedModel | None, given: Arguments, group: list[int]
@@ -230,13 +223,13 @@ class SelfSpeculative:
             layout=given.layout_of(group), aligned=ALIGNED if self.deterministic else 0,
         )  # fmt: skip
 
-    def _blocks(self, sequences: Sequences, given: Arguments, outputs: list[_RowOutput]) -> Iterator[Block]:
+    def _blocks(self, sequences: Sequences, given: Arguments, outputs: list[RowOutput]) -> Iterator[Block]:
         """Decode these rows, block after block."""
 
         def should_stop(block: Block, i: int, ids: Tensor) -> bool:
             scores = None
             if given.keep_scores:
-                scores = (*outputs[block.row].scores, *_steps(block.scores_KV[: i + 1]))
+                scores = (*outputs[block.row].scores, *steps(block.scores_KV[: i + 1]))
             return any(bool(criterion(ids, scores).all()) for criterion in given.criteria)  # type: ignore[arg-type]
 
         ending = Ending(
@@ -253,39 +246,3 @@ class SelfSpeculative:
             scheduler=self._scheduler_for(sequences.target, bool(given.config.do_sample)),
             tuner=self._tuner_for(sequences.target) if tuned else None,
         )  # fmt: skip
-
-
-@dataclass(slots=True)
-class _RowOutput:
-    """What one sequence of the batch has produced."""
-
-    tokens: list[int] = field(default_factory=list)
-    logits: list[Tensor] = field(default_factory=list)
-    scores: list[Tensor] = field(default_factory=list)
-
-    def add(self, block: Block, given: Arguments) -> None:
-        self.tokens += block.tokens
-        if given.keep_logits:
-            self.logits += _steps(block.logits_KV[: len(block.tokens)])
-        if given.keep_scores:
-            self.scores += _steps(block.scores_KV[: len(block.tokens)])
-
-
-def _padded(input_ids: Tensor, rows: list[_RowOutput], config: GenerationConfig) -> Tensor:
-    """Prompts and new tokens [B, T]; rows that ended early are filled with the padding token."""
-    pad = config._pad_token_tensor  # type: ignore[attr-defined]
-    longest = max(len(row.tokens) for row in rows)
-    fill = 0 if pad is None else int(pad)
-    tokens = [row.tokens + [fill] * (longest - len(row.tokens)) for row in rows]
-    return torch.cat([input_ids, torch.tensor(tokens, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
-
-
-def _steps(logits_KV: Tensor) -> list[Tensor]:
-    return [logits_V[None].to(torch.float32, copy=True) for logits_V in logits_KV]
-
-
-def _stacked(rows: list[list[Tensor]]) -> tuple[Tensor, ...]:
-    """Step by step [B, V]; zeros where a row has ended."""
-    longest = max(map(len, rows))
-    nothing = torch.zeros_like(rows[0][0])
-    return tuple(torch.cat([row[step] if step < len(row) else nothing for row in rows]) for step in range(longest))

@@ -1,8 +1,9 @@
-"""Multi-token joint decoding, LOSSY: MTAD (arXiv 2407.09722), and the exact joint decoding that it approximates.
+"""Multi-token joint decoding, LOSSY: MTAD (arXiv 2407.09722).
 
-Plain sampling draws one token after the other; joint decoding wants several tokens that are likely together. MTAD lets
-a draft model propose beams, and the target accepts the longest prefix that it holds for not much less likely than
-the draft does. The output is NOT the target's own: it is likelier under the target, and nothing else is promised.
+Plain sampling draws one token after the other. Joint decoding looks for several tokens that are likely together. In
+MTAD a draft model proposes beams, and the target accepts the longest prefix whose joint likelihood is not much lower
+under the target than under the draft. The output is NOT the target's own: it is likelier under the target, and nothing
+else is promised.
 Exactly: a block's accepted tokens x have target_joint(x) > threshold * draft_joint(x).
 
 Shapes: B beams, V vocabulary, N nodes of the tree.
@@ -101,8 +102,8 @@ class JointDecoder:
         target, draft: readers; a draft view's shares the target's cache, a separate model's has its own.
         ids: the prompt [1, T]; `pad` tokens of it are padding, which processors see and models do not.
         settings: of the beams and of acceptance.
-        selection: processors, applied to both ("likelihood" is of what they leave), and generators; without these the
-            likeliest beams and tokens are taken.
+        selection: processors, applied to both before likelihoods are taken, and generators; without generators the
+            likeliest beams and tokens are chosen.
         row: which one of the batch that the processors were made for.
     """
 
@@ -117,7 +118,7 @@ class JointDecoder:
 
     @property
     def readers(self) -> list[Reader]:
-        """Those with a cache of their own."""
+        """The readers that own a cache."""
         return [self.target] if self.draft.cache is self.target.cache else [self.target, self.draft]
 
     def block(self, length: int, eos_ids: frozenset[int] = frozenset()) -> tuple[list[int], int, Tensor, Tensor]:
@@ -158,7 +159,7 @@ class JointDecoder:
             reader.cache.committed[0] = min(reader.committed, length - self.pad - 1)
 
     def _beams(self, length: int, eos_ids: frozenset[int]) -> tuple[TokenTree, list[float], list[int]]:
-        """Draft beams: the tree of all that was looked at, joint log-likelihoods of its nodes, and the beams' ends."""
+        """Draft beams: the tree of all drafted tokens, its nodes' joint log-likelihoods, each beam's last node."""
         tree, joint, beams, ended = TokenTree(int(self.ids[0, -1])), [0.0], [0], list[int]()
         self._read = 0  # nodes whose keys the draft has
         generator = None if self.sampling is None else self.sampling.draft
@@ -180,7 +181,7 @@ class JointDecoder:
         return tree, joint, ended + beams
 
     def _scores(self, logits_NV: Tensor, tree: TokenTree, nodes: list[int]) -> Tensor:
-        """What the processors leave [N, V] behind these nodes."""
+        """Scores [N, V] behind these nodes, after the processors."""
         if not self.processors:
             return logits_NV
         scores = []

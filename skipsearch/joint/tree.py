@@ -1,7 +1,7 @@
-"""TokenTree: several continuations that share prefixes, and Reader: a model that reads them all in one forward.
+"""TokenTree: several continuations that share prefixes; Reader: a model that reads them all in one forward.
 
-Each token sees what is committed, its own ancestors and itself. A node's keys lie at a slot of its own behind the
-committed ones; keeping a path moves its keys together. Shapes: T slots, N nodes, V vocabulary.
+Each token attends to the committed tokens, its ancestors and itself. A node's keys lie at a slot of its own behind the
+committed ones. Keeping a path moves its keys together. Shapes: T slots, N nodes, V vocabulary.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class TokenTree:
         return len(self.tokens)
 
     def add(self, parent: int, token: int) -> int:
-        """The child of a node with this token, made if there is none."""
+        """The child of a node with this token; it is made if there is none."""
         key = (parent, token)
         if key not in self._children:
             self._children[key] = len(self.tokens)
@@ -51,7 +51,7 @@ class TokenTree:
         return nodes[::-1]
 
     def of(self, leaves: Sequence[int]) -> tuple[TokenTree, list[int]]:
-        """The tree of these leaves and what leads to them, and which node of this one each of its nodes is."""
+        """The tree of these leaves and their ancestors, and for each of its nodes the number in this tree."""
         found, names = TokenTree(self.tokens[0]), [0]
         for leaf in leaves:
             at = 0
@@ -95,7 +95,7 @@ class Reader:
 
     @torch.no_grad()
     def catch_up(self, ids_1T: Tensor) -> None:
-        """Commit all of these tokens that are not yet."""
+        """Commit those of these tokens that are not committed yet."""
         missing_1T = ids_1T[:, self.committed :]
         if missing_1T.shape[1]:
             self.cache.seek([self.committed])

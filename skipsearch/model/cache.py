@@ -1,11 +1,11 @@
-"""SharedCache: the one owner of the KV cache that draft and target share.
+"""SharedCache: the KV cache that draft and target share.
 
-Every layer is a buffer with room to spare, and one cursor says for all of them where the next forward
-writes. Rolling back is moving the cursor: nothing is cropped, and a layer whose attention the draft skips
-cannot fall out of step. Rows of a batch may stand at different lengths. Promises that slots below
-`committed` hold the keys and values of final tokens. Does not do static or quantised caches.
+Each layer is a buffer that is longer than needed. One cursor tells all layers where the next forward writes. A
+rollback moves the cursor and crops nothing, so a layer whose attention the draft skips stays in step with the others.
+Rows of a batch may have different lengths. Slots below `committed` hold the keys and values of final tokens. Static
+and quantised caches are not supported.
 
-Shapes: B rows, H heads, T slots, Q new tokens, D head size. A slot is a place in the buffer.
+Shapes: B rows, H heads, T slots, Q new tokens, D head size. A slot is a position in the buffer.
 """
 
 from __future__ import annotations
@@ -21,13 +21,18 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from skipsearch.errors import DecodingError
 from skipsearch.model.target import Target
 
-ROOM = 64  # slots added beyond what is asked for when a buffer is made or grows
+ROOM = 64  # slots beyond the needed ones when a buffer grows
 
 
 @dataclass(slots=True)
 class _Cursor:
-    """Where the next forward writes. Known to the layers, which must not hold their owner: without a reference
-    cycle, buffers are freed as soon as their sequences are, not at some later collection.
+    """Where the next forward writes. The layers hold this and not the SharedCache: without a reference cycle, buffers
+    are freed together with their sequences, and not at a later garbage collection.
+
+    Attributes:
+        capacity: slots that buffers need at most, as far as known.
+        start, last_start: the lowest and the highest slot at which a row starts to write.
+        slots: row indices [B, 1] and slots [B, Q]; None if all rows write to the same slots.
     """
 
     capacity: int
@@ -35,26 +40,27 @@ class _Cursor:
     last_start: int = 0
     slots: tuple[Tensor, Tensor] | None = None
 
-    def end(self, queries: int) -> int:
-        """One past the highest slot that a forward of so many tokens writes to."""
-        return self.last_start + queries
-
 
 class SharedCache:
-    """Keys and values of a batch of sequences, written by draft and target, owned here.
+    """Keys and values of a batch of sequences, written by draft and target.
 
     Args:
-        target: its config says which layers have a sliding window.
-        capacity: slots to reserve (more may come; the buffers then grow).
-        past: a dynamic cache to continue from; it is copied, and `hand_over` writes it back.
-        buffers: keys and values of each layer to write into, with room for everything. They belong to the caller and
-            never grow.
+        target: the model, with the sliding windows of its layers.
+        capacity: expected number of slots. Buffers grow if more are needed.
+        past: a dynamic cache to continue from. It is copied; `hand_over` writes the result back.
+        rows: B.
+        buffers: keys and values [B, H, T, D] of each layer to write into. They belong to the caller, are large enough
+            and never grow.
 
     Attributes:
-        cache: what a forward of target or draft takes as `past_key_values`.
-        committed: per row, how many slots hold final tokens.
-        floor: committed slots cannot be cut below this and be kept: of `past`, sliding layers know their window alone.
-        windows: per layer, the width of its sliding window, None if it sees everything.
+        cache: the `past_key_values` of a forward of target or draft.
+        committed: for each row, how many slots hold final tokens.
+        floor: the least number of slots to keep. A sliding layer of `past` holds only its window, so a rollback
+            below the length of `past` is impossible.
+        windows: for each layer, the width of its sliding window, None without one.
+
+    Raises:
+        DecodingError: `past` cannot be rolled back, or its layers have different lengths.
     """
 
     def __init__(
@@ -77,10 +83,11 @@ class SharedCache:
                 mine.adopt(theirs.keys, theirs.values, length)
 
     def seek(self, starts: list[int], slots_BQ: Tensor | None = None) -> None:
-        """Choose where the next forward writes: row b at slots starts[b], starts[b] + 1, ...
+        """Set where the next forward writes: row b at slots starts[b], starts[b] + 1, ...
 
         Args:
-            slots_BQ: all slots, needed if rows start at different ones.
+            starts: the first slot of each row.
+            slots_BQ: all slots; needed if rows start at different ones.
         """
         slots = None
         if slots_BQ is not None:
@@ -88,7 +95,7 @@ class SharedCache:
         self.cursor.start, self.cursor.last_start, self.cursor.slots = min(starts), max(starts), slots
 
     def move(self, sources: list[int], targets: list[int], left: int) -> None:
-        """Copy rows over others, and keep the first `left` of them."""
+        """Copy rows `sources` to rows `targets`, then keep the first `left` rows."""
         if sources:
             for layer in self.cache.layers:
                 if layer.is_initialized:
@@ -99,15 +106,15 @@ class SharedCache:
         del self.committed[left:]
 
     def keys_and_values(self, slots: int) -> list[tuple[Tensor, Tensor]]:
-        """Each layer's keys and values [B, H, slots, D], not copied: what lies behind `committed` may be written to."""
+        """Keys and values [B, H, slots, D] of each layer, as views. Slots behind `committed` may be written to."""
         for layer in self.cache.layers:
             if layer.buffers[0].shape[2] < slots:
-                assert not self.borrowed, "borrowed buffers have no such room"
+                assert not self.borrowed, "borrowed buffers cannot grow"
                 layer._reserve(slots)
         return [(layer.buffers[0][:, :, :slots], layer.buffers[1][:, :, :slots]) for layer in self.cache.layers]
 
     def hand_over(self, past: Cache) -> None:
-        """Make `past` hold the committed tokens, as plain dynamic layers that anyone may continue from."""
+        """Put the committed tokens into `past`, as plain dynamic layers that any decoding can continue from."""
         length = self.committed[0]
         layers: list[DynamicLayer] = []
         for mine, window in zip(self.cache.layers, self.windows, strict=True):
@@ -116,7 +123,7 @@ class SharedCache:
                 first = 0 if window is None else max(0, length - window + 1)
                 layer.lazy_initialization(mine.buffers[0], mine.buffers[1])
                 shown = (b[: len(self.committed), :, first:length] for b in mine.buffers)
-                # Borrowed buffers go back, and the next sequence overwrites them.
+                # The owner of borrowed buffers reuses them for the next sequence.
                 layer.keys, layer.values = (b.clone() if self.borrowed else b for b in shown)
                 if window is not None:
                     layer.cumulative_length = length
@@ -125,7 +132,7 @@ class SharedCache:
 
 
 class _BufferLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer's buffers [B, H, T, D]; where to write is the cursor's to say."""
+    """Keys and values [B, H, T, D] of one layer, written where the cursor says."""
 
     buffers: tuple[Tensor, Tensor]
 
@@ -142,7 +149,7 @@ class _BufferLayer(DynamicLayer):  # type: ignore[misc]
     def _reserve(self, end: int) -> None:
         old = self.buffers
         have = old[0].shape[2]
-        # Doubling keeps the copies rare; more than the capacity asked for is hardly ever needed.
+        # Doubling keeps copies rare. More slots than `capacity` are hardly ever needed.
         room = max(end, min(max(2 * have, end + ROOM), self.cursor.capacity))
         self.buffers = (_zeros(old[0], room), _zeros(old[1], room))
         for buffer, kept in zip(self.buffers, old, strict=True):
@@ -152,7 +159,7 @@ class _BufferLayer(DynamicLayer):  # type: ignore[misc]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         rows, _, queries, _ = key_states.shape
-        start, end, first = self.cursor.start, self.cursor.end(queries), self._first()
+        start, end, first = self.cursor.start, self.cursor.last_start + queries, self._first()
         if end > self.buffers[0].shape[2]:
             self._reserve(end)
         shown = []
@@ -169,7 +176,7 @@ class _BufferLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def _first(self) -> int:
-        """The lowest slot that a query of the next forward may see."""
+        """The lowest slot that a query of the next forward attends to."""
         return 0 if self.window is None else max(0, self.cursor.start - self.window + 1)
 
     def get_seq_length(self) -> int:
@@ -177,10 +184,10 @@ class _BufferLayer(DynamicLayer):  # type: ignore[misc]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         first = self._first()
-        return self.cursor.end(query_length) - first, first
+        return self.cursor.last_start + query_length - first, first
 
     def adopt(self, keys: Tensor, values: Tensor, length: int) -> None:
-        """Take over the last tokens of a cache that has seen `length` of them."""
+        """Copy the last tokens of a cache layer that has seen `length` tokens."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
             self._reserve(length)
@@ -189,7 +196,7 @@ class _BufferLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def _zeros(states: Tensor, room: int) -> Tensor:
-    # Zeros, not whatever memory holds: rows of a batch see past their end, and masked-out NaN is NaN still.
+    # Zeros and not uninitialised memory: attention reads slots behind the end of a row, and a masked NaN stays NaN.
     return states.new_zeros((*states.shape[:-2], room, states.shape[-1]))
 
 

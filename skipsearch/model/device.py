@@ -1,4 +1,4 @@
-"""The device that a model runs on: its name, its idle state, and its free memory."""
+"""The device that a model runs on: its name, synchronisation and free memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """The device that token ids go to: the embedding's, also when its weights are offloaded."""
+    """The device for token ids: that of the embedding, even if its weights are offloaded."""
     embedding = model.get_input_embeddings()
     device: torch.device = next(embedding.parameters()).device
     if device.type == "meta":
@@ -21,7 +21,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """The processor that a measured figure belongs to."""
+    """The name of the processor, to be stored with measured values."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     try:
@@ -33,13 +33,13 @@ def device_name(device: torch.device) -> str:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device is idle, so that a clock on the host measures the work."""
+    """Wait until the device is idle. A clock on the host then measures the device's work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that are free on the device."""
+    """Free memory of the device in bytes."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     try:

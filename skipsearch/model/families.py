@@ -1,7 +1,7 @@
-"""The model families that the contract is proven on: a tiny random configuration of each, built without a download.
+"""The model families that are tested: a tiny random model of each, built without a download.
 
-One registry for the contract test and for `skipsearch models --families`: what is printed as supported is
-what was just proven on the installed transformers, and a refusal is the sentence that users would get.
+The tests and `skipsearch models --families` use this registry. A family is printed as supported if the proof succeeds
+on the installed transformers; otherwise the printed reason is the error message that users would get.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LINEAR: dict[str, Any] = {
     "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
     "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"] * 2,
 }  # fmt: skip
-# The model type, then what its configuration needs beside SHAPE. A name after "+" is a variant of the type before it.
+# Model type: what its configuration needs in addition to SHAPE. The name after "+" is a variant of the model type.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 8},
@@ -52,7 +52,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": {"sliding_window": 8},
     "granite": {"residual_multiplier": 0.5},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-    "qwen3_moe": {**_MOE, "num_experts": 4},
+    "qwen3_moe": _MOE,
     "glm4_moe": {**_MLA, "head_dim": 8},
     "deepseek_v3": _MLA,
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, **_WINDOWS},
@@ -96,7 +96,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random causal LM of a family: 4 layers of width 32, 97 tokens.
 
-    Its weights are enlarged, so that greedy decoding does not settle on one token.
+    Its weights are enlarged, because with small ones greedy decoding repeats one token. `changes` are fields of the
+    configuration.
     """
     torch.manual_seed(seed)
     model_type = family.partition("+")[0]
@@ -113,7 +114,7 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One row of the table: whether the installed library's model of this type can be skipped in, or why not."""
+    """One row of the table; `note` says where the sublayers are, or why the model is not supported."""
 
     name: str
     architecture: str
@@ -122,7 +123,7 @@ class Family:
 
 
 def prove(family: str) -> Family:
-    """Build the tiny model of a family and prove its sublayers, as loading does with a real one."""
+    """Build the tiny model of a family and prove its sublayers, as `load_model` does with a real model."""
     model = tiny_model(family)
     try:
         found = find_sublayers(model)

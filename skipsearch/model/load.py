@@ -1,4 +1,4 @@
-"""Loading a model by preset, hub id or folder, and telling whether a mask belongs to it."""
+"""Load a model by preset, hub id or folder, and check whether a mask belongs to it."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """A model ready to search: proven sublayers, evaluation mode.
+    """A model that is ready to search: in evaluation mode, its sublayers proven.
 
     Attributes:
         name: short name, used for the results folder.
-        preset: the preset it came from, if any.
+        preset: the preset that named the model, if any.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Loaded:
 
     @property
     def target(self) -> Target:
-        """The model as it is now, with what is asked about it."""
+        """The model with its properties, read again at each call."""
         return Target.of(self.model)
 
 
@@ -53,14 +53,15 @@ def load_model(
     """Load a preset ("demo", "llama-2-13b"), a hub id or a local folder.
 
     Args:
+        name: preset, hub id or path.
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, else as stored.
-        device: "cpu", "cuda", ..., or "auto": cuda if there is one; "map" spreads over all devices.
+        device: "cpu", "cuda", ..., or "auto": cuda if available; "map" distributes the layers over all devices.
         revision: hub revision.
-        trust_remote_code: run modelling code from the hub; off unless asked for.
+        trust_remote_code: run modelling code from the hub.
 
     Raises:
-        ModelLoadError: not found, no access, no network, or not a causal LM.
-        UnsupportedModel: its sublayers cannot be skipped with proof.
+        ModelLoadError: the model is not found or not a causal LM, or access or network is missing.
+        UnsupportedModel: it cannot be proven that its sublayers can be skipped.
     """
     preset = presets().get(name)
     source = str(DEMO) if name == "demo" else preset.model_id if preset else name
@@ -98,8 +99,8 @@ def load_model(
 
 
 def hub_reachable() -> bool:
-    """Whether the hub answers at all: the library itself finds out by retrying for most of a minute."""
-    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():  # it knows, or a proxy does
+    """Whether the hub can be reached. The library itself retries for most of a minute before it gives up."""
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():  # no retries; or only the proxy can tell
         return True
     address = urlsplit(constants.ENDPOINT)
     try:
@@ -110,9 +111,9 @@ def hub_reachable() -> bool:
 
 
 def _explain(name: str, source: str, error: Exception) -> str:
-    """One sentence for the ways in which a load fails."""
+    """One sentence on why a model was not loaded, from the library's error."""
     text = str(error)
-    words = text.replace(source, "")  # a name may hold "401" or "offline"
+    words = text.replace(source, "")  # a model's name may contain "401" or "offline"
     what = name if name == source else f"{name} ({source})"
     if name not in presets() and (close := get_close_matches(name, presets(), n=1, cutoff=0.75)):
         return f"model {what} is no preset, and could not be loaded otherwise; did you mean {close[0]}?"
@@ -135,12 +136,12 @@ def _explain(name: str, source: str, error: Exception) -> str:
     return f"model {what} cannot be loaded: {reason}; check its files"
 
 
-_FINGERPRINT_LEAVES_OUT = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures"}
+NOT_IN_FINGERPRINT = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures"}
 
 
 def model_card(target: Target, model_id: str) -> ModelCard:
-    """Identity of a model for mask.json; the fingerprint covers its config, not where it lies or its dtype."""
-    config = {k: v for k, v in target.model.config.to_dict().items() if k not in _FINGERPRINT_LEAVES_OUT}
+    """The identity of a model for mask.json. The fingerprint covers its config, but not its path and dtype."""
+    config = {k: v for k, v in target.model.config.to_dict().items() if k not in NOT_IN_FINGERPRINT}
     text = json.dumps(config, sort_keys=True, default=str)
     return ModelCard(
         id=model_id, revision=getattr(target.model.config, "_commit_hash", None),
@@ -150,10 +151,11 @@ def model_card(target: Target, model_id: str) -> ModelCard:
 
 
 def check_mask_belongs(file: MaskFile, target: Target) -> None:
-    """Compare a mask file with a model.
+    """Check that a mask file was made for this model.
 
     Raises:
-        MaskError: another layer count, or another config fingerprint (files without one pass on layers alone).
+        MaskError: the number of layers or the config fingerprint differs. In a file without a fingerprint, only the
+            number of layers is compared.
     """
     card = model_card(target, file.model.id)
     if file.model.num_layers != card.num_layers:

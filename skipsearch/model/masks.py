@@ -1,7 +1,7 @@
 """AttentionLayout: which keys a query may see, as attention masks in the form that a model takes.
 
-For forwards whose rows stand at different places. Shapes: R rows, Q queries, K keys. Slots are places in a sequence;
-padding lies below `pads`.
+For forwards whose rows have different lengths. Shapes: R rows, Q queries, K keys. Slots are positions in a padded
+sequence; slots below `pads` hold padding.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayout:
-    """How far each layer's attention sees.
+    """Which keys the attention of each layer may see.
 
     Attributes:
-        windows: per layer, the width of its sliding window or chunk; None if it sees everything.
-        layer_types: per layer, its name in the model's config ("full_attention", "sliding_attention", ...).
-        boolean: whether attention takes a mask of booleans (SDPA), or one that is added to the scores.
-        dtype: of the latter.
+        windows: for each layer, the width of its sliding window or chunk; None without one.
+        layer_types: for each layer, its type in the model's config ("full_attention", "sliding_attention", ...).
+        boolean: whether attention takes a boolean mask (SDPA), or a mask that is added to the scores.
+        dtype: of the mask that is added.
     """
 
     windows: tuple[int | None, ...]
@@ -35,7 +35,10 @@ class AttentionLayout:
     @classmethod
     def of(cls, model: PreTrainedModel) -> AttentionLayout:
         """Read off a model's config."""
-        windows = layer_windows(DynamicCache(config=model.config))
+        windows = [
+            layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
+            for layer in DynamicCache(config=model.config).layers
+        ]
         names = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ["all"] * len(windows)
         return cls(tuple(windows), tuple(names), model.config._attn_implementation == "sdpa", model.dtype)
 
@@ -47,9 +50,9 @@ class AttentionLayout:
 
         Args:
             query_RQ: slot of each query.
-            keys: slots [R or 1, K] of the keys that a layer with this window hands to attention.
+            keys: gives the slots [R or 1, K] of the keys in a layer with this window.
             pads_R: slots below these hold padding.
-            only_RQK: keys that may be seen at all.
+            only_RQK: True for keys that may be seen at all.
         """
 
         def mask(name: str, window: int | None) -> Tensor:
@@ -61,22 +64,14 @@ class AttentionLayout:
             elif window is not None:
                 seen = seen & (query - key < window)
             if pads_R is not None:
-                # A padding query sees itself, so that no row of the softmax is empty.
+                # A query in the padding sees itself, because a softmax over no keys is NaN.
                 seen = seen & ((key >= pads_R[:, None, None]) | (key == query))
             if only_RQK is not None:
                 seen = seen & only_RQK
-            return self._as_taken(seen[:, None])
+            if self.boolean:
+                return seen[:, None]
+            return torch.where(seen[:, None], 0.0, torch.finfo(self.dtype).min).to(self.dtype)
 
         kinds = dict(zip(self.layer_types, self.windows, strict=True))
         found = {name: mask(name, window) for name, window in kinds.items()}
         return found if len(found) > 1 else next(iter(found.values()))
-
-    def _as_taken(self, allowed: Tensor) -> Tensor:
-        if self.boolean:
-            return allowed
-        return torch.where(allowed, 0.0, torch.finfo(self.dtype).min).to(self.dtype)
-
-
-def layer_windows(cache: Cache) -> list[int | None]:
-    """Per layer of a dynamic cache: the width of its sliding window, None if it sees everything."""
-    return [layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in cache.layers]

@@ -1,21 +1,20 @@
-"""Presets: a short name for a model, its search space, and the masks others published for it."""
+"""Presets: a short name for a model, its search space, and the masks published for it."""
 
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from skipsearch.errors import ModelLoadError
 from skipsearch.mask import KINDS, SkipMask
-
-Structure = Literal["sublayers", "layers", "spans"]
+from skipsearch.model.space import Space, Structure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedMask:
-    """A mask from the literature, tried first by a search; `source` says whose it is."""
+    """A mask from the literature, which a search tries first; `source` names the paper."""
 
     name: str
     source: str
@@ -27,21 +26,19 @@ class Preset:
     """One file of search_spaces/.
 
     Attributes:
-        name: the file's name, as in `--model NAME`.
         model_id: hub id, or "demo".
-        fixed: sublayers that the search never skips.
-        masks: warm starts.
-        structure, spans, max_skipped: see `search.space.Space`.
+        space: which masks a search of this model may propose.
+        masks: published masks, the first seeds of a search.
     """
 
-    name: str
     model_id: str
-    num_layers: int
-    fixed: SkipMask
+    space: Space
     masks: tuple[PublishedMask, ...]
-    structure: Structure = "sublayers"
-    spans: int = 1
-    max_skipped: int | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the model."""
+        return self.space.num_layers
 
 
 def _folder() -> Path:
@@ -54,49 +51,41 @@ def presets() -> dict[str, Preset]:
     """Every preset by name, sorted.
 
     Raises:
-        ModelLoadError: a preset file that does not follow the format.
+        ModelLoadError: a preset file does not follow the format.
     """
-    return {path.stem: read_preset(path) for path in sorted(_folder().glob("*.toml"))}
+    return {path.stem: _read_preset(path) for path in sorted(_folder().glob("*.toml"))}
 
 
-def read_preset(path: Path) -> Preset:
-    """Parse one preset file; see `presets`."""
+def _read_preset(path: Path) -> Preset:
     try:
         data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-        model = data["model"]
-        layers = model["num_layers"]
-        return Preset(
-            name=path.stem, model_id=model["id"], num_layers=layers,
-            masks=tuple(
-                PublishedMask(
-                    name=m["name"], source=m["source"],
-                    mask=SkipMask(attention=m["attention"], mlp=m["mlp"], num_layers=layers),
-                )
-                for m in data.get("masks", [])
-            ),
-            **_space(data.get("space", {}), layers),
+        layers = data["model"]["num_layers"]
+        masks = tuple(
+            PublishedMask(
+                name=m["name"], source=m["source"],
+                mask=SkipMask(attention=m["attention"], mlp=m["mlp"], num_layers=layers),
+            )
+            for m in data.get("masks", [])
         )  # fmt: skip
+        return Preset(model_id=data["model"]["id"], space=_space(data.get("space", {}), layers), masks=masks)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ModelLoadError(f"search space {path} cannot be read ({error!r}); compare it with demo.toml") from error
 
 
-def with_space(preset: Preset | None, path: Path, num_layers: int, model_id: str) -> Preset:
-    """The preset (or none) with the [space] table of another file in place of its own.
+def read_space(path: Path, num_layers: int) -> Space:
+    """The [space] table of a TOML file, for a model of `num_layers` decoder layers.
 
     Raises:
-        ModelLoadError: no such file, no such table, or a value that it may not have.
+        ModelLoadError: the file or its table is missing, or a value is not allowed.
     """
-    base = preset or Preset(
-        name=path.stem, model_id=model_id, num_layers=num_layers, fixed=SkipMask(num_layers=num_layers), masks=()
-    )
     try:
-        return replace(base, **_space(tomllib.loads(path.read_text(encoding="utf-8"))["space"], num_layers))
+        return _space(tomllib.loads(path.read_text(encoding="utf-8"))["space"], num_layers)
     except (OSError, KeyError, TypeError, ValueError) as error:
         why = "it has no [space] table" if isinstance(error, KeyError) else str(error)
         raise ModelLoadError(f"search space {path} cannot be read ({why}); see search_spaces/README.md") from error
 
 
-def _space(table: dict[str, Any], layers: int) -> dict[str, Any]:
+def _space(table: dict[str, Any], num_layers: int) -> Space:
     known = {"fixed_attention", "fixed_mlp", "only", "structure", "spans", "max_skipped"}
     if unknown := sorted(table.keys() - known):
         raise ValueError(f"space.{unknown[0]} is not known, must be one of {', '.join(sorted(known))}")
@@ -105,7 +94,7 @@ def _space(table: dict[str, Any], layers: int) -> dict[str, Any]:
     if only is not None:
         if only not in KINDS:
             raise ValueError(f"space.only is {only!r}, must be attention or mlp")
-        fixed["mlp" if only == "attention" else "attention"] = list(range(layers))
+        fixed["mlp" if only == "attention" else "attention"] = list(range(num_layers))
     structure = table.get("structure", "sublayers")
     if structure not in get_args(Structure):
         raise ValueError(f"space.structure is {structure!r}, must be one of {', '.join(get_args(Structure))}")
@@ -115,7 +104,7 @@ def _space(table: dict[str, Any], layers: int) -> dict[str, Any]:
         value = table.get(name, least)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"space.{name} is {value!r}, must be a whole number of at least {least}")
-    return {
-        "fixed": SkipMask(attention=fixed["attention"], mlp=fixed["mlp"], num_layers=layers),
-        "structure": structure, "spans": table.get("spans", 1), "max_skipped": table.get("max_skipped"),
-    }  # fmt: skip
+    return Space(
+        num_layers=num_layers, fixed=SkipMask(**fixed, num_layers=num_layers), structure=structure,
+        spans=table.get("spans", 1), max_skipped=table.get("max_skipped"),
+    )  # fmt: skip

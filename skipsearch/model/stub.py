@@ -1,4 +1,4 @@
-"""Stub: what stands in a layer for a branch that is skipped; and how a layer is run with branches replaced."""
+"""Stub: the module that replaces a skipped residual branch; and how to run a layer with replaced branches."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 
 class Stub(nn.Module):
-    """A skipped branch: adds nothing to the residual stream. Has no state, so any number of views may share it.
+    """A skipped branch: it adds nothing to the residual stream. It has no state, so views can share it.
 
     Args:
-        returns: how many values the branch returns: 0 for a bare tensor, n for an n-tuple.
-        residual: the branch adds the residual itself, and takes it at this place.
-        spread: zeros of the input's shape; else one zero without dimensions, which broadcasts over any shape,
-            keeps the other operand's dtype and may meet a tensor on any device.
+        returns: what the branch returns: 0 for a tensor, n for an n-tuple.
+        residual: index of the residual among the arguments, if the branch adds the residual itself; else None.
+        spread: return zeros of the input's shape. If False, return one zero without dimensions: it broadcasts to any
+            shape, keeps the dtype of the other operand, and can be added to a tensor on any device.
     """
 
     zero: Tensor
@@ -38,7 +38,7 @@ class Stub(nn.Module):
 
 
 class Probe(Stub):
-    """Stands for a running branch in the check: depends on its input, needs no other argument."""
+    """Replaces a running branch in the check. Its output depends on its input, and it needs no other argument."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = (args[0] if args else kwargs["hidden_states"]).sin()
@@ -49,7 +49,7 @@ class Probe(Stub):
 
 @contextmanager
 def replaced_children(layer: nn.Module, children: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Swap children for the length of the check; restored even when the layer raises."""
+    """Replace children of a layer inside a `with` block; they are restored even if the layer raises."""
     saved = {name: layer._modules[name] for name in children}
     try:
         layer._modules.update(children)
@@ -60,6 +60,7 @@ def replaced_children(layer: nn.Module, children: Mapping[str, nn.Module]) -> It
 
 @torch.no_grad()
 def run_layer(layer: nn.Module, x: Tensor) -> Tensor:
+    """Hidden states [B, T, D] after a layer in evaluation mode; other required arguments are None."""
     parameters = list(inspect.signature(type(layer).forward).parameters.values())[2:]
     missing = {p.name: None for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
     training = layer.training

@@ -1,7 +1,7 @@
-"""Where a model keeps its attention and MLP sublayers, found by structure and proven by an identity check.
+"""Find the attention and MLP sublayers of a model by its structure, and prove that they are residual branches.
 
-Promises that a returned `Sublayers` describes residual branches: with both branches of a layer stubbed
-out, the layer returns its input. Does not promise that a model is worth skipping in.
+The proof: if stubs replace both branches of a layer, the layer returns exactly its input. Whether skipping makes the
+model faster is another question.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from skipsearch.mask import KINDS, Kind
 from skipsearch.model.device import input_device
 from skipsearch.model.stub import Probe, Stub, replaced_children, run_layer
 
-# How decoder layers name their branches; a branch may be several modules in a row.
+# Names of the branches in a decoder layer. A branch may be a sequence of several modules.
 CHILD_NAMES: Mapping[Kind, tuple[tuple[str, ...], ...]] = {
     "attention": (("self_attn",), ("attention",), ("attn",), ("self_attention",)),
     "mlp": (("mlp",), ("feed_forward",), ("ffn",), ("fc1", "fc2")),
@@ -31,15 +31,15 @@ CHILD_NAMES: Mapping[Kind, tuple[tuple[str, ...], ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sublayers:
-    """The layout of a decoder's residual branches.
+    """Where the residual branches of a decoder are.
 
     Attributes:
         path: module path of the layer list inside the model, e.g. "model.layers".
-        num_layers: its length.
-        child: names of the modules that make up the attention and the MLP of a layer.
-        norms: norm modules of a layer that serve that branch alone, and so vanish with it.
-        stubs: per layer, what takes the place of each branch's modules when it is skipped.
-        layer_returns_tuple: whether a layer returns a tuple around its hidden states.
+        num_layers: length of the layer list.
+        child: names of the modules that are the attention and the MLP of a layer.
+        norms: norm modules of a layer that only this branch uses; they are skipped with it.
+        stubs: for each layer, the replacement of each branch's modules when it is skipped.
+        layer_returns_tuple: whether a layer returns its hidden states in a tuple.
     """
 
     path: str
@@ -54,10 +54,10 @@ _found: weakref.WeakKeyDictionary[nn.Module, Sublayers] = weakref.WeakKeyDiction
 
 
 def find_sublayers(model: PreTrainedModel) -> Sublayers:
-    """Detect and prove the sublayers of a causal LM; the answer is remembered per model object.
+    """Find and prove the sublayers of a causal LM. The result is kept for each model object.
 
     Raises:
-        UnsupportedModel: no such layers, a branch that is not residual, or a cache without rollback.
+        UnsupportedModel: the model has no such layers, a branch is not residual, or its cache has no rollback.
     """
     if model not in _found:
         _found[model] = _detect(model)
@@ -102,18 +102,18 @@ def _detect(model: PreTrainedModel) -> Sublayers:
 def _prove(
     model: PreTrainedModel, i: int, layer: nn.Module, child: Mapping[Kind, tuple[str, ...]], returns: Mapping[Kind, int]
 ) -> tuple[dict[Kind, Stub], dict[Kind, tuple[str, ...]]]:
-    """The identity check of one layer; returns its stubs and the norms that vanish with each branch."""
+    """The identity check of one layer. Returns its stubs, and the norms that are skipped with each branch."""
     x = _random_input(model, layer)
     failure: Exception | None = None
-    for spread in (False, True):  # some layers reshape what a branch returns, or add to it in place
+    for spread in (False, True):  # True for layers that reshape a branch's output, or add to it in place
         stubs = {kind: Stub(returns[kind], _residual_place(layer, child[kind]), spread) for kind in KINDS}
         try:
             with replaced_children(layer, {name: stubs[kind] for kind in KINDS for name in child[kind]}):
                 out = run_layer(layer, x)
             own = {kind: _norms_of_branch(layer, x, child, stubs, kind) for kind in KINDS}
-            if out.dtype != x.dtype:  # a norm behind a skipped branch has turned the bare zero into a vector
+            if out.dtype != x.dtype:  # a norm behind the branch has made a vector of the zero without dimensions
                 raise TypeError(f"the residual stream becomes {out.dtype}")
-        except Exception as error:  # whatever a layer makes of a branch that adds nothing
+        except Exception as error:  # a layer may raise anything if a branch returns zeros
             failure = error
             continue
         if not torch.equal(out, x):
@@ -127,7 +127,7 @@ def _prove(
 
 
 def _residual_place(layer: nn.Module, names: tuple[str, ...]) -> int | None:
-    """Where a branch that adds the residual itself takes it, None if the layer adds it."""
+    """The index of the residual among a branch's arguments, if the branch adds it; None if the layer adds it."""
     branch = layer.get_submodule(names[-1])
     parameters = list(inspect.signature(type(branch).forward).parameters)[1:]
     return parameters.index("residual") if "residual" in parameters else None
@@ -154,7 +154,7 @@ def _child_names(model: nn.Module, path: str, layers: nn.ModuleList, kind: Kind)
 def _return_arity(
     model: PreTrainedModel, layers: nn.ModuleList, child: Mapping[Kind, tuple[str, ...]]
 ) -> tuple[list[dict[Kind, int]], bool]:
-    """What each branch and layer returns, read off one real forward of two tokens."""
+    """Lengths of the tuples that branches return (0: no tuple), and whether layers return tuples, from one forward."""
     returns: list[dict[Kind, int]] = [{} for _ in layers]
     layer_tuple: list[bool] = []
     handles = [layers[0].register_forward_hook(lambda _m, _a, out: layer_tuple.append(isinstance(out, tuple)))]
@@ -189,7 +189,7 @@ def _random_input(model: PreTrainedModel, layer: nn.Module) -> Tensor:
 def _norms_of_branch(
     layer: nn.Module, x: Tensor, child: Mapping[Kind, tuple[str, ...]], stubs: Mapping[Kind, Stub], kind: Kind
 ) -> tuple[str, ...]:
-    """Norms whose removal changes nothing once `kind` is skipped while the other branch still runs."""
+    """Norms whose removal does not change the layer's output if `kind` is skipped and the other branch runs."""
     other: Kind = "mlp" if kind == "attention" else "attention"
     swap: dict[str, nn.Module] = {name: stubs[kind] for name in child[kind]}
     probed = stubs[other]

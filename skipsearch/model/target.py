@@ -1,7 +1,7 @@
-"""Target: a causal LM with everything that is asked about it again and again.
+"""Target: a causal LM with the properties that draft and verify need.
 
-Made once where a model enters (`load_model`, `search`, `generate`) and passed on from there. Holds the model, so
-whoever must not keep a model alive keeps no Target either.
+It is made where a model enters (`load_model`, `search`, `generate`) and passed on from there. It holds a reference to
+the model, so an object that must not keep the model in memory must not keep its Target.
 """
 
 from __future__ import annotations
@@ -19,51 +19,51 @@ from skipsearch.model.device import input_device
 from skipsearch.model.masks import AttentionLayout
 from skipsearch.model.sublayers import Sublayers, find_sublayers
 
-UNLIMITED = 1 << 20  # tokens of context where the config names no limit
+UNLIMITED = 1 << 20  # tokens of context if the config has no limit
 
 
 class CompiledForwards(Protocol):
-    """What decoding needs of a compiled backend; `skipsearch.compiled.model.CompiledModel` has it.
+    """The interface of a compiled backend; `skipsearch.compiled.model.CompiledModel` implements it.
 
-    Buffers and lists of layers come from the backend and go back to it; nothing else looks into them.
+    Buffers and lists of layers come from the backend and are only passed back to it.
     """
 
     chunk: int  # tokens of one forward of the prefill
 
     def acquire(self, capacity: int, owner: object) -> Any:
-        """Buffers with room for so many tokens, returned when `owner` is gone."""
+        """Buffers for `capacity` tokens. The backend takes them back when `owner` is garbage-collected."""
 
     def layers_of(self, model: nn.Module) -> Sequence[Any]:
-        """The layers that the model, or a draft view of it, runs."""
+        """The compiled layers of the model, or of a draft view of it."""
 
     def forward(
         self, layers: Sequence[Any], buffers: Any, start: int, place: int, tokens: int, keep_last: bool = False
     ) -> Any:
-        """One forward of `tokens` tokens."""
+        """Run one forward of `tokens` tokens."""
 
     def draft(self, layers: Sequence[Any], buffers: Any, start: int, place: int, steps: int) -> None:
-        """Draft greedily without waiting for the host."""
+        """Draft `steps` tokens greedily, without synchronisation with the host."""
 
 
 def context_limit(config: Any) -> int:
-    """Tokens that the positions of a text config reach."""
+    """The longest context in tokens that a text config allows."""
     return int(getattr(config, "max_position_embeddings", None) or UNLIMITED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Target:
-    """The model that decides the output, seen as draft and verify need it.
+    """The model whose output is decoded, with the properties that draft and verify need.
 
     Attributes:
-        model: the causal LM itself; never changed.
+        model: the causal LM; never changed.
         sublayers: where its residual branches are.
-        device: where token ids go.
-        context: the longest sequence in tokens that its positions reach.
+        device: the device for token ids.
+        context: the longest sequence that the model allows, in tokens.
         vocabulary: number of tokens.
         attention: which keys each layer's queries may see.
         takes_positions: whether the forward takes `position_ids`; models with ALiBi do not.
-        takes_logits_to_keep: whether the forward can leave out logits that nobody reads.
-        compiled: what runs single sequences in place of the model's own forward; None: eager decoding.
+        takes_logits_to_keep: whether the forward can omit logits.
+        compiled: the compiled backend for single sequences; None: eager decoding.
     """
 
     model: PreTrainedModel
@@ -78,10 +78,10 @@ class Target:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Target:
-        """Detect and prove a model's sublayers, and read the rest; eager.
+        """Find and prove a model's sublayers, and read its other properties. The target is eager.
 
         Raises:
-            UnsupportedModel: its sublayers cannot be skipped with proof.
+            UnsupportedModel: it cannot be proven that the sublayers can be skipped.
         """
         config = model.config.get_text_config(decoder=True)
         return cls(
@@ -108,12 +108,12 @@ class Target:
 
     @property
     def backend(self) -> Literal["eager", "compiled"]:
-        """What runs forwards, in the words of mask.json."""
+        """The backend's name in mask.json."""
         return "eager" if self.compiled is None else "compiled"
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        """End-of-sequence tokens of the model's generation config."""
+        """End-of-sequence tokens, from the model's generation config."""
         config = self.model.generation_config
         eos = config.eos_token_id if config is not None else None
         return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
@@ -123,6 +123,6 @@ class Target:
         return torch.tensor([tokens], device=self.device)
 
     def random_ids(self, length: int) -> Tensor:
-        """A sequence of random tokens [1, length], always the same one."""
+        """A sequence of random tokens [1, length], the same for each call."""
         generator = torch.Generator().manual_seed(0)
         return torch.randint(self.vocabulary, (1, length), generator=generator).to(self.device)

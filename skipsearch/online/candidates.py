@@ -33,9 +33,8 @@ SWAPS = 0.5  # of the random proposals leave as many sublayers as there were
 
 @torch.no_grad()
 def nearest_masks(
-    target: Target, halves: Sequence[PreTrainedModel], ids: Tensor, seen: Tensor | None = None,
-    free: Sequence[Sublayer] | None = None,
-) -> list[SkipMask]:  # fmt: skip
+    target: Target, halves: Sequence[PreTrainedModel], ids: Tensor, seen: Tensor | None = None
+) -> list[SkipMask]:
     """For each number of skipped sublayers that is likely, the mask that changes the hidden states least.
 
     CLaSp's dynamic programming (arXiv 2505.24196) over sublayers in place of layers.
@@ -44,16 +43,14 @@ def nearest_masks(
         halves: views that keep one kind of sublayer each, attention's first.
         ids: texts [P, T] of the model's own; one is run much faster than several.
         seen: places [P, T] that count; by default all but the first few.
-        free: sublayers that may be skipped; by default all.
     """
     if seen is None:
         places = torch.arange(ids.shape[1], device=ids.device) >= min(UNSEEN, ids.shape[1] - 1)
         seen = places.expand(ids.shape)
     states = sublayer_states(target, layer_states(target, ids, seen), halves)
     units = all_sublayers(target.num_layers)
-    may_skip = set(units if free is None else free)
-    least, most = (round(share * len(may_skip)) for share in (min(FIRST), max(FIRST)))
-    found = nearest(states, [sub in may_skip for sub in units], least, most)
+    least, most = (round(share * len(units)) for share in (min(FIRST), max(FIRST)))
+    found = nearest(states, [True] * len(units), least, most)
     return [SkipMask.from_sublayers([units[u] for u in chosen], target.num_layers) for chosen in found]
 
 

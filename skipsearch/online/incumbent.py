@@ -12,13 +12,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.evaluate.cost import Point
 from skipsearch.evaluate.mask_replay import PositionOutcomes
 from skipsearch.evaluate.objective import Score
 from skipsearch.mask import SkipMask
 from skipsearch.online.candidates import Candidates
 from skipsearch.online.window import EXIT, LENGTH, score
+from skipsearch.policy import DraftPolicy
 
 PAYS = 1.03  # speed-up on a window from which a first mask is served
 GROUP = 4  # proposals on a window; the best of them challenges

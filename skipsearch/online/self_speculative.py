@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from skipsearch.compiled.backend import Backend
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.errors import DecodingError, MaskError
 from skipsearch.generate.method import Drafting, SelfSpeculative
 from skipsearch.joint.joint import Joint
@@ -130,7 +129,7 @@ def _drafting(mask_or_path: Masked, changes: dict[str, Any]) -> Drafting:
         if not isinstance(file, MaskFile):
             got = type(mask_or_path).__name__
             raise MaskError(f"mask_or_path must be a SkipMask, a MaskFile or a path, got {got}")
-        found = Drafting(mask=file.mask, file=file, policy=DraftPolicy(**file.draft.model_dump()))
+        found = Drafting(mask=file.mask, file=file, policy=file.draft)
     changes = {name: value for name, value in changes.items() if value is not None}
     if found.policy.curve and changes.keys() & {"max_length", "exit_threshold", "adaptive"}:
         changes |= {"curve": (), "prices": ()}  # in place of the calibrated exit

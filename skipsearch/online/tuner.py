@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from skipsearch.decoding.drafter import Draft, Drafter
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import Block
 from skipsearch.draft.view import draft_view
@@ -27,7 +26,7 @@ from skipsearch.errors import BackendWarning, DecodingError
 from skipsearch.evaluate.mask_replay import PositionOutcomes
 from skipsearch.evaluate.objective import Score
 from skipsearch.mask import KINDS, SkipMask
-from skipsearch.maskfile import DraftFields, MaskFile, Provenance
+from skipsearch.maskfile import MaskFile, Provenance
 from skipsearch.model.load import model_card
 from skipsearch.model.target import Target
 from skipsearch.online.budget import Budget
@@ -37,6 +36,7 @@ from skipsearch.online.incumbent import PATIENCE, Incumbent
 from skipsearch.online.live_costs import LiveCosts
 from skipsearch.online.served_sequence import ServedSequence
 from skipsearch.online.window import LENGTH, LONGEST, SHORTEST, Window, score
+from skipsearch.policy import DraftPolicy
 
 SHARE = 0.05  # of decoding's seconds that the search may take
 WITHOUT_MASK = 0.4  # of that share, while no mask is served whose gain pays for it
@@ -67,11 +67,8 @@ class OnTheFly:
     ) -> None:
         self.layers, self.context, self.seed, self.budget = target.num_layers, target.context, seed, Budget(share)
         self.card = model_card(target, target.model.config._name_or_path or "model")
-        first = Incumbent(policy, mask)
-        if mask is None:
-            first.queue.append(opening(self.layers))
-        else:
-            first.rejected = PATIENCE // 2  # a given mask was searched for already
+        first = Incumbent(policy, mask, queue=[opening(self.layers)] if mask is None else [])
+        first.rejected = 0 if mask is None else PATIENCE // 2  # a given mask was searched for already
         self.domains = Domains(target.vocabulary, first)
         self.costs = LiveCosts(target)
         self.tokens, self.prepared = 0, 0.0
@@ -238,7 +235,7 @@ class OnTheFly:
                 "serve more text, or raise share"
             )
         card = self.card if name is None else self.card.model_copy(update={"id": name})
-        draft = DraftFields(**asdict(replace(found.policy, costs=())))
+        draft = replace(found.policy, costs=())
         origin = Provenance(study="on the fly", seed=self.seed)
         MaskFile.of(found.mask, model=card, draft=draft, provenance=origin).save(path)
 

@@ -1,92 +1,92 @@
-"""A benchmark's rows as a table, a CSV file and a picture."""
+"""The rows of a benchmark as tables, a CSV file and a picture."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
 import pandas as pd
-from rich.table import Table
+from rich.table import Column, Table
 
 from skipsearch.files import write_json, write_text
 
 BAR, GAP, LEFT, WIDTH, RIGHT = 16, 6, 190, 420, 190  # pixels of the picture
 
 
-def _interval(value: float | None, ci: Any) -> str:
-    return "" if value is None else f"{value:.2f} ({ci[0]:.2f} to {ci[1]:.2f})"
+def _total(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each arm, over the prompts of all groups."""
+    return [row for row in data["rows"] if row["group"] == "all"]
 
 
-def bench_title(data: dict[str, Any], group: str = "all") -> str:
-    """What was measured, and where."""
+def _table(title: str, names: list[str]) -> Table:
+    """An empty table: a column of names, then columns of figures."""
+    figures = [Column(name, justify="right") for name in names]
+    return Table(
+        Column("arm", style="cyan", no_wrap=True), *figures, title=title, title_justify="left", title_style="bold"
+    )
+
+
+def bench_title(data: dict[str, Any]) -> str:
+    """What was measured, and on which machine."""
     settings, machine = data["settings"], data["machine"]
-    first = next(row for row in data["rows"] if row["group"] == group)
     return (
-        f"{group}: {first['prompts']} prompts, up to {settings['new_tokens']} tokens each; "
+        f"all: {_total(data)[0]['prompts']} prompts, up to {settings['new_tokens']} tokens each; "
         f"{settings['parameters'] / 1e6:.1f} M parameters, {settings['dtype']}, backend {settings['backend']}\n"
         f"{machine['device']}; copies {machine['copy_bytes_per_second'] / 1e9:.0f} GB/s, "
         f"reads {machine['read_bytes_per_second'] / 1e9:.0f} GB/s"
     )
 
 
-def _table(title: str, names: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for name in names:
-        table.add_column(
-            name,
-            style="cyan" if name == names[0] else None,
-            justify="left" if name == names[0] else "right",
-            no_wrap=name == names[0],
-        )
+def _speedup(row: dict[str, Any], baseline: str) -> str:
+    """Speed-up over "hf" or "plain" with its 95 % interval; empty if it was not measured."""
+    if f"speedup_{baseline}" not in row:
+        return ""
+    low, high = row[f"speedup_{baseline}_ci"]
+    return f"{row[f'speedup_{baseline}']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def speed_table(data: dict[str, Any]) -> Table:
+    """Tokens per second of each arm, and speed-ups over two baselines with 95 % intervals."""
+    table = _table("", ["tokens/s", "x HF eager", "x plain", "equal"])
+    for row in _total(data):
+        equal = f"{row['greedy_equal']}/{row['prompts']}"
+        speed = f"{row['tokens_per_second']:.1f}"
+        table.add_row(row["arm"], speed, _speedup(row, "hf"), _speedup(row, "plain"), equal)
     return table
 
 
-def speed_table(data: dict[str, Any], group: str = "all") -> Table:
-    """One group's arms: tokens per second, and times two baselines with 95 % intervals."""
-    table = _table("", ("arm", "tokens/s", "x HF eager", "x plain", "equal"))
-    for row in (row for row in data["rows"] if row["group"] == group):
-        table.add_row(
-            row["arm"], f"{row['tokens_per_second']:.1f}", _interval(row.get("speedup_hf"), row.get("speedup_hf_ci")),
-            _interval(row["speedup_plain"], row["speedup_plain_ci"]), f"{row['greedy_equal']}/{row['prompts']}",
-        )  # fmt: skip
-    return table
-
-
-def counts_table(data: dict[str, Any], group: str = "all") -> Table:
-    """One group's arms: acceptance, bound and its share, bytes moved, memory, energy."""
-    rows = [row for row in data["rows"] if row["group"] == group]
+def counts_table(data: dict[str, Any]) -> Table:
+    """Acceptance, bounds, bytes moved, memory and energy of each arm; columns without a value are left out."""
+    rows = _total(data)
     columns = [
-        (title, [row.get(name) for row in rows], scale, form)
+        (title, name, scale, form)
         for title, name, scale, form in (
             ("accept", "acceptance_rate", 1, ".2f"), ("tau", "tau", 1, ".2f"), ("c", "cost_ratio", 1, ".2f"),
             ("1/c", "bound", 1, ".1f"), ("bound", "own_bound", 1, ".2f"), ("share", "share_of_own_bound", 1, ".0%"),
             ("GB/s", "bytes_per_second", 1e-9, ".1f"), ("% copy", "of_copy_bandwidth", 1, ".0%"),
             ("MB", "peak_memory_bytes", 1e-6, ".0f"), ("J/token", "joules_per_token", 1, ".2f"),
-        )
+        ) if any(row.get(name) is not None for row in rows)
     ]  # fmt: skip
-    columns = [column for column in columns if any(value is not None for value in column[1])]
-    table = _table("", ("arm", *(title for title, *_ in columns)))
-    for i, row in enumerate(rows):
-        values = [(found[i], scale, form) for _, found, scale, form in columns]
-        table.add_row(row["arm"], *("" if v is None else f"{v * scale:{form}}" for v, scale, form in values))
+    table = _table("", [title for title, *_ in columns])
+    for row in rows:
+        found = ((row.get(name), scale, form) for _, name, scale, form in columns)
+        table.add_row(row["arm"], *("" if v is None else f"{v * scale:{form}}" for v, scale, form in found))
     return table
 
 
 def groups_table(data: dict[str, Any]) -> Table:
-    """Speed-up over plain decoding: a row an arm, a column a group."""
-    groups = tuple(dict.fromkeys(row["group"] for row in data["rows"]))
-    table = _table("times plain decoding in the same runtime", ("arm", *groups))
-    for arm in dict.fromkeys(row["arm"] for row in data["rows"]):
-        found = {row["group"]: row["speedup_plain"] for row in data["rows"] if row["arm"] == arm}
-        table.add_row(arm, *(f"{found[group]:.2f}" for group in groups))
+    """Speed-up over plain decoding: one row per arm, one column per group of prompts."""
+    speedups = pd.DataFrame(data["rows"]).pivot_table("speedup_plain", "arm", "group", sort=False)
+    table = _table("times plain decoding in the same runtime", list(speedups.columns))
+    for arm, found in speedups.iterrows():
+        table.add_row(str(arm), *(f"{value:.2f}" for value in found))
     return table
 
 
-def bench_picture(data: dict[str, Any], group: str = "all") -> str:
-    """Bars of speed-up over plain decoding with their intervals, and marks where an arm's own bound lies (SVG)."""
-    rows = [row for row in data["rows"] if row["group"] == group]
+def bench_picture(data: dict[str, Any]) -> str:
+    """An SVG: bars of speed-up over plain decoding with 95 % intervals, and a mark at each arm's own bound."""
+    rows, settings = _total(data), data["settings"]
     top: float = max(max(row["speedup_plain_ci"][1], row.get("own_bound", 0)) for row in rows) * 1.05
     height = 40 + len(rows) * (BAR + GAP) + 24
 
@@ -97,8 +97,8 @@ def bench_picture(data: dict[str, Any], group: str = "all") -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + WIDTH + RIGHT}" height="{height}" '
         f'font-family="sans-serif" font-size="12">',
         '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="8" y="20" font-weight="bold">times plain decoding in the same runtime: {escape(group)}, '
-        f"{data['settings']['parameters'] / 1e6:.0f} M parameters, {data['settings']['dtype']}</text>",
+        f'<text x="8" y="20" font-weight="bold">times plain decoding in the same runtime: all, '
+        f"{settings['parameters'] / 1e6:.0f} M parameters, {settings['dtype']}</text>",
     ]
     for number, row in enumerate(rows):
         y = 36 + number * (BAR + GAP)
@@ -125,14 +125,12 @@ def bench_picture(data: dict[str, Any], group: str = "all") -> str:
 
 
 def save_bench(data: dict[str, Any], folder: Path) -> dict[str, str]:
-    """Write bench.json, bench.csv and bench.svg; returns their paths."""
+    """Write bench.json, bench.csv and bench.svg into `folder`; returns their paths by name.
+
+    Raises:
+        ResultsError: the folder cannot be written to.
+    """
     write_json(folder / "bench.json", data)
     write_text(folder / "bench.csv", pd.json_normalize(data["rows"]).to_csv(index=False))
     write_text(folder / "bench.svg", bench_picture(data))
     return {name: str(folder / name) for name in ("bench.json", "bench.csv", "bench.svg")}
-
-
-def read_bench(folder: Path) -> dict[str, Any]:
-    """What `save_bench` wrote."""
-    found: dict[str, Any] = json.loads((folder / "bench.json").read_text())
-    return found

@@ -1,4 +1,4 @@
-"""Opening optuna-dashboard on what a run left behind."""
+"""Serving optuna-dashboard for the study of a run."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from skipsearch.errors import ResultsError
 
 
 def find_storage(results: Path | None) -> str:
-    """The SQLite URL of a study: a database file, a results folder, or the newest below results/.
+    """The SQLite URL of a study.
+
+    Args:
+        results: a database file, or a folder; the newest study.db in it or one level below counts. Default: results/.
 
     Raises:
-        ResultsError: there is none. (The dashboard itself would create an empty database.)
+        ResultsError: there is no study. (The dashboard itself would create an empty database.)
     """
     root = results or Path("results")
     if root.is_file():
@@ -24,13 +27,16 @@ def find_storage(results: Path | None) -> str:
     return f"sqlite:///{found[-1].resolve()}"
 
 
-def serve(
-    results: Path | None, storage: str | None, host: str, port: int, announce: Callable[[str], None] = print
-) -> None:
-    """Serve the dashboard until interrupted.
+def serve(results: Path | None, storage: str | None, host: str, port: int, announce: Callable[[str], None]) -> None:
+    """Serve the dashboard until it is interrupted.
+
+    Args:
+        results: see `find_storage`.
+        storage: an Optuna storage URL, which takes the place of `results`.
+        announce: prints the address.
 
     Raises:
-        ResultsError: no such study, or the port is taken.
+        ResultsError: there is no such study, or the port is taken.
     """
     url = storage or find_storage(results)
     from optuna_dashboard import run_server

@@ -1,4 +1,4 @@
-"""What this installation can do: versions, device, backend, and what is missing."""
+"""What is installed: versions, device, backend, and what is missing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("skipsearch", "torch", "transformers", "optuna", "optuna-dashboard",
 
 
 def examine() -> dict[str, Any]:
-    """Facts by name, and `missing`: a sentence for each thing that a run would lack."""
+    """Facts by name, and "missing": one sentence for each thing that a run needs and does not find."""
     missing = []
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -42,7 +42,7 @@ def examine() -> dict[str, Any]:
     model = Path(__file__).resolve().parents[1] / "demo" / "model" / "model.safetensors"
     facts["bundled model"] = "present" if model.is_file() else "absent"
     if not model.is_file():
-        missing.append("the bundled model: reinstall skipsearch, or train it with `python -m skipsearch.demo.train`")
+        missing.append("the bundled model: reinstall skipsearch, or run `python benchmarks/train_demo.py` in a clone")
     facts["hub"] = "offline (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else "online when needed"
     free = shutil.disk_usage(Path.cwd()).free
     facts["free disk"] = f"{free / 2**30:.1f} GiB"

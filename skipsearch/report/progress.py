@@ -1,4 +1,4 @@
-"""Progress bars on stderr for the stages of a run; silent when nobody watches."""
+"""Progress of the stages of a run on stderr: bars on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -11,50 +11,50 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 _WHAT = {
     "compile": "compile: about a minute once, then read from the disk",
-    "warm-up": "warm-up: each way once",
-    "record": "record: what the full model says",
-    "profile": "profile: seconds of each part",
-    "sensitivity": "search: one sublayer left out at a time",
+    "warm-up": "warm-up: each arm once",
+    "record": "record: output of the full model",
+    "profile": "profile: seconds of each sublayer",
+    "sensitivity": "search: one sublayer skipped at a time",
     "trials": "search: trials",
     "finalists": "search: finalists on the whole trace",
     "calibrate": "calibrate: real decoding, sparse to dense masks",
     "validate": "validate: real decoding, held-out prompts",
-    "audit": "audit: both ways of decoding, compared",
+    "audit": "audit: drafted against plain decoding",
 }
 
 
 class Stages:
-    """A bar for each stage, made when the stage first reports."""
+    """Reports stages: a bar for each in `bars`, else lines on `console`, else nothing."""
 
-    def __init__(self, bars: Progress | None, console: Console | None) -> None:
+    def __init__(self, bars: Progress | None = None, console: Console | None = None) -> None:
         self.bars, self.console = bars, console
         self.tasks: dict[str, TaskID] = {}
         self.last = time.monotonic()
 
     def stage(self, name: str, done: int, total: int, note: str = "") -> None:
-        """Report `done` of `total` steps of a stage."""
+        """Report that `done` of `total` steps of a stage are finished."""
         if self.bars is not None:
             if name not in self.tasks:
                 self.tasks[name] = self.bars.add_task(_WHAT.get(name, name), total=total, note="")
             self.bars.update(self.tasks[name], completed=done, total=total, note=note)
         elif self.console is not None and (done >= total or time.monotonic() - self.last > 10):
-            self.last = time.monotonic()  # a log file wants lines, not bars, and few of them
+            self.last = time.monotonic()  # few lines, so that a log file stays readable
             self.console.print(f"{_WHAT.get(name, name)} {done}/{total} {note}".rstrip(), highlight=False)
 
     def trials(self, total: int) -> Callable[[int, float], None]:
-        """A reporter of trials with the best prediction so far."""
+        """A function that reports finished trials and the best predicted tokens per second."""
         return lambda done, best: self.stage("trials", min(done, total), total, f"best {best:.0f} tokens/s")
 
 
 @contextmanager
 def stages(console: Console, quiet: bool) -> Iterator[Stages]:
-    """Bars on a terminal, plain lines elsewhere, nothing when quiet."""
+    """Bars on a terminal, plain lines elsewhere, nothing if `quiet`."""
     if quiet or not console.is_terminal:
-        yield Stages(None, None if quiet else console)
+        yield Stages(console=None if quiet else console)
         return
     columns = (
         TextColumn("{task.description:<46}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )  # fmt: skip
     with Progress(*columns, console=console) as bars:
-        yield Stages(bars, console)
+        yield Stages(bars)

@@ -1,39 +1,52 @@
-"""Tables for the terminal, made from plain data."""
+"""Tables and lines for the terminal, made from plain data."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any, Literal
 
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from skipsearch.mask import KINDS, SkipMask
 from skipsearch.maskfile import MaskFile
 
 FEW = ": few, the interval is rough; --num-held-out takes more"
-ENOUGH = 2000  # scored tokens, for a standard error that tells good masks apart
+ENOUGH = 2000  # scored tokens; with fewer the standard error is too large to tell good masks apart
+Justify = Literal["left", "center"]
 
 
-def _pairs(title: str, rows: list[tuple[str, Any]]) -> Table:
-    table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
-    table.add_column(style="cyan")
-    table.add_column()
+def _pairs(title: str, rows: Iterable[tuple[str, Any]]) -> Table:
+    """A table of names and values."""
+    table = Table(
+        Column(style="cyan"), Column(), title=title, show_header=False, title_justify="left", title_style="bold"
+    )
     for name, value in rows:
         table.add_row(name, value if isinstance(value, Text) else Text(str(value)))
     return table
 
 
-def _verdict(proof: dict[str, Any]) -> Text:
-    if proof["verdict"] == "use":
-        return Text("use", style="bold green")
-    return Text("do not use: not proven faster than plain decoding", style="bold red")
+def _listing(
+    title: str, columns: Sequence[str | Column], rows: Iterable[Sequence[object]], justify: Justify = "left"
+) -> Table:
+    """A table with a header; `rows` hold one value for each column."""
+    table = Table(*columns, title=title, title_justify=justify)
+    for row in rows:
+        table.add_row(*(value if isinstance(value, Text) else str(value) for value in row))
+    return table
 
 
 def _evidence_rows(proof: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The evidence of a mask file, as JSON, in words."""
     low, high = proof["speedup_ci"]
     bound = 1 / proof["cost_ratio"] if proof["cost_ratio"] else float("nan")
-    rows = [
+    if proof["greedy_equal"] is None:
+        equal = f"same distribution; measured at temperature {proof['temperature']:g}"
+    else:
+        equal = "yes, on every prompt" if proof["greedy_equal"] else "no"
+    rows: list[tuple[str, Any]] = [
         ("speed-up, measured", f"{proof['speedup']:.2f}x  (95 % interval {low:.2f} to {high:.2f})"),
         ("against", proof["baseline"]),
         (
@@ -42,47 +55,45 @@ def _evidence_rows(proof: dict[str, Any]) -> list[tuple[str, Any]]:
         ),
         ("acceptance rate, tau", f"{proof['acceptance_rate']:.3f}, {proof['tau']:.2f} tokens a verify"),
         ("cost ratio c, bound 1/c", f"{proof['cost_ratio']:.3f}, {bound:.2f}x"),
-        *_served_rows(proof),
-        ("same tokens as plain", _equal(proof)),
+    ]
+    if proof.get("served_speedup") is not None:
+        low, high = proof["served_speedup_ci"]
+        served = f"{proof['served_speedup']:.2f}x  ({low:.2f} to {high:.2f}) with the whole draft policy"
+        rows.append(("as served", served))
+    good = Text("use", style="bold green")
+    bad = Text("do not use: not proven faster than plain decoding", style="bold red")
+    rows += [
+        ("same tokens as plain", equal),
         ("held-out", f"{proof['prompts']} prompts, {proof['tokens']} tokens" + FEW * (proof["prompts"] < 10)),
         ("on", f"{proof['device']}, {proof['dtype']}, {proof['backend']}"),
-        ("verdict", _verdict(proof)),
+        ("verdict", good if proof["verdict"] == "use" else bad),
     ]
     if proof["cost_ratio"] and proof["speedup"] > bound:
         rows.append(("warning", Text("faster than the bound 1/c: the baseline was slowed down", style="yellow")))
     return rows
 
 
-def _served_rows(proof: dict[str, Any]) -> list[tuple[str, Any]]:
-    if proof.get("served_speedup") is None:
-        return []
-    low, high = proof["served_speedup_ci"]
-    return [("as served", f"{proof['served_speedup']:.2f}x  ({low:.2f} to {high:.2f}) with the whole draft policy")]
-
-
 def draw_mask(mask: SkipMask) -> Text:
-    """A row of cells for each kind of sublayer, with layer numbers every five layers."""
+    """One row of cells for each kind of sublayer, below a ruler that numbers every fifth layer."""
     text = Text()
     ruler = "".join(f"{i:<5}" for i in range(0, mask.num_layers, 5))[: mask.num_layers + 4]
     text.append(f"{'layer':<10}{ruler}\n", style="dim")
     for kind in KINDS:
         text.append(f"{kind:<10}")
-        for i in range(mask.num_layers):
-            skipped = mask.skips(kind, i)
-            text.append("·" if skipped else "█", style="red" if skipped else "green")
-        skipped_count = len(mask.attention if kind == "attention" else mask.mlp)
-        text.append(f"  {skipped_count} of {mask.num_layers} skipped\n")
+        skipped = [mask.skips(kind, i) for i in range(mask.num_layers)]
+        for cell in skipped:
+            text.append("·" if cell else "█", style="red" if cell else "green")
+        text.append(f"  {sum(skipped)} of {mask.num_layers} skipped\n")
     text.append("█ runs while drafting   · skipped", style="dim")
     return text
 
 
 def policy_line(draft: dict[str, Any]) -> str:
-    """A draft policy in words."""
+    """A draft policy, as JSON, in words."""
     parts = [f"K = {draft['max_length']}"]
     if draft.get("exit_threshold") is not None:
-        parts.append(
-            f"exit below confidence {draft['exit_threshold']:g}" + (", adaptive" * bool(draft.get("adaptive")))
-        )
+        adaptive = ", adaptive" if draft.get("adaptive") else ""
+        parts.append(f"exit below confidence {draft['exit_threshold']:g}{adaptive}")
     if draft.get("curve"):
         parts.append("calibrated exit")
     if draft.get("ngram"):
@@ -92,15 +103,9 @@ def policy_line(draft: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _equal(proof: dict[str, Any]) -> str:
-    if proof["greedy_equal"] is None:
-        return f"same distribution; measured at temperature {proof['temperature']:g}"
-    return "yes, on every prompt" if proof["greedy_equal"] else "no"
-
-
 def mask_table(file: MaskFile) -> Panel:
-    """One mask file: picture, policy, evidence."""
-    rows: list[tuple[str, Any]] = [("draft", policy_line(file.draft.model_dump()))]
+    """A mask file: its picture, draft policy and evidence."""
+    rows: list[tuple[str, Any]] = [("draft", policy_line(asdict(file.draft)))]
     if file.evidence is None:
         rows.append(("evidence", "none yet; measure it with `skipsearch validate`"))
     else:
@@ -112,18 +117,17 @@ def mask_table(file: MaskFile) -> Panel:
 
 
 def summary_table(data: dict[str, Any]) -> Table:
-    """The end of a run, from `search.run.summary`."""
-    draft, mask = data["draft"], data["mask"]
+    """The end of a run; `data` comes from `search.run.summary`."""
+    mask, predicted = data["mask"], data["predicted"]
+    few = f", fewer than {ENOUGH:,}: raise --num-prompts" if predicted["tokens"] < ENOUGH else ""
     rows: list[tuple[str, Any]] = [
         ("model", data["model"]),
         ("skipped", f"{len(mask['attention'])} attention, {len(mask['mlp'])} MLP of {mask['num_layers']} layers"),
-        ("draft", policy_line(draft)),
+        ("draft", policy_line(data["draft"])),
         *_evidence_rows(data["evidence"]),
         (
-            "predicted", f"{data['predicted']['speedup']:.2f}x (standard error "
-            f"{data['predicted']['standard_error']:.2f}), {data['predicted']['tokens_per_second']:.1f} tokens/s; "
-            f"scored on {data['predicted']['tokens']:,} tokens"
-            + (f", fewer than {ENOUGH:,}: raise --num-prompts" if data["predicted"]["tokens"] < ENOUGH else ""),
+            "predicted", f"{predicted['speedup']:.2f}x (standard error {predicted['standard_error']:.2f}), "
+            f"{predicted['tokens_per_second']:.1f} tokens/s; scored on {predicted['tokens']:,} tokens{few}",
         ),
         ("trials", f"{data['trials']} ({', '.join(f'{k} {v:.0f} s' for k, v in data['seconds'].items())})"),
         ("mask file", data["files"]["mask.json"]),
@@ -132,20 +136,20 @@ def summary_table(data: dict[str, Any]) -> Table:
 
 
 def front_table(front: list[dict[str, Any]], exported: int | None = None) -> Table:
-    """Trials that none other beats in both acceptance rate and cost ratio; the one whose mask is exported is marked."""
-    table = Table("trial", "skipped", "cost ratio c", "acceptance", "tau", "predicted", title_justify="left",
-                  title="front of acceptance against draft cost")  # fmt: skip
-    for row in front:
-        table.add_row(
-            f"{row['trial']}{' (exported)' * (row['trial'] == exported)}", str(row["skipped"]),
-            f"{row['cost_ratio']:.3f}", f"{row['acceptance_rate']:.3f}", f"{row['tau']:.2f}",
-            f"{row['speedup_predicted']:.2f}x",
-        )  # fmt: skip
-    return table
+    """The Pareto front of acceptance rate and cost ratio, a row per trial; trial number `exported` is marked."""
+    columns = ("trial", "skipped", "cost ratio c", "acceptance", "tau", "predicted")
+    rows = [
+        (
+            f"{row['trial']}{' (exported)' * (row['trial'] == exported)}", row["skipped"], f"{row['cost_ratio']:.3f}",
+            f"{row['acceptance_rate']:.3f}", f"{row['tau']:.2f}", f"{row['speedup_predicted']:.2f}x",
+        )
+        for row in front
+    ]  # fmt: skip
+    return _listing("front of acceptance against draft cost", columns, rows)
 
 
 def generation_line(result: dict[str, Any]) -> str:
-    """One line under a generated text."""
+    """The figures of a generated text, in one line."""
     line = f"[{len(result['tokens'])} tokens, {result['tokens_per_second']:.1f} tokens/s"
     if result["drafted"]:
         line += f", {result['accepted']} of {result['drafted']} drafted tokens accepted, tau {result['tau']:.2f}"
@@ -157,63 +161,63 @@ def generation_line(result: dict[str, Any]) -> str:
 
 
 def found_line(search: dict[str, Any]) -> str:
-    """What was searched while a text was generated."""
-    found = [what for _, _, what in search["events"]]
+    """The search during the generation of a text, in one line."""
+    changes = [what for _, _, what in search["events"]]
     return (
         f"\\[on the fly: {search['passes']} masks scored in {100 * search['share']:.1f} % of decoding's seconds, "
-        f"{len(found)} changes{': ' + ', '.join(found) if found else ''}]"
+        f"{len(changes)} changes{': ' + ', '.join(changes) if changes else ''}]"
     )
 
 
 def preset_table(data: dict[str, Any]) -> Table:
-    table = Table("preset", title="presets", title_justify="left")
-    table.add_column("hub id", overflow="fold")
-    table.add_column("layers")
-    table.add_column("published masks")
-    for name, preset in data.items():
-        table.add_row(name, preset["id"], str(preset["num_layers"]), ", ".join(preset["masks"]) or "-")
-    return table
+    """Presets by name: {"id", "num_layers", "masks"}."""
+    columns = ("preset", Column("hub id", overflow="fold"), "layers", "published masks")
+    rows = [(name, p["id"], p["num_layers"], ", ".join(p["masks"]) or "-") for name, p in data.items()]
+    return _listing("presets", columns, rows)
 
 
 def family_table(data: dict[str, Any]) -> Table:
-    table = Table("family", "", "layers: attention / MLP, or why not", title="families", title_justify="left")
+    """Model families, and whether the sublayers of each can be skipped."""
+    rows = []
     for row in data["families"]:
         note = row["note"].partition(" is not supported: ")[2].partition("; see ")[0] or row["note"]
         mark = Text("proven", style="green") if row["supported"] else Text("refused", style="red")
-        table.add_row(row["name"], mark, note)
-    return table
+        rows.append((row["name"], mark, note))
+    return _listing("families", ("family", "", "layers: attention / MLP, or why not"), rows)
 
 
 def audit_table(data: dict[str, Any]) -> Table:
+    """Every place where drafted and plain decoding differ, and whether rounding explains it."""
     title = (
         f"audit: {data['prompts']} prompts, {data['tokens']} tokens, {len(data['divergences'])} differ from plain "
         f"decoding, {'all explained by rounding' if data['passed'] else 'NOT all explained by rounding'}"
     )
-    table = Table("prompt", "new token", "plain", "drafted", "fp32 margin", "rounding", "", title=title)
-    for d in data["divergences"]:
-        mark = Text("near-tie", style="green") if d["explained"] else Text("fault", style="red")
-        table.add_row(str(d["prompt"]), str(d["position"]), str(d["plain"]), str(d["drafted"]),
-                      f"{d['margin']:.4g}", f"{d['rounding']:.4g}", mark)  # fmt: skip
-    return table
+    marks = {True: Text("near-tie", style="green"), False: Text("fault", style="red")}
+    rows = [
+        (d["prompt"], d["position"], d["plain"], d["drafted"], f"{d['margin']:.4g}", f"{d['rounding']:.4g}",
+         marks[d["explained"]])
+        for d in data["divergences"]
+    ]  # fmt: skip
+    columns = ("prompt", "new token", "plain", "drafted", "fp32 margin", "rounding", "")
+    return _listing(title, columns, rows, justify="center")
 
 
 def doctor_table(data: dict[str, Any]) -> Table:
-    rows: list[tuple[str, Any]] = [(k, v) for k, v in data.items() if k not in ("missing", "versions")]
-    rows[0:0] = list(data["versions"].items())
-    rows.append(("missing", Text("; ".join(data["missing"]), style="red") if data["missing"] else "nothing"))
-    return _pairs("doctor", rows)
+    """What `doctor.examine` returns."""
+    facts = {name: value for name, value in data.items() if name not in ("missing", "versions")}
+    missing = Text("; ".join(data["missing"]), style="red") if data["missing"] else "nothing"
+    return _pairs("doctor", [*data["versions"].items(), *facts.items(), ("missing", missing)])
 
 
 def calibration_table(found: dict[str, Any]) -> Table:
-    """Predicted against measured tokens per second at one context length."""
+    """Predicted against measured tokens per second of each mask, at one context length."""
     low, high = found["spearman_ci"]
     title = (
         f"context {found['context']}: Spearman {found['spearman']:.3f} ({low:.3f} to {high:.3f}), median error "
         f"{found['median_error']:.1%}, of the speed-up {found['median_error_of_speedup']:.1%}"
     )
-    table = Table("attention", "mlp", "draft", "predicted", "measured", title=title, title_justify="left")
-    for row in sorted(found["rows"], key=lambda row: float(row["measured"])):
-        table.add_row(
-            str(row["attention"]), str(row["mlp"]), row["policy"], f"{row['predicted']:.1f}", f"{row['measured']:.1f}"
-        )
-    return table
+    rows = [
+        (row["attention"], row["mlp"], row["policy"], f"{row['predicted']:.1f}", f"{row['measured']:.1f}")
+        for row in sorted(found["rows"], key=lambda row: float(row["measured"]))
+    ]
+    return _listing(title, ("attention", "mlp", "draft", "predicted", "measured"), rows)

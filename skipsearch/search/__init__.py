@@ -1,4 +1,4 @@
-"""Prompts in, mask out. The package is itself the function `skipsearch.search(...)`: see `run.search`."""
+"""The search for a mask. The package itself can be called, as `skipsearch.search(...)`: see `run.search`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class _Search(ModuleType):
-    """Lets the public function and the package share a name: importing any submodule binds the package to it."""
+    """Makes the package callable. Importing a submodule binds `skipsearch.search` to the package, not to a function."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         from skipsearch.search.run import search

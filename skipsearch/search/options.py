@@ -1,4 +1,4 @@
-"""Settings of a search, with defaults that give a good mask."""
+"""Settings of a search."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from skipsearch.evaluate.prompts import PromptSource
 from skipsearch.evaluate.trace import DecodeSettings
 
 MAX_LENGTH = 12  # the longest draft that a policy may have
-TRIAL_LENGTH, TRIAL_SEGMENTS = 6, 5  # of a trial: the longest draft, and parts of a continuation walked at once
+TRIAL_LENGTH, TRIAL_SEGMENTS = 6, 5  # in a trial: the longest draft; parts of a continuation replayed in parallel
 SAMPLERS = ("trust-region", "gp", "tpe", "nsga2", "random")
-NGRAM = 10  # the longest continuation that is looked up
+NGRAM = 10  # the most tokens that prompt lookup proposes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,22 +21,27 @@ class SearchOptions:
     """Settings of a run; the defaults give a good mask.
 
     Attributes:
-        trials: finished trials that the study shall hold.
-        time_budget: seconds for trials, None without limit.
+        trials: finished trials in the study at which the search stops.
+        time_budget: seconds for trials; None: no limit.
         sampler: one of SAMPLERS.
         source: where prompts come from.
-        prompts, held_out: how many to search with and to validate on.
-        prompt_tokens: cut prompts to so many tokens.
-        new_tokens: decoded from each prompt.
-        trial_tokens: tokens of 8 prompts on which sublayers are skipped one at a time.
+        prompts, held_out: number of prompts to search with, and to validate on.
+        prompt_tokens: longer prompts are cut to so many tokens; None: no cut.
+        new_tokens: tokens decoded from each prompt.
+        trial_tokens: tokens of each of 8 prompts on which sublayers are skipped one at a time, for the seeds.
         rounds: repetitions of validation.
-        backend: what the mask shall be served with: compiled, eager, or auto: compiled where possible.
-        contexts: context lengths that the mask is to serve, evenly mixed; empty: those of the calibration prompts.
-        temperature: search a mask for sampling at it; 0: for greedy decoding.
-        memory: bytes that a pass of replay may take; None fits the device.
-        space: a TOML file whose [space] table takes the place of the preset's.
-        pareto: search the front of acceptance rate against cost ratio; the mask is still the fastest.
-        storage: Optuna URL; by default study.db in the results folder.
+        backend: what will serve the mask: compiled, eager, or auto (compiled where possible).
+        contexts: context lengths in tokens to serve, with equal weight; empty: those of the calibration prompts.
+        temperature: of the sampling that the mask is for; 0: greedy decoding.
+        memory: bytes that a pass of replay may use; None: as the device allows.
+        space: a TOML file whose [space] table replaces the preset's.
+        pareto: search the front of acceptance rate against cost ratio; the resulting mask is still the fastest.
+        seed: of prompts, sampler and sampling.
+        storage: Optuna URL; None: study.db in the results folder.
+        study: name of the study in the storage.
+
+    Raises:
+        SkipsearchError: a setting is out of range, or the sampler does not support `pareto`.
     """
 
     trials: int = 200
@@ -61,10 +66,10 @@ class SearchOptions:
 
     @property
     def decoding(self) -> DecodeSettings:
-        """How prompts are decoded, to record and to validate."""
+        """How prompts are decoded, for the trace and for validation."""
         return DecodeSettings(
             new_tokens=self.new_tokens, temperature=self.temperature, seed=self.seed, rounds=self.rounds
-        )  # fmt: skip
+        )
 
     def __post_init__(self) -> None:
         for name in ("trials", "prompts", "held_out", "new_tokens", "trial_tokens", "rounds"):

@@ -14,22 +14,23 @@ from skipsearch.evaluate.cost import Costs, Point, set_up
 from skipsearch.evaluate.profile import profile_or_load
 from skipsearch.evaluate.prompts import Prompts, fingerprint, lengthened, load_prompts
 from skipsearch.evaluate.trace import Trace, record_or_load
+from skipsearch.mask import SkipMask
 from skipsearch.model.load import Loaded, model_card
-from skipsearch.model.preset import with_space
+from skipsearch.model.preset import read_space
+from skipsearch.model.space import Space
 from skipsearch.model.target import Target
 from skipsearch.search.options import MAX_LENGTH, SearchOptions
-from skipsearch.search.space import Space
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """Everything that scoring needs, made or read back.
+    """Everything that scoring needs, computed now or read from the results folder.
 
     Attributes:
-        target: the model with the backend that the mask shall be served with.
-        prompts, trace, costs, space: see there.
+        target: the model with the backend that will serve the mask.
+        prompts, trace, costs, space: see their classes.
         identity: everything that scores depend on, by name.
-        contexts: context lengths that the mask is to serve; empty: those of the calibration prompts.
+        contexts: context lengths that the mask will serve, in tokens; empty: those of the calibration prompts.
     """
 
     target: Target
@@ -42,15 +43,15 @@ class Prepared:
 
     @property
     def point(self) -> Point:
-        """Costs at the context lengths that the mask is to serve, by default the calibration prompts'."""
+        """Mean costs over the context lengths that the mask will serve."""
         return self.costs.mean_over(self.contexts or (self.trace.mean_context,))
 
 
 def chosen_prompts(target: Target, tokenizer: PreTrainedTokenizerBase, options: SearchOptions) -> Prompts:
-    """The prompts of a run, checked against the model's context; the held-out ones as long as is to be served.
+    """The prompts of a run; held-out prompts are lengthened to `options.contexts`, if there are any.
 
     Raises:
-        PromptError: see `load_prompts`; no room for any prompt, or for a context that is to be served.
+        PromptError: no room in the model's context for prompts or for a context of the options; see `load_prompts`.
     """
     context = target.context
     room = context - options.new_tokens - MAX_LENGTH
@@ -69,7 +70,7 @@ def chosen_prompts(target: Target, tokenizer: PreTrainedTokenizerBase, options: 
     )  # fmt: skip
     if not options.contexts:
         return found
-    # The search knows longer contexts by their costs; validation decodes at them.
+    # The search only needs the costs at longer contexts; validation decodes at them.
     return replace(found, held_out=lengthened(found.held_out, options.contexts, options.new_tokens, room))
 
 
@@ -79,14 +80,17 @@ def _longest_profiled(target: Target) -> int:
 
 
 def prepare(loaded: Loaded, folder: Path, options: SearchOptions, progress: Progress) -> Prepared:
-    """Prompts, record and profile."""
-    target, preset = loaded.target, loaded.preset
+    """Choose prompts, record the trace and profile the model; trace and costs are kept in the results folder."""
+    target = loaded.target
     prompts = chosen_prompts(target, loaded.tokenizer, options)
     if options.space is not None:
-        preset = with_space(preset, options.space, target.num_layers, loaded.name)
-    space = Space.of(target.num_layers, preset)
-    target = with_backend(target, options.backend, progress)  # slow; errors in the options were found before it
-    # Weights, not only the config: a fine-tuned model must not continue the study of its base.
+        space = read_space(options.space, target.num_layers)
+    elif loaded.preset is not None:
+        space = loaded.preset.space
+    else:
+        space = Space(num_layers=target.num_layers, fixed=SkipMask(num_layers=target.num_layers))
+    target = with_backend(target, options.backend, progress)  # slow, so the options are checked first
+    # Weights and not only the config: a fine-tuned model must not continue the study of its base model.
     identity = {
         "model": str(model_card(target, loaded.name).config_sha256),
         "weights": _weights_fingerprint(target.model),
@@ -117,7 +121,7 @@ def prepare(loaded: Loaded, folder: Path, options: SearchOptions, progress: Prog
 
 
 def _weights_fingerprint(model: PreTrainedModel) -> str:
-    """A hash over a sample of every parameter: cheap for any size, different after any training."""
+    """A hash over a sample of every parameter. Cheap for large models; training changes it."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(name.encode())

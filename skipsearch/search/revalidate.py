@@ -1,11 +1,10 @@
-"""A mask file measured again, on held-out prompts of this machine."""
+"""Measure a mask file again, on held-out prompts and on this machine."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from skipsearch.compiled.backend import Progress, warm_mask, with_backend
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.evaluate.audit import Audit, audit
 from skipsearch.evaluate.validate import evidence, measure
 from skipsearch.maskfile import MaskFile
@@ -15,10 +14,10 @@ from skipsearch.search.prepare import chosen_prompts
 
 
 def validate_file(loaded: Loaded, file: MaskFile, options: SearchOptions, progress: Progress) -> MaskFile:
-    """Time a mask file again; returns it with fresh evidence."""
+    """Time a mask file again, and return the file with the new evidence."""
     prompts = chosen_prompts(loaded.target, loaded.tokenizer, options).held_out
     target = with_backend(loaded.target, options.backend, progress)
-    policy = DraftPolicy(**file.draft.model_dump())
+    policy = file.draft
     warm_mask(target, file.mask, progress)
     measured = measure(
         target, prompts, file.mask, replace(policy, ngram=0, never_slower=False), options.decoding, progress,
@@ -31,5 +30,4 @@ def validate_file(loaded: Loaded, file: MaskFile, options: SearchOptions, progre
 def audit_file(loaded: Loaded, file: MaskFile, options: SearchOptions, progress: Progress) -> Audit:
     """Compare a mask file's output with plain decoding, and explain each difference."""
     prompts = chosen_prompts(loaded.target, loaded.tokenizer, options).held_out
-    policy = DraftPolicy(**file.draft.model_dump())
-    return audit(loaded.target, prompts, file.mask, policy, new_tokens=options.new_tokens, progress=progress)
+    return audit(loaded.target, prompts, file.mask, file.draft, new_tokens=options.new_tokens, progress=progress)

@@ -1,6 +1,6 @@
-"""The main job: record, profile, search, validate, export; each stage reads files and writes files.
+"""The whole run: record, profile, search, validate, export. Each stage leaves files in the results folder.
 
-Running it again with the same settings continues where it stopped.
+A second run with the same settings continues where the first one stopped.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from skipsearch.compiled.backend import Progress, warm_mask
-from skipsearch.decoding.policy import DraftPolicy
-from skipsearch.errors import MaskError, ModelLoadError, ResultsError, SkipsearchError
+from skipsearch.errors import MaskError, ModelLoadError, SkipsearchError
 from skipsearch.evaluate.cost import Costs, draft_step
 from skipsearch.evaluate.mask_replay import MaskReplay
 from skipsearch.evaluate.objective import Score, score, standard_error
@@ -26,10 +25,11 @@ from skipsearch.evaluate.prompts import PromptSource
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.scorer import Scorer
 from skipsearch.evaluate.validate import Measured, evidence, measure
-from skipsearch.files import write_json
+from skipsearch.files import write_json, write_text
 from skipsearch.mask import SkipMask
-from skipsearch.maskfile import DraftFields, MaskFile, Provenance, load_mask
+from skipsearch.maskfile import MaskFile, Provenance, load_mask
 from skipsearch.model.load import Loaded, check_mask_belongs, model_card
+from skipsearch.policy import DraftPolicy
 from skipsearch.search.options import MAX_LENGTH, NGRAM, TRIAL_LENGTH, TRIAL_SEGMENTS, SearchOptions
 from skipsearch.search.prepare import Prepared, prepare
 from skipsearch.search.seeds import all_seeds
@@ -41,14 +41,14 @@ class SearchResult:
     """What a run found.
 
     Attributes:
-        mask: the best mask, None if no mask is predicted to beat plain decoding.
+        mask: the best mask.
         file: mask.json as written, with evidence and verdict.
-        predicted: its score on the whole trace.
+        predicted: the mask's score on the whole trace.
         standard_error: of the predicted speed-up, over prompts.
-        scored_tokens: of the trace.
-        front: trials that none other beats in both acceptance rate and cost ratio.
-        measured: its validation.
-        folder: where everything lies.
+        scored_tokens: tokens of the trace.
+        front: trials that no other trial beats in both acceptance rate and cost ratio.
+        measured: the mask's validation.
+        folder: the results folder.
         trials: finished trials in the study.
         seconds: wall-clock time by stage.
     """
@@ -66,35 +66,32 @@ class SearchResult:
 
 
 def search(
-    model: PreTrainedModel | Loaded,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    prompts: Sequence[str] | PromptSource | None = None,
-    *,
-    out: str | Path | None = None,
-    options: SearchOptions | None = None,
-    progress: Progress = lambda stage, done, total: None,
+    model: PreTrainedModel | Loaded, tokenizer: PreTrainedTokenizerBase | None = None,
+    prompts: Sequence[str] | PromptSource | None = None, *, out: str | Path | None = None,
+    options: SearchOptions | None = None, progress: Progress = lambda stage, done, total: None,
     report: Callable[[int, float], None] = lambda done, best: None,
-) -> SearchResult:
-    """Find a mask, prove it on held-out prompts, and export it: the library form of `skipsearch run`.
+) -> SearchResult:  # fmt: skip
+    """Find a mask, validate it on held-out prompts, and export it: the library form of `skipsearch run`.
 
     Args:
-        model: a causal LM, or what `load_model` returned.
-        tokenizer: needed with a bare model.
-        prompts: texts, or where to read them; by default those of `options`.
-        out: results folder, by default results/<model name>.
-        progress: told (stage, done, total).
-        report: told (finished trials, best predicted tokens per second).
+        model: a causal LM, or the result of `load_model`.
+        tokenizer: needed if `model` is a causal LM.
+        prompts: texts, or where to read them; None: as in `options`.
+        out: results folder; None: results/<model name>.
+        options: settings; None: the defaults.
+        progress: called with (stage, done, total).
+        report: called with (finished trials, best predicted tokens per second).
+
+    Returns:
+        The mask with its evidence; the same is in the results folder.
 
     Raises:
-        SkipsearchError: see `skipsearch.errors`; nothing half-written is left behind.
+        SkipsearchError: see `skipsearch.errors`. Files are written completely or not at all.
     """
-    options = options or SearchOptions()
-    if prompts is not None:
-        source = prompts if isinstance(prompts, PromptSource) else PromptSource(name="texts", texts=tuple(prompts))
-        options = replace(options, source=source)
-    loaded = _as_loaded(model, tokenizer)
+    options, loaded = _with_prompts(options or SearchOptions(), prompts), _as_loaded(model, tokenizer)
     folder = Path(out) if out is not None else Path("results") / loaded.name
-    _check_writable(folder)
+    write_text(folder / ".write-probe", "")  # a folder that cannot be written to is an error before the work starts
+    (folder / ".write-probe").unlink()
     seconds: dict[str, float] = {}
     try:
         with _clocked(seconds, "prepare"):
@@ -114,23 +111,27 @@ def search(
             torch=torch.__version__, transformers=transformers.__version__, study=options.study, trial=trial,
             seed=options.seed,
         )  # fmt: skip
+        name = loaded.preset.model_id if loaded.preset else loaded.name
+        proof = evidence(
+            prepared.target, prepared.prompts.held_out, measured, predicted.cost_ratio, options.temperature
+        )
         file = MaskFile.of(
-            predicted.mask,
-            model=model_card(prepared.target, loaded.preset.model_id if loaded.preset else loaded.name),
-            draft=DraftFields(**asdict(policy)),
-            evidence=evidence(
-                prepared.target, prepared.prompts.held_out, measured, predicted.cost_ratio, options.temperature
-            ),
-            provenance=provenance,
+            predicted.mask, model=model_card(prepared.target, name), draft=policy, evidence=proof, provenance=provenance
         )
         file.save(folder / "mask.json")
     result = SearchResult(
-        mask=predicted.mask, file=file, predicted=predicted, standard_error=error,
-        scored_tokens=prepared.trace.tokens, front=study.front(), measured=measured, folder=folder,
-        trials=len(study.finished()), seconds=seconds,
+        mask=predicted.mask, file=file, predicted=predicted, standard_error=error, folder=folder, measured=measured,
+        scored_tokens=prepared.trace.tokens, front=study.front(), trials=len(study.finished()), seconds=seconds,
     )  # fmt: skip
     write_json(folder / "summary.json", summary(result))
     return result
+
+
+def _with_prompts(options: SearchOptions, prompts: Sequence[str] | PromptSource | None) -> SearchOptions:
+    if prompts is None:
+        return options
+    source = prompts if isinstance(prompts, PromptSource) else PromptSource(name="texts", texts=tuple(prompts))
+    return replace(options, source=source)
 
 
 def _as_loaded(model: PreTrainedModel | Loaded, tokenizer: PreTrainedTokenizerBase | None) -> Loaded:
@@ -143,7 +144,7 @@ def _as_loaded(model: PreTrainedModel | Loaded, tokenizer: PreTrainedTokenizerBa
 
 @contextmanager
 def _clocked(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Note how long a stage takes."""
+    """Store how many seconds a stage takes."""
     begin = time.monotonic()
     yield
     seconds[stage] = time.monotonic() - begin
@@ -153,14 +154,14 @@ def search_trials(
     loaded: Loaded, prepared: Prepared, folder: Path, options: SearchOptions, progress: Progress,
     report: Callable[[int, float], None] = lambda done, best: None,
 ) -> Study:  # fmt: skip
-    """Open or resume the study, put the seeds in, and run trials."""
+    """Open or resume the study, enqueue the seeds, and run trials."""
     target, space, url = prepared.target, prepared.space, options.storage or storage_url(folder)
     study = Study(url, options.study, space, prepared.identity, options.sampler, options.seed, options.pareto)
-    # The costs that the study's first trials were scored with, so that all trials are, whoever runs them.
+    # All trials of a study are scored with the same costs: those of the worker that created it.
     prepared = replace(prepared, costs=Costs.of(study.shared("costs", asdict(prepared.costs))))
     if len(study.finished()) < options.trials:
         few = prepared.trace.head(8, options.trial_tokens)
-        earlier = earlier_mask(loaded, folder)
+        earlier = _earlier_mask(loaded, folder)
         study.enqueue(all_seeds(target, few, space, prepared.point, progress, loaded.preset, earlier))
         replay = Replay(target, prepared.trace, TRIAL_LENGTH, memory=options.memory, segments=TRIAL_SEGMENTS)
         scorer = Scorer(replay, prepared.point, front=options.pareto)
@@ -170,8 +171,8 @@ def search_trials(
     return study
 
 
-def earlier_mask(loaded: Loaded, folder: Path) -> SkipMask | None:
-    """What an earlier run found for this model, if it is still there."""
+def _earlier_mask(loaded: Loaded, folder: Path) -> SkipMask | None:
+    """The mask of an earlier run in this folder, if it belongs to this model."""
     try:
         file = load_mask(folder / "mask.json")
         check_mask_belongs(file, loaded.target)
@@ -183,7 +184,7 @@ def earlier_mask(loaded: Loaded, folder: Path) -> SkipMask | None:
 def _measure(
     prepared: Prepared, found: Score, options: SearchOptions, progress: Progress
 ) -> tuple[Measured, DraftPolicy]:
-    """Validate the mask alone and as it is to be served; n-grams are kept only where they help."""
+    """Validate the mask alone and with its whole policy; the policy returned has n-grams only if they help."""
     warm_mask(prepared.target, found.mask, progress)
     point = prepared.point
     step = draft_step(point, found.mask, found.policy.uses_confidence)
@@ -199,11 +200,11 @@ def _measure(
 def rescore(
     prepared: Prepared, study: Study, progress: Progress, memory: float | None = None
 ) -> tuple[Score, int, float]:
-    """The best of the finalists on the whole trace, its trial number, and its speed-up's standard error."""
+    """Score the study's six best masks again: the best score, its trial, and the standard error of its speed-up."""
     replay, point = Replay(prepared.target, prepared.trace, MAX_LENGTH, memory=memory), prepared.point
     finalists = study.best(6)
     scored = []
-    for number, (mask, _, trial) in enumerate(finalists):
+    for number, (mask, trial) in enumerate(finalists):
         scored.append((score(replay, mask, point, thorough=True), trial))
         progress("finalists", number + 1, len(finalists))
     best, trial = max(scored, key=lambda pair: pair[0].tokens_per_second)
@@ -211,12 +212,11 @@ def rescore(
 
 
 def summary(result: SearchResult) -> dict[str, object]:
-    """The result as plain JSON: what the CLI prints and what the results folder keeps."""
-    proof = result.file.evidence
-    assert proof is not None
+    """The result as plain JSON, for the CLI and for summary.json."""
+    assert result.file.evidence is not None
     return {
-        "model": result.file.model.id, "mask": result.mask.to_dict(), "draft": result.file.draft.model_dump(),
-        "evidence": proof.model_dump(mode="json"),
+        "model": result.file.model.id, "mask": result.mask.to_dict(), "draft": asdict(result.file.draft),
+        "evidence": result.file.evidence.model_dump(mode="json"),
         "predicted": {
             "standard_error": round(result.standard_error, 4), "tokens": result.scored_tokens,
         } | {
@@ -226,20 +226,3 @@ def summary(result: SearchResult) -> dict[str, object]:
         "trials": result.trials, "seconds": {k: round(v, 1) for k, v in result.seconds.items()},
         "files": {name: str(result.folder / name) for name in ("mask.json", "trials.csv")},
     }  # fmt: skip
-
-
-def _check_writable(folder: Path) -> None:
-    """Find out before the work, not after it.
-
-    Raises:
-        ResultsError: the folder cannot be made or written to.
-    """
-    probe = folder / ".write-probe"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise ResultsError(
-            f"results folder {folder} cannot be written to ({error.strerror}); choose another with --out"
-        ) from error

@@ -1,10 +1,10 @@
 """TrustRegionSampler: proposals from a ball around the best mask, ranked by a Gaussian process.
 
-On many 0/1 parameters global samplers spend their trials far away from anything good, and plain bit flips learn
-nothing from what they saw. This one flips few bits of the incumbent, chosen by what all trials so far say. The
-region grows while it succeeds and shrinks while it fails (TuRBO, arXiv 1910.01739; on discrete spaces CASMOPOLITAN,
-arXiv 2102.07188); once it is empty, it starts anew elsewhere. Everything is derived from the study's trials, so that
-a resumed study goes on as if it had never stopped, and workers share what they know.
+With many 0/1 parameters, global samplers spend most trials far from any good mask, and random bit flips use no
+knowledge of earlier trials. This sampler flips few bits of the best mask, and a model of all trials chooses which.
+The region grows after successes and shrinks after failures (TuRBO, arXiv 1910.01739; for discrete spaces
+CASMOPOLITAN, arXiv 2102.07188). When its radius is below 1, a new region begins elsewhere. The sampler's whole state
+is derived from the study's trials, so a resumed study continues exactly, and workers share all trials.
 
 Shapes: N trials, M candidates, D parameters.
 """
@@ -28,33 +28,33 @@ from scipy.stats import norm
 
 Array = NDArray[Any]
 
-CANDIDATES, CLIMBERS = 400, 3
+CANDIDATES, CLIMBERS = 400, 3  # random candidates for each proposal; how many of the best are improved further
 FIRST_RADIUS = 8.0  # parameters changed at once, at most half of them
-SUCCESSES = 3  # in a row: the region doubles
-ENOUGH = 1e-3  # of the best: what counts as one
-FLOOR = 0.7  # of the best: how much worse a point is below that says nothing
-# Kernels to choose from: length scale in D; share that is linear; noise, since scores of parts are estimates
+SUCCESSES = 3  # in a row: the radius doubles
+ENOUGH = 1e-3  # of the best value: the least improvement that counts as a success
+FLOOR = 0.7  # of the best value: all values below count as this one
+# Kernels to choose from: length scale in units of D; linear share; noise (scores of parts of the trace are estimates)
 LENGTHS, LINEAR, NOISES = (0.15, 0.5, 1.5), (0.2, 0.8), (1e-4, 1e-2)
-LATEST, FITTED = 400, 100  # trials that the process looks at, and that choose its kernel
+LATEST, FITTED = 400, 100  # the newest trials: for the Gaussian process; for the choice of its kernel
 
 
 @dataclass(frozen=True, slots=True)
-class Region:
+class TrustRegion:
     """Where to search next.
 
     Attributes:
-        centre: of the ball [D]; None before any trial.
-        radius: how many parameters may change; below 1 the region is spent.
-        since: the number of the trial that began it.
+        centre: of the ball [D].
+        radius: how many parameters may differ from the centre.
+        since: how many trials were finished when the region began.
     """
 
-    centre: Array | None
+    centre: Array
     radius: float
     since: int
 
 
 class TrustRegionSampler(BaseSampler):
-    """For single-objective studies over whole numbers that are to be maximised.
+    """For studies of one objective that is maximised over whole numbers.
 
     Args:
         bounds: lowest and highest value of each parameter.
@@ -67,7 +67,7 @@ class TrustRegionSampler(BaseSampler):
         self.seed = seed
 
     def infer_relative_search_space(self, study: OptunaStudy, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        if trial.params:  # given from outside
+        if trial.params:  # enqueued, with all its parameters
             return {}
         pairs = zip(self.names, self.low, self.high, strict=True)
         return {name: IntDistribution(int(low), int(high)) for name, low, high in pairs}
@@ -78,7 +78,7 @@ class TrustRegionSampler(BaseSampler):
         return self.propose(study.get_trials(deepcopy=False)) if search_space else {}
 
     def propose(self, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
-        """The next point, from all trials so far."""
+        """The parameters of the next trial, from all trials so far."""
         rng = np.random.default_rng((self.seed, len(trials)))
         done = [t for t in trials if t.state == TrialState.COMPLETE and t.params.keys() >= set(self.names)]
         started = [t for t in trials if not t.state.is_finished() and t.params.keys() >= set(self.names)]
@@ -86,9 +86,8 @@ class TrustRegionSampler(BaseSampler):
         seen = {x_D.tobytes() for x_D in (*x_ND, *started_ND)}
         y_N = np.array([t.value for t in done], dtype=float)
         proposed = np.array(["seed" not in t.user_attrs for t in done], dtype=bool)
-        region = follow(x_ND, y_N, proposed, self.low, self.high, self.seed)
-        centre = self.low if region.centre is None else region.centre
-        candidates = self._candidates(centre, region.radius, rng)
+        region = trust_region_after(x_ND, y_N, proposed, self.low, self.high, self.seed)
+        candidates = self._candidates(region.centre, region.radius, rng)
         fresh = np.array([c for c in candidates if c.tobytes() not in seen])
         if not len(fresh):
             chosen = rng.integers(self.low.astype(int), self.high.astype(int) + 1).astype(float)
@@ -97,7 +96,7 @@ class TrustRegionSampler(BaseSampler):
         else:
             best = float(y_N[region.since :].max()) if len(y_N) > region.since else float(y_N.max())
             gain = self._improvement(x_ND[-LATEST:], y_N[-LATEST:], best)
-            chosen = self._climb(gain, fresh, seen, centre, region.radius)
+            chosen = self._climb(gain, fresh, seen, region)
         return {name: int(value) for name, value in zip(self.names, chosen, strict=True)}
 
     def sample_independent(
@@ -106,23 +105,21 @@ class TrustRegionSampler(BaseSampler):
         raise ValueError(f"parameter {param_name!r} is not one of this study's; make the sampler with its bounds")
 
     def _points(self, trials: Sequence[FrozenTrial]) -> Array:
-        params = [trial.params for trial in trials]
-        return np.array([[p[name] for name in self.names] for p in params], dtype=float).reshape(-1, len(self.names))
+        points = [[trial.params[name] for name in self.names] for trial in trials]
+        return np.array(points, dtype=float).reshape(-1, len(self.names))
 
     def _changes(self, point: Array) -> list[Array]:
-        """All points that differ in one parameter, by a little."""
+        """All points that differ in one parameter, by at most 2."""
         out = []
         for d in range(len(point)):
-            for step in (-1, 1, *(() if self.high[d] - self.low[d] <= 1 else (-2, 2))):
+            for step in (-1, 1, -2, 2):
                 if self.low[d] <= point[d] + step <= self.high[d]:
                     out.append(point.copy())
                     out[-1][d] += step
         return out
 
-    def _climb(
-        self, gain: Callable[[Array], Array], fresh_MD: Array, seen: set[bytes], centre: Array, radius: float
-    ) -> Array:
-        """The point of most gain: from the best candidates on, one change at a time, inside the region."""
+    def _climb(self, gain: Callable[[Array], Array], fresh_MD: Array, seen: set[bytes], region: TrustRegion) -> Array:
+        """The point with the most gain. Hill climbing from the best candidates, one change at a time, in the region."""
         gain_M = gain(fresh_MD)
         found: list[tuple[float, Array]] = []
         for start in np.argsort(-gain_M)[:CLIMBERS]:
@@ -130,7 +127,7 @@ class TrustRegionSampler(BaseSampler):
             while True:
                 near = [
                     p for p in self._changes(point)
-                    if (p != centre).sum() <= max(2.0, radius) and p.tobytes() not in seen
+                    if (p != region.centre).sum() <= max(2.0, region.radius) and p.tobytes() not in seen
                 ]  # fmt: skip
                 values = gain(np.array(near)) if near else np.array([-np.inf])
                 if values.max() <= value:
@@ -140,29 +137,29 @@ class TrustRegionSampler(BaseSampler):
         return max(found, key=lambda pair: pair[0])[1]
 
     def _candidates(self, centre: Array, radius: float, rng: np.random.Generator) -> Array:
-        """Every single change [M, D], and random ones of up to `radius` parameters, half of them exchanges."""
+        """Every single change [M, D], and random changes of up to `radius` parameters; half of these are exchanges."""
         single, dims = self._changes(centre), len(self.names)
         count, most = max(0, CANDIDATES - len(single)), min(dims, max(2, round(radius)))
         everywhere, room_up, room_down = np.ones(dims, dtype=bool), centre < self.high, centre > self.low
 
         def some(allowed_D: Array, how_many_M: Array) -> Array:
-            """So many of the allowed parameters, at random [M, D]."""
+            """For each candidate, so many random ones of the allowed parameters, as booleans [M, D]."""
             keys_MD = np.where(allowed_D, rng.random((count, dims)), 2)
             return allowed_D & (keys_MD.argsort(1).argsort(1) < how_many_M[:, None])
 
-        # As many up as down: what is skipped moves, not how much.
+        # An exchange changes as many parameters up as down: another mask that skips as many sublayers.
         pairs_M = np.minimum(rng.integers(1, max(1, most // 2) + 1, count), min(room_up.sum(), room_down.sum()))
         exchange_MD = some(room_up, pairs_M).astype(float) - some(room_down, pairs_M)
         up_MD = room_up & (~room_down | (rng.random((count, dims)) < 0.5))
-        reach_D = np.maximum(1, (self.high - self.low) // 2).astype(int)  # of wide parameters
+        reach_D = np.maximum(1, (self.high - self.low) // 2).astype(int)  # the largest step of each parameter
         steps_MD = np.where(up_MD, 1, -1) * rng.integers(1, reach_D + 1, (count, dims))
         change_MD = steps_MD * some(everywhere, rng.integers(1, most + 1, count))
         moved_MD = np.where(rng.random((count, 1)) < 0.5 if most >= 2 else False, exchange_MD, change_MD)
         return np.array([*single, *np.clip(centre + moved_MD, self.low, self.high)])
 
     def _improvement(self, x_ND: Array, y_N: Array, best: float) -> Callable[[Array], Array]:
-        """Expected improvement [M] of points [M, D] over `best`, by the likeliest of a few processes."""
-        if (floor := FLOOR * y_N.max()) > 0:  # speeds: ratios count
+        """A function: the expected improvement [M] of points [M, D] over `best`, by the most likely kernel."""
+        if (floor := FLOOR * y_N.max()) > 0:  # speeds are compared by their ratio
             y_N, best = np.log(np.maximum(y_N, floor)), float(np.log(max(best, floor)))
         mean, scale = y_N.mean(), y_N.std() + 1e-12
         z_N = (y_N - mean) / scale
@@ -177,13 +174,13 @@ class TrustRegionSampler(BaseSampler):
             return np.asarray((1 - linear) * bumps + linear * alike_AB)
 
         def related(a_AD: Array, b_BD: Array) -> tuple[Array, Array]:
-            """What kernels are made of: how far points are apart, and their products."""
+            """The inputs of a kernel: distances of the points [A, B], and scaled scalar products [A, B]."""
             return cdist(a_AD, b_BD, "cityblock"), a_AD @ b_BD.T / flat_scale
 
         def fit(
             pairs: tuple[Array, Array], z_N: Array, length: float, linear: float, noise: float
         ) -> tuple[float, Array, Array, float]:  # fmt: skip
-            """Log-evidence, factor, weights, and the kernel's scale, which has a closed form."""
+            """Log-evidence, Cholesky factor, weights, and the kernel's scale, which has a closed form."""
             factor = cholesky(kernel(*pairs, length, linear) + noise * np.eye(len(z_N)), lower=True)
             alpha = cho_solve((factor, True), z_N)
             variance = float(z_N @ alpha) / len(z_N)
@@ -193,7 +190,7 @@ class TrustRegionSampler(BaseSampler):
         shapes = itertools.product(LENGTHS, LINEAR, NOISES)
         length, linear, noise = max(shapes, key=lambda shape: fit(few, few_z, *shape)[0])
         _, factor, alpha, variance = fit(related(x_ND, x_ND), z_N, length, linear, noise)
-        inverse = solve_triangular(factor, np.eye(len(z_N)), lower=True)  # of the factor: many points ask for it
+        inverse = solve_triangular(factor, np.eye(len(z_N)), lower=True)  # of the factor, used for many points
 
         def gain(points_MD: Array) -> Array:
             points_MD = (points_MD - self.low) / spread - middle
@@ -207,12 +204,19 @@ class TrustRegionSampler(BaseSampler):
         return gain
 
 
-def follow(x_ND: Array, y_N: Array, proposed_N: Array, low: Array, high: Array, seed: int) -> Region:
-    """The region that trials in this order lead to; seeds move its centre, and say nothing about its size."""
+def trust_region_after(
+    x_ND: Array, y_N: Array, proposed_N: Array, low: Array, high: Array, seed: int
+) -> TrustRegion:  # fmt: skip
+    """Replay the finished trials in order to find the current trust region.
+
+    Args:
+        proposed_N: whether the sampler proposed the trial. Seeds move the centre, and never change the radius.
+        low, high: bounds of the parameters [D].
+    """
     rng = np.random.default_rng(seed)
     patience, widest = max(6, len(low) // 4), max(2.0, len(low) / 2)
     first = min(FIRST_RADIUS, widest)
-    centre, best, radius, since = None, -np.inf, first, 0
+    centre, best, radius, since = low, -np.inf, first, 0
     good = bad = 0
     for n, (x, y, proposed) in enumerate(zip(x_ND, y_N, proposed_N, strict=True)):
         if proposed:
@@ -224,10 +228,10 @@ def follow(x_ND: Array, y_N: Array, proposed_N: Array, low: Array, high: Array, 
             radius, good = min(2 * radius, widest), 0
         elif bad == patience:
             radius, bad = radius / 2, 0
-        if radius < 1:  # spent: begin again beside the best of all, with a share of its parameters changed
+        if radius < 1:  # a new region, at the best point of all with one sixth of its parameters changed
             centre = x_ND[int(np.argmax(y_N[: n + 1]))].copy()
             where = rng.choice(len(low), max(1, len(low) // 6), replace=False)
             down = centre[where] > low[where]
             centre[where] = np.where(down, centre[where] - 1, np.minimum(high[where], centre[where] + 1))
             best, radius, since, good, bad = -np.inf, first, n + 1, 0, 0
-    return Region(centre, radius, since)
+    return TrustRegion(centre, radius, since)

@@ -1,10 +1,9 @@
-"""Seeds: masks worth trying before any sampler has seen a score. A heuristic is one function here."""
+"""Seeds: masks to try before the sampler has seen any score. Each heuristic is one function."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -16,19 +15,19 @@ from skipsearch.evaluate.hidden_states import HiddenStates, layer_states, neares
 from skipsearch.evaluate.trace import Trace
 from skipsearch.mask import SkipMask, Sublayer
 from skipsearch.model.preset import Preset
+from skipsearch.model.space import Space
 from skipsearch.model.target import Target
-from skipsearch.search.space import Space
 
 Seed = tuple[str, SkipMask]
-SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8)  # of layers, or of all harm, that a family of seeds goes up to
+SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8)  # one seed for each: the share of layers to skip, or of all harm to allow
 LEVELS = 256  # of harm, in the knapsack
 
 
 def all_seeds(
-    target: Target, trace: Trace, space: Space, point: Point, progress: Progress, preset: Preset | None = None,
-    earlier: SkipMask | None = None,
+    target: Target, trace: Trace, space: Space, point: Point, progress: Progress, preset: Preset | None,
+    earlier: SkipMask | None,
 ) -> list[Seed]:  # fmt: skip
-    """What a study tries first, the most promising in front: later masks are given up by comparison with the best."""
+    """What a study tries first. The most promising seeds lead: a good first score lets the scorer abort more masks."""
     loss = single_skip_loss(target, trace, space, progress)
     before = [] if earlier is None else [("earlier", earlier)]
     states = layer_states(target, *trace.padded(target.device))
@@ -45,22 +44,18 @@ def published(preset: Preset | None, space: Space) -> list[Seed]:
 
 
 def uniform(space: Space) -> list[Seed]:
-    """Every n-th layer skipped, whole or its attention alone; first and last layers are kept."""
+    """Every n-th layer is skipped, or its attention alone. The first and the last layer are kept."""
     inner = range(1, space.num_layers - 1)
-    seeds = []
-    for stride in (2, 3, 4):
-        layers = [i for i in inner if i % stride == 1]
-        seeds.append((f"uniform:{stride}", SkipMask(attention=layers, mlp=layers, num_layers=space.num_layers)))
-    layers = [i for i in inner if i % 2 == 1]
-    seeds.append(("uniform:attention", SkipMask(attention=layers, num_layers=space.num_layers)))
-    return [(name, mask - space.fixed) for name, mask in seeds]
+    seeds = [(f"uniform:{n}", _whole([i for i in inner if i % n == 1], space)) for n in (2, 3, 4)]
+    attention = SkipMask(attention=[i for i in inner if i % 2 == 1], num_layers=space.num_layers)
+    return [*seeds, ("uniform:attention", attention - space.fixed)]
 
 
 @torch.no_grad()
 def single_skip_loss(target: Target, trace: Trace, space: Space, progress: Progress) -> dict[Sublayer, float]:
-    """For each free sublayer: the share of trace tokens whose argmax changes when it alone is skipped.
+    """For each free sublayer: the share of trace tokens whose argmax changes when only this sublayer is skipped.
 
-    One teacher-forced pass a sublayer over prompts and continuations.
+    One teacher-forced pass over prompts and continuations for each sublayer.
     """
     ids, generated = trace.padded(target.device)
     wanted, predicted_here = target.model(input_ids=ids[:, :-1], use_cache=False).logits.argmax(-1), generated[:, 1:]
@@ -74,12 +69,12 @@ def single_skip_loss(target: Target, trace: Trace, space: Space, progress: Progr
 
 
 def seconds_saved(point: Point, sub: Sublayer) -> float:
-    """Seconds that a draft step without this sublayer saves."""
+    """Seconds that a draft step saves by skipping this sublayer."""
     return max(float(getattr(point, sub[0])[sub[1]]), 1e-12)
 
 
 def by_sensitivity(space: Space, loss: dict[Sublayer, float], point: Point) -> list[Seed]:
-    """The least harmful sublayers first, weighed by the seconds that skipping them saves: 1/8, 2/8, ... 7/8 of all."""
+    """Skip 1/8, 2/8, ... 7/8 of the free sublayers, those with the least loss for each second saved."""
     order = sorted(space.free, key=lambda sub: (loss[sub] + 1e-3) / seconds_saved(point, sub))
     seeds = []
     for eighths in range(1, 8):
@@ -89,10 +84,10 @@ def by_sensitivity(space: Space, loss: dict[Sublayer, float], point: Point) -> l
 
 
 def knapsack(space: Space, loss: dict[Sublayer, float], point: Point, shares: Sequence[float] = SHARES) -> list[Seed]:
-    """The most seconds saved for a given harm, exactly, if harms added up.
+    """Save the most seconds for a given harm: an exact solution if the harms of sublayers add up.
 
-    KnapSpec's formulation (arXiv 2602.20217) under the measured costs; the harm of a sublayer is the logarithm of how
-    many tokens survive skipping it alone, so that a sum of harms is a product of survivals.
+    KnapSpec's formulation (arXiv 2602.20217) with measured costs. The harm of a sublayer is minus the logarithm of the
+    share of tokens that stay the same when it alone is skipped, so a sum of harms is a product of these shares.
     """
     harm = {sub: -math.log(max(1e-3, 1 - loss[sub])) + 1e-4 for sub in space.free}
     unit = sum(harm.values()) / LEVELS
@@ -116,9 +111,9 @@ def knapsack(space: Space, loss: dict[Sublayer, float], point: Point, shares: Se
 
 
 def nearest_states(space: Space, states: HiddenStates, shares: Sequence[float] = SHARES) -> list[Seed]:
-    """Whole layers whose absence leaves the hidden states nearest the full model's (CLaSp, arXiv 2505.24196).
+    """Skip the whole layers without which hidden states stay nearest to the full model's (CLaSp, arXiv 2505.24196).
 
-    On many tokens at once, where the paper takes the last one.
+    The paper uses the last token; this uses many tokens at once.
     """
     free = {i for _, i in space.free}
     counts = [max(1, round(share * space.num_layers)) for share in shares]
@@ -129,14 +124,13 @@ def nearest_states(space: Space, states: HiddenStates, shares: Sequence[float] =
 
 
 def block_influence(space: Space, states: HiddenStates) -> list[Seed]:
-    """Whole layers whose output is most like their input (ShortGPT, arXiv 2403.03853)."""
+    """Skip the whole layers whose output is most similar to their input (ShortGPT, arXiv 2403.03853)."""
     free = {i for _, i in space.free}
-    likeness = {i: states.cosine(states.hidden[i], states.hidden[i + 1]) for i in free}
-    order = sorted(free, key=lambda i: -likeness[i])
+    similarity = {i: states.cosine(states.hidden[i], states.hidden[i + 1]) for i in free}
+    order = sorted(free, key=lambda i: -similarity[i])
     counts = [max(1, round(share * space.num_layers)) for share in SHARES]
     return [(f"influence:{count}", _whole(order[:count], space)) for count in counts]
 
 
-def _whole(layers: Any, space: Space) -> SkipMask:
-    layers = list(layers)
+def _whole(layers: Collection[int], space: Space) -> SkipMask:
     return SkipMask(attention=layers, mlp=layers, num_layers=space.num_layers) - space.fixed

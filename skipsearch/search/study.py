@@ -1,15 +1,14 @@
-"""The study: trials in an Optuna storage, so that the dashboard, other storages and many workers just work.
+"""The study: trials in an Optuna storage, which the dashboard reads and several workers can share.
 
-Promises that a finished trial is never lost, that a killed run continues where it stopped, and that
-trials of different set-ups never mix. This module and the sampler alone import Optuna.
+A finished trial is never lost, a killed run continues where it stopped, and trials of different set-ups never mix.
+Only this module and the sampler import Optuna.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +19,26 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.errors import ResultsError, StudyMismatch
 from skipsearch.evaluate.objective import Score
 from skipsearch.files import write_text
 from skipsearch.mask import SkipMask
+from skipsearch.model.space import Space
 from skipsearch.search.sampler import TrustRegionSampler
 from skipsearch.search.seeds import Seed
-from skipsearch.search.space import Space
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
-HEARTBEAT, GRACE = 5, 15  # seconds: a killed worker's trial is taken up again after the grace period
+HEARTBEAT, GRACE = 5, 15  # seconds; the trial of a killed worker is run again after the grace period
+# Heartbeats, metric names and deterministic objectives are experimental in Optuna: its warnings about them.
+EXPERIMENTAL = optuna.exceptions.ExperimentalWarning
 
 
 def make_sampler(name: str, space: Space, seed: int) -> BaseSampler:
     """One of `options.SAMPLERS`."""
     if name == "trust-region":
         return TrustRegionSampler(space.bounds, seed)
-    if name == "gp":  # the seeds give the model its first points; random masks at 50 % teach it nothing
+    if name == "gp":  # its first points are the seeds: random masks, with half of the bits set, are useless
         return GPSampler(seed=seed, deterministic_objective=True, n_startup_trials=4)
     if name == "tpe":
         return TPESampler(seed=seed, multivariate=False, constant_liar=True, n_startup_trials=4)
@@ -46,19 +46,19 @@ def make_sampler(name: str, space: Space, seed: int) -> BaseSampler:
 
 
 def storage_url(folder: Path) -> str:
-    """The default storage of a results folder."""
+    """The URL of a results folder's own storage."""
     return f"sqlite:///{(folder / 'study.db').resolve()}"
 
 
 def open_storage(url: str) -> RDBStorage:
-    """An RDB storage with heartbeat; SQLite runs in WAL mode, twelve times faster for our trials.
+    """An RDB storage with heartbeat; SQLite runs in WAL mode, which made our trials twelve times faster.
 
     Raises:
         ResultsError: the database cannot be opened or is not one.
     """
     try:
         sqlite = url.startswith("sqlite")
-        with _experiments_welcome():
+        with warnings.catch_warnings(action="ignore", category=EXPERIMENTAL):
             storage = RDBStorage(
                 url, heartbeat_interval=HEARTBEAT, grace_period=GRACE,
                 heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=3),
@@ -66,7 +66,7 @@ def open_storage(url: str) -> RDBStorage:
             )  # fmt: skip
         if sqlite:
             sqlalchemy.event.listen(storage.engine, "connect", _write_ahead)
-            storage.engine.dispose()  # connections made before the listener know nothing of it
+            storage.engine.dispose()  # close the connections that were made without the listener
             with storage.engine.connect():
                 pass
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, OSError) as error:
@@ -75,14 +75,6 @@ def open_storage(url: str) -> RDBStorage:
             f"storage {url} cannot be opened ({reason}); choose another with --storage or --out"
         ) from None
     return storage
-
-
-@contextmanager
-def _experiments_welcome() -> Iterator[None]:
-    """Optuna marks heartbeats and deterministic objectives as experimental; we know."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        yield
 
 
 def _write_ahead(connection: Any, _record: Any) -> None:
@@ -101,22 +93,24 @@ class Study:
         space: what a trial may skip.
         identity: everything that scores depend on, by name; stored with the study.
         sampler: one of `options.SAMPLERS`.
+        seed: of the sampler.
         pareto: maximise the acceptance rate and minimise the cost ratio, instead of maximising tokens per second.
 
     Raises:
         StudyMismatch: the storage holds a study of this name with another identity.
+        ResultsError: see `open_storage`.
     """
 
     def __init__(
         self, url: str, name: str, space: Space, identity: dict[str, str], sampler: str, seed: int,
         pareto: bool = False,
     ) -> None:  # fmt: skip
-        self.space, self.url, self.pareto = space, url, pareto
+        self.space, self.pareto = space, pareto
         self.distributions: dict[str, optuna.distributions.BaseDistribution] = {
             n: optuna.distributions.IntDistribution(*b) for n, b in space.bounds.items()
         }
         identity = {**identity, "objective": "acceptance rate, cost ratio" if pareto else "tokens per second"}
-        with _experiments_welcome():
+        with warnings.catch_warnings(action="ignore", category=EXPERIMENTAL):
             self.study = optuna.create_study(
                 storage=open_storage(url), study_name=name, load_if_exists=True,
                 directions=["maximize", "minimize"] if pareto else ["maximize"],
@@ -132,13 +126,13 @@ class Study:
             field = different[0]
             raise StudyMismatch(
                 f"study {name} was made with another {', '.join(different)} ({field}: {known.get(field)!r} then, "
-                f"{identity.get(field)!r} now); run with the old settings, or start anew with --out or --study"
+                f"{identity.get(field)!r} now); run with the old settings, or start a new study with --out or --study"
             )
         self._queue: deque[tuple[dict[str, Any], str]] = deque()
         self.memo: dict[SkipMask, tuple[float, ...]] = {self.mask_of(t): tuple(t.values) for t in self.finished()}
 
     def shared(self, name: str, value: Any) -> Any:
-        """What the study has kept by this name; this value, as JSON, if it has none yet."""
+        """The value stored with the study under this name. If there is none yet, `value` is stored, as JSON."""
         if name not in self.study.user_attrs:
             self.study.set_user_attr(name, value)
         return self.study.user_attrs[name]
@@ -150,21 +144,21 @@ class Study:
         return self.space.mask(trial.params)
 
     def enqueue(self, seeds: list[Seed]) -> None:
-        """Put seeds in front of the sampler's own proposals; those already in the study are left out.
+        """Try seeds before the sampler's proposals. Seeds that are already in the study are not tried again.
 
-        They enter the storage one at a time, when their turn comes: Optuna reads all that wait again for each trial. Of
-        two workers, each with its own queue, one leaves out what the other has added.
+        The queue is here and not in the storage, because Optuna reads all waiting trials again for each trial. Each
+        worker has its own queue, and leaves out what another worker has added to the storage.
         """
         self._queue += [(self.space.params(mask), label) for label, mask in seeds]
-        # What an interrupted run was working on when it was stopped is worth finishing.
+        # The trials that an interrupted run did not finish.
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,)):
             if len(trial.params) == len(self.distributions) and self.mask_of(trial) not in self.memo:
                 self._queue.append((trial.params, f"again:{trial.number}"))
 
     def _propose(self, trials: list[FrozenTrial]) -> None:
-        """Add the next trial: a seed, or our own sampler's unless some wait."""
+        """Add the next trial to the storage: a seed, or a proposal of our own sampler if no trial is waiting."""
         known = {tuple(t.params.items()) for t in trials if t.state != TrialState.FAIL} if self._queue else set()
-        while self._queue:  # whatever waits: it may be another worker's
+        while self._queue:  # even if a trial is waiting: it may belong to another worker
             params, label = self._queue.popleft()
             if tuple(params.items()) not in known:
                 return self._add(params, {"seed": label})
@@ -173,7 +167,7 @@ class Study:
             self._add(self.study.sampler.propose(trials), {})
 
     def _add(self, params: dict[str, Any], attrs: dict[str, str]) -> None:
-        """A trial to be run, with all its parameters in one transaction."""
+        """Add a waiting trial with all its parameters, in one transaction."""
         self.study.add_trial(
             optuna.trial.create_trial(
                 state=TrialState.WAITING, params=params, distributions=self.distributions, user_attrs=attrs
@@ -184,16 +178,17 @@ class Study:
         self, scorer: Callable[[SkipMask], Score], *, trials: int, time_budget: float | None,
         report: Callable[[int, float], None],
     ) -> None:  # fmt: skip
-        """Run until the study holds `trials` finished ones, or `time_budget` seconds are over.
+        """Run trials until `trials` are finished in the study, or `time_budget` seconds have passed.
 
         Args:
-            report: told the number of finished trials and the best value after each.
+            scorer: gives the score of a mask.
+            report: called after each trial with the number of finished trials and the most tokens per second so far.
         """
 
         def objective(trial: optuna.Trial) -> tuple[float, ...]:
             params = {name: trial.suggest_int(name, *bounds) for name, bounds in self.space.bounds.items()}
             mask = self.space.mask(params)
-            if mask not in self.memo:  # samplers repeat themselves; replay would only do so too
+            if mask not in self.memo:  # samplers propose some masks again; their score is known
                 result = scorer(mask)
                 for key, value in (
                     ("mask", "".join(map(str, mask.bits()))), ("skipped", len(mask)),
@@ -218,27 +213,23 @@ class Study:
                 self._propose(trials_now)
 
         if len(self.finished()) < trials:
-            deadline = None if time_budget is None else max(0.0, time_budget)
             self._propose(self.study.get_trials(deepcopy=False))
-            self.study.optimize(objective, timeout=deadline, callbacks=[after])
+            self.study.optimize(objective, timeout=time_budget, callbacks=[after])
 
-    def best(self, count: int) -> list[tuple[SkipMask, DraftPolicy, int]]:
-        """The best different masks with their policies and trial numbers, best first."""
-        scored = [t for t in self.finished() if t.user_attrs.get("fidelity") == "whole"]  # not repeats, nor given up
-        found: dict[SkipMask, tuple[SkipMask, DraftPolicy, int]] = {}
-        for trial in sorted(scored, key=lambda t: -t.user_attrs["tokens_per_second"]):
-            mask = self.mask_of(trial)
-            if mask not in found:
-                attrs = trial.user_attrs
-                policy = DraftPolicy(max_length=attrs["max_length"], exit_threshold=attrs["exit_threshold"])
-                found[mask] = (mask, policy, trial.number)
-            if len(found) == count:
-                break
-        return list(found.values())
+    def _scored(self) -> list[FrozenTrial]:
+        """Finished trials that were scored on the whole trace: not repeated masks, not aborted scores."""
+        return [t for t in self.finished() if t.user_attrs.get("fidelity") == "whole"]
+
+    def best(self, count: int) -> list[tuple[SkipMask, int]]:
+        """The best different masks with their trial numbers, best first."""
+        found: dict[SkipMask, int] = {}
+        for trial in sorted(self._scored(), key=lambda t: -t.user_attrs["tokens_per_second"]):
+            found.setdefault(self.mask_of(trial), trial.number)
+        return list(found.items())[:count]
 
     def front(self) -> list[dict[str, Any]]:
-        """Trials that none other beats in both acceptance rate and cost ratio, cheapest drafts first."""
-        rows = [{"trial": t.number, **t.user_attrs} for t in self.finished() if t.user_attrs.get("fidelity") == "whole"]
+        """Trials that no other trial beats in both acceptance rate and cost ratio, by rising cost ratio."""
+        rows = [{"trial": t.number, **t.user_attrs} for t in self._scored()]
         rows.sort(key=lambda row: (row["cost_ratio"], -row["acceptance_rate"]))
         kept: list[dict[str, Any]] = []
         for row in rows:
@@ -247,7 +238,7 @@ class Study:
         return kept
 
     def export_csv(self, path: Path) -> None:
-        """All finished trials as a table, written whole or not at all."""
+        """Write all finished trials as a CSV table, atomically."""
         rows, front = [], {row["trial"] for row in self.front()}
         for t in self.finished():
             seconds = t.duration.total_seconds() if t.duration else None

@@ -1,4 +1,4 @@
-"""skipsearch bench and the widening: honest rows, prompts by group, the same function at more bytes."""
+"""`skipsearch bench`: rows, groups of prompts, arms; and the widened model, which computes the same function."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 from conftest import quiet
@@ -19,14 +21,14 @@ from skipsearch import SkipMask
 from skipsearch.bench.arms import AGAIN, HF_ASSISTED, HF_EAGER, HYBRID, MASK, PLAIN, arms, prefix_mask
 from skipsearch.bench.bench import BenchOptions, bench, weight_bytes
 from skipsearch.bench.groups import prompt_groups
-from skipsearch.bench.machine import Energy, copy_bandwidth, peak_memory
+from skipsearch.bench.machine import copy_bandwidth, energy_meter, peak_memory
 from skipsearch.bench.rows import group_rows
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.errors import PromptError, SkipsearchError
 from skipsearch.evaluate.timing import Run, Timing
 from skipsearch.model.target import Target
-from skipsearch.report.bench import bench_picture, read_bench, save_bench
+from skipsearch.policy import DraftPolicy
+from skipsearch.report.bench import bench_picture, save_bench
 
 ROOT = Path(__file__).parents[2]
 SKIP = SkipMask(attention=[0, 2], mlp=[1], num_layers=4)
@@ -44,12 +46,12 @@ def row(data: dict[str, Any], arm: str, group: str = "all") -> dict[str, Any]:
 
 
 def test_every_arm_decodes_the_same_tokens_and_counts_them_alike(measured: Any) -> None:
-    """Prevents an arm from winning by decoding less, something else, or by counting the prefill's token."""
+    """Prevents an arm from being faster because it decodes less or other text, or counts the token of the prefill."""
     names = {r["arm"] for r in measured["rows"]}
     assert {HF_EAGER, HF_ASSISTED, PLAIN, AGAIN, MASK, HYBRID} <= names
     for r in measured["rows"]:
         assert r["greedy_equal"] == r["equal_to_plain"] == r["prompts"], r["arm"]
-    # Behind the prefill: one token less than asked for, or, where the first block came with it, that block less.
+    # Tokens that come with the prefill are not counted: the first one, or the whole first block.
     assert row(measured, PLAIN)["tokens"] == row(measured, MASK)["tokens"] == row(measured, HF_EAGER)["tokens"] == 60
     assert row(measured, PLAIN)["tokens"] == sum(row(measured, PLAIN, g)["tokens"] for g in ("one", "two"))
     assert row(measured, PLAIN)["speedup_plain"] == 1
@@ -57,11 +59,9 @@ def test_every_arm_decodes_the_same_tokens_and_counts_them_alike(measured: Any) 
 
 
 def test_bound_and_share_by_hand() -> None:
-    """Prevents a share of the bound that is worked out with other counts than the arm's own."""
+    """Prevents a share of the bound that is computed from the counts of another arm."""
 
     def timing(seconds: float, blocks: Counter[Any]) -> Timing:
-        import numpy as np
-
         stats = DecodeStats(blocks=blocks)
         runs = tuple(
             Run(seconds=seconds, tokens=12, prefill=0.1, ids=(1,) * 13, stats=stats if i == 0 else DecodeStats())
@@ -79,27 +79,25 @@ def test_bound_and_share_by_hand() -> None:
 
 
 def test_saved_rows_are_read_back_and_drawn(measured: Any, tmp_path: Path) -> None:
-    """Prevents a picture of other figures than the table's, and markup from an arm's name in it."""
+    """Prevents a picture with other figures than the table, and unescaped names in the SVG."""
     paths = save_bench(measured, tmp_path)
-    assert read_bench(tmp_path) == json.loads(json.dumps(measured))
+    assert json.loads((tmp_path / "bench.json").read_text()) == json.loads(json.dumps(measured))
     lines = (tmp_path / "bench.csv").read_text().splitlines()
     assert len(lines) == len(measured["rows"]) + 1 and set(paths) == {"bench.json", "bench.csv", "bench.svg"}
     picture = bench_picture(measured)
     assert f"{row(measured, MASK)['speedup_plain']:.2f}" in picture and "A/A" in picture
-    import xml.etree.ElementTree as ElementTree
-
     ElementTree.fromstring(picture)
 
 
 def test_unknown_arm_is_refused(tiny: Any) -> None:
-    """Prevents a misspelt arm from being left out in silence."""
+    """Prevents a misspelt arm from being ignored silently."""
     with pytest.raises(SkipsearchError, match="arm is 'masc', must be one of"):
         options = BenchOptions(only=("masc",), backend="eager")
         bench(Target.of(tiny("llama")), {"g": ((3, 4, 5),)}, SKIP, DraftPolicy(), options, quiet)
 
 
 def test_prompts_by_group(demo: Any, tmp_path: Path) -> None:
-    """Prevents MT-bench's categories from counting eight times, and groups from mixing."""
+    """Prevents the eight categories of MT-bench from being eight groups, and groups from being mixed."""
     names = ("qa", "math", "stem")
     rows = [{"category": c, "turns": [f"{c} number {i} of these", "and then"]} for i in range(6) for c in names]
     file = tmp_path / "spec.jsonl"
@@ -117,7 +115,7 @@ def test_prompts_by_group(demo: Any, tmp_path: Path) -> None:
 
 @given(st.sets(st.integers(0, 19)), st.sets(st.integers(0, 19)))
 def test_prefix_exit_runs_as_much_as_the_mask(attention: set[int], mlp: set[int]) -> None:
-    """Prevents the rival from being given fewer sublayers than the mask has."""
+    """Prevents the early exit from running fewer sublayers than the mask."""
     mask = SkipMask(attention=attention, mlp=mlp, num_layers=20)
     prefix = prefix_mask(mask)
     assert prefix.attention == prefix.mlp
@@ -126,7 +124,7 @@ def test_prefix_exit_runs_as_much_as_the_mask(attention: set[int], mlp: set[int]
 
 
 def test_weight_bytes_leave_out_a_table_that_is_only_looked_up_in(tiny: Any) -> None:
-    """Prevents bandwidth figures that count an untied embedding, or a tied head twice."""
+    """Prevents bandwidth figures that count an untied embedding, or count a tied head twice."""
     model = tiny("llama")
     every = sum(p.numel() * p.element_size() for p in model.parameters())
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -134,21 +132,19 @@ def test_weight_bytes_leave_out_a_table_that_is_only_looked_up_in(tiny: Any) -> 
 
 
 def test_machine_says_what_it_can() -> None:
-    """Prevents a zero where nothing can be measured."""
-    device, found = torch.device("cpu"), dict[str, float]()
-    with peak_memory(device, found):
-        torch.zeros(1000)
-    assert found["bytes"] > 1e6 and copy_bandwidth(device) > 1e8
-    assert Energy(device).joules() is None
+    """Prevents a zero where a figure cannot be measured."""
+    device = torch.device("cpu")
+    assert peak_memory(device, lambda: torch.zeros(1000)) > 1e6 and copy_bandwidth(device) > 1e8
+    assert energy_meter(device)() is None
 
 
 def test_arms_without_a_mask(tiny: Any) -> None:
-    """Prevents a bench from needing a mask: plain decoding and n-grams are worth measuring alone."""
+    """Prevents a benchmark from needing a mask: plain decoding and n-grams need none."""
     assert not {MASK, HYBRID, HF_ASSISTED} & arms(Target.of(tiny("llama")), None, DraftPolicy(), 64).keys()
 
 
 def test_widened_model_is_the_same_function(tiny: Any) -> None:
-    """Prevents heads, grouped keys or the head's scale from being tiled wrongly."""
+    """Prevents wrong tiling of attention heads, grouped keys or the scale of the output head."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
         from widen import difference, widen
@@ -166,7 +162,7 @@ def test_widened_model_is_the_same_function(tiny: Any) -> None:
 
 
 def test_bench_on_the_command_line(tmp_path: Path) -> None:
-    """Prevents --json from printing anything but the object, and the files from being left out."""
+    """Prevents --json from printing anything but the object, and a benchmark without its files."""
     command = [str(Path(sys.executable).parent / "skipsearch")]
     done = subprocess.run(
         [*command, "bench", "--model", "demo", "--arm", "n-gram", "--no-hf", "--backend", "eager", "--per-group", "2",

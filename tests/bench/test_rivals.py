@@ -1,4 +1,4 @@
-"""Rival searches of the comparison: each does what its paper says, on a tiny model."""
+"""Rival searches of the comparison, on a tiny model: each follows its paper."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from traces import POINT, make_trace
 from skipsearch import SkipMask
 from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.replay import Replay
-from skipsearch.model.sublayers import find_sublayers
+from skipsearch.model.space import Space
 from skipsearch.model.target import Target
-from skipsearch.search.space import Space
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from rivals import hidden, swift
@@ -27,31 +26,31 @@ def bench(tiny: Any) -> Any:
     model = tiny("llama")
     fixed = SkipMask(attention=[1], num_layers=4)
     return SimpleNamespace(
-        model=model, path=find_sublayers(model).path, space=Space(num_layers=4, fixed=fixed),
+        target=Target.of(model), space=Space(num_layers=4, fixed=fixed),
         prepared=SimpleNamespace(trace=make_trace(model, new_tokens=40), point=POINT),
     )  # fmt: skip
 
 
 @torch.no_grad()
 def test_matchness_is_what_replay_sees_of_single_tokens(bench: Any) -> None:
-    """Prevents SWIFT from being judged by a draft that reads its own keys of the prompt."""
+    """Prevents SWIFT's matchness from being measured with a draft that computes its own keys of the prompt."""
     trace, mask = bench.prepared.trace, SkipMask(attention=[2], num_layers=4)
     prompt, continuation = trace.prompts[0], trace.continuations[0]
-    window = swift.Window.of(bench.model, prompt, continuation)
-    assert window.matchness(bench.model, SkipMask(num_layers=4)) == 1.0
-    # The first token of the window has the full model's keys alone before it, as in a draft of one token.
-    replay = Replay(Target.of(bench.model), trace, 1)
-    _, _, logits = replay.logits(draft_view(bench.model, mask), [(0, len(prompt) + 0)])
+    window = swift.Window.of(bench.target, prompt, continuation)
+    assert window.matchness(bench.target, SkipMask(num_layers=4)) == 1.0
+    # Before the first token of the window there are only keys of the full model, as in a draft of one token.
+    replay = Replay(bench.target, trace, 1)
+    _, _, logits = replay.logits(draft_view(bench.target.model, mask), [(0, len(prompt) + 0)])
     alone = int(logits.flatten(0, 1)[0].argmax())
     first = swift.Window(window.before, window.ids[:, :2])
-    assert first.matchness(bench.model, mask) == float(alone == continuation[0])
+    assert first.matchness(bench.target, mask) == float(alone == continuation[0])
     assert torch.equal(
-        window.before.layers[0].keys, swift.Window.of(bench.model, prompt, continuation).before.layers[0].keys
+        window.before.layers[0].keys, swift.Window.of(bench.target, prompt, continuation).before.layers[0].keys
     )
 
 
 def test_swift_skips_its_share_and_nothing_fixed(bench: Any) -> None:
-    """Prevents a rival from skipping more than published, or what may not be skipped."""
+    """Prevents SWIFT from skipping more than published, or sublayers that may not be skipped."""
     steps = list(swift.search(bench, 0, 60))
     best = steps[-1][1]
     assert len(best) == int(0.45 * 3) and not best & bench.space.fixed
@@ -60,7 +59,7 @@ def test_swift_skips_its_share_and_nothing_fixed(bench: Any) -> None:
 
 
 def test_dynamic_programmes_stay_in_the_space(bench: Any) -> None:
-    """Prevents masks that the space does not hold, and a budget that is not half of the layers."""
+    """Prevents masks outside the search space, and a budget other than half of the layers."""
     ((_, mask, _),) = hidden.clasp(bench, 0, 1)
     assert mask == (SkipMask(attention=mask.mlp, mlp=mask.mlp, num_layers=4) - bench.space.fixed) and len(mask.mlp) == 2
     steps = list(hidden.knapspec(bench, 0, 63))

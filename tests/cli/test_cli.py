@@ -1,4 +1,4 @@
-"""The command line: exit codes, one JSON object, one line an error."""
+"""The command line: exit codes, one JSON object on stdout, one line per error."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str) -> None:
-    """Prevents a command that cannot be asked what it does."""
+    """Prevents a command without help."""
     assert runner.invoke(cli.app, [command, "--help"]).exit_code == 0
 
 
@@ -46,7 +46,7 @@ def test_wrong_use_exits_2(arguments: list[str]) -> None:
 
 
 def test_show_draws_both_rows_and_prints_json(mask_path: Path) -> None:
-    """Prevents a picture without a row, and JSON with anything around it."""
+    """Prevents a picture with a missing row, and stdout with anything but the JSON object."""
     shown = runner.invoke(cli.app, ["show", str(mask_path)])
     assert shown.exit_code == 0 and "attention" in shown.output and "mlp" in shown.output
     assert "3 of 20 skipped" in shown.output
@@ -55,7 +55,7 @@ def test_show_draws_both_rows_and_prints_json(mask_path: Path) -> None:
 
 
 def test_errors_are_one_line(mask_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """Prevents tracebacks for a truncated file."""
+    """Prevents a traceback for a truncated file."""
     mask_path.write_text(mask_path.read_text()[:50])
     assert run_main(monkeypatch, "show", str(mask_path)) == 1
     message = capsys.readouterr().err.strip()
@@ -63,7 +63,7 @@ def test_errors_are_one_line(mask_path: Path, monkeypatch: pytest.MonkeyPatch, c
 
 
 def test_import_of_a_published_skip_set(tmp_path: Path) -> None:
-    """Prevents layer ids from being changed on the way in."""
+    """Prevents layer ids from changing during the import."""
     source = tmp_path / "skip_layers.json"
     source.write_text(json.dumps({"a": {"attention": [3, 5], "mlp": [6]}}))
     target = tmp_path / "out.json"
@@ -73,41 +73,29 @@ def test_import_of_a_published_skip_set(tmp_path: Path) -> None:
 
 
 def test_models_lists_the_presets() -> None:
-    """Prevents a preset that nobody can find."""
+    """Prevents a preset from missing in the list."""
     assert {"demo", "llama-2-13b"} <= set(json.loads(runner.invoke(cli.app, ["models", "--json"]).stdout))
 
 
 def test_generate_compares_with_plain_decoding(mask_path: Path) -> None:
-    """Prevents a mask from changing the tokens seen by a user."""
-    arguments = [
-        "generate",
-        "--model",
-        "demo",
-        "--mask",
-        str(mask_path),
-        "--max-new-tokens",
-        "12",
-        "--compare",
-        "--json",
-    ]
-    result = runner.invoke(cli.app, arguments)
+    """Prevents a mask from changing the output tokens."""
+    arguments = ["generate", "--model", "demo", "--max-new-tokens", "12", "--compare", "--json", "--mask"]
+    result = runner.invoke(cli.app, [*arguments, str(mask_path)])
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert data["greedy_equal"] is True and len(data["mask"]["tokens"]) == 12
 
 
 def test_the_prompt_is_printed_once_before_its_continuation() -> None:
-    """Prevents a prompt that both we and `generate` hand to the streamer."""
+    """Prevents the prompt from being passed to the streamer twice, by us and by `generate`."""
     arguments = ["generate", "--model", "demo", "--prompt", "zebra = 1", "--max-new-tokens", "6", "--backend", "eager"]
     shown = runner.invoke(cli.app, arguments).stdout
-    said = json.loads(runner.invoke(cli.app, [*arguments, "--json"]).stdout)["plain"]
-    assert shown.startswith("zebra = 1" + said["text"]) and shown.count("zebra = 1") == 1 + said["text"].count(
-        "zebra = 1"
-    )
+    text = json.loads(runner.invoke(cli.app, [*arguments, "--json"]).stdout)["plain"]["text"]
+    assert shown.startswith("zebra = 1" + text) and shown.count("zebra = 1") == 1 + text.count("zebra = 1")
 
 
 def test_generate_finds_masks_on_the_fly(tmp_path: Path, mask_path: Path) -> None:
-    """Prevents a search while serving that changes the output or says nothing, and a file saved of nothing."""
+    """Prevents a search that changes the output or reports nothing, and a saved file without a found mask."""
     arguments = ["generate", "--model", "demo", "--on-the-fly", "--backend", "eager", "--max-new-tokens", "40"]
     result = runner.invoke(cli.app, [*arguments, "--compare", "--json"])
     assert result.exit_code == 0, result.output
@@ -125,7 +113,7 @@ def test_generate_finds_masks_on_the_fly(tmp_path: Path, mask_path: Path) -> Non
 
 
 def test_generate_says_that_joint_decoding_is_lossy(mask_path: Path) -> None:
-    """Prevents lossy output from passing for the model's own."""
+    """Prevents lossy output without a notice."""
     arguments = ["generate", "--model", "demo", "--decoding", "mtad", "--max-new-tokens", "12"]
     assert runner.invoke(cli.app, arguments).exit_code == 2  # nothing drafts
     result = runner.invoke(cli.app, [*arguments, "--mask", str(mask_path)])
@@ -139,7 +127,7 @@ def test_generate_says_that_joint_decoding_is_lossy(mask_path: Path) -> None:
 def test_dashboard_without_a_study_creates_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """Prevents an empty database from being made and served."""
+    """Prevents an empty database from being created and served."""
     assert run_main(monkeypatch, "dashboard", str(tmp_path)) == 1
     assert "no study.db" in capsys.readouterr().err and not list(tmp_path.iterdir())
 

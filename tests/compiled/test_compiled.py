@@ -14,13 +14,13 @@ from skipsearch import SkipMask, load_mask, self_speculative
 from skipsearch.compiled.backend import compile_and_prove, with_backend
 from skipsearch.compiled.model import GUESS
 from skipsearch.decoding.loop import Ending, decode
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendWarning, DecodingError
 from skipsearch.model.target import Target
 from skipsearch.online import incumbent
+from skipsearch.policy import DraftPolicy
 
 MASK = SkipMask(attention=[0, 2], mlp=[1, 2], num_layers=4)
 

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from skipsearch import SkipMask, self_speculative
 from skipsearch.decoding.loop import Ending, decode
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.draft.view import draft_view
 from skipsearch.errors import MaskError
 from skipsearch.model.target import Target
+from skipsearch.policy import DraftPolicy
 
 MASK = SkipMask(attention=[0, 2], mlp=[1], num_layers=4)
 

@@ -12,10 +12,10 @@ from conftest import SUPPORTED, make_tiny
 from skipsearch import SkipMask, self_speculative
 from skipsearch.decoding.batch import ALIGNED
 from skipsearch.decoding.loop import Ending, decode
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.draft.view import draft_view
 from skipsearch.model.target import Target
+from skipsearch.policy import DraftPolicy
 
 MOE = {"mixtral", "qwen3_moe", "glm4_moe", "deepseek_v3", "gpt_oss", "llama4_text"}
 

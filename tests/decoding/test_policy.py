@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skipsearch.decoding.ngram import NgramIndex
-from skipsearch.decoding.policy import ADAPTIVE_RATE, DraftPolicy, ExitRule, accepted_at
+from skipsearch.decoding.policy import ADAPTIVE_RATE, ExitRule, accepted_at
 from skipsearch.decoding.scheduler import PROBE_SHARE, Scheduler, match_class
 from skipsearch.errors import MaskError
+from skipsearch.policy import DraftPolicy
 
 COSTS = (0.2, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5)
 

@@ -13,10 +13,10 @@ from transformers import DynamicCache
 
 from skipsearch import SkipMask
 from skipsearch.decoding.batch import Layout
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.draft.view import draft_view
 from skipsearch.model.target import Target
+from skipsearch.policy import DraftPolicy
 
 MODELS = {family: make_tiny(family) for family in ("llama", "gemma3_text", "gpt2")}
 ROOM = 60

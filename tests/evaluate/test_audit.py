@@ -11,10 +11,10 @@ import torch
 from conftest import make_tiny, quiet
 
 from skipsearch import SkipMask
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.evaluate.audit import audit
 from skipsearch.model.target import Target
+from skipsearch.policy import DraftPolicy
 
 
 def prompts(count: int = 12) -> tuple[tuple[int, ...], ...]:

@@ -15,7 +15,6 @@ from scipy.stats import spearmanr
 from traces import POINT, make_trace
 
 from skipsearch import SkipMask
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.evaluate.cost import Point, draft_step
 from skipsearch.evaluate.mask_replay import MaskReplay, PositionOutcomes
 from skipsearch.evaluate.objective import calibrated, estimate, score, standard_error, throughput
@@ -23,6 +22,7 @@ from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.scorer import Scorer
 from skipsearch.evaluate.trace import DecodeSettings, record
 from skipsearch.model.target import Target
+from skipsearch.policy import DraftPolicy
 
 
 def test_score_picks_a_policy_no_worse_than_any_fixed_one(tiny: Any) -> None:

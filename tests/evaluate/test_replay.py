@@ -18,7 +18,6 @@ from traces import make_trace, really_decode
 
 from skipsearch import SkipMask
 from skipsearch.decoding.loop import Ending, decode
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.processors import TokenSelection
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import DecodeStats
@@ -27,6 +26,7 @@ from skipsearch.evaluate.mask_replay import MaskReplay
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.trace import DecodeSettings, record
 from skipsearch.model.target import Target
+from skipsearch.policy import DraftPolicy
 
 
 @pytest.mark.parametrize("family", SUPPORTED)

@@ -15,12 +15,12 @@ from transformers import DynamicCache
 
 from skipsearch import SkipMask, draft_view, self_speculative
 from skipsearch.decoding.loop import Ending, decode
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.rows import rows_may_differ
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.errors import UnsupportedModel
 from skipsearch.model.sublayers import find_sublayers
 from skipsearch.model.target import Target
+from skipsearch.policy import DraftPolicy
 
 MASK = SkipMask(attention=[0, 2], mlp=[1], num_layers=4)
 
@@ -44,7 +44,7 @@ def test_the_registry_is_wide_enough() -> None:
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_refusals_are_one_sentence_with_a_reason(family: str) -> None:
-    """Prevents a model that cannot be skipped safely from being decoded wrongly, or refused without a word."""
+    """Prevents a model that cannot be skipped safely from being decoded wrongly, or refused without a reason."""
     with pytest.raises(
         UnsupportedModel, match=r"is not supported: .{20,}; see `skipsearch models --families`"
     ) as error:
@@ -68,7 +68,7 @@ def test_empty_mask_changes_no_bit(family: str, tiny: Any, ids: torch.Tensor) ->
 
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_skipping_a_whole_layer_removes_it(family: str, tiny: Any, ids: torch.Tensor) -> None:
-    """Prevents a norm, a scale or a bias of a layer from outliving both of its branches."""
+    """Prevents a norm, a scale or a bias of a layer from running when both branches are skipped."""
     model = tiny(family)
     layers = model.get_submodule(find_sublayers(model).path)
     for gone in (0, 3):
@@ -166,7 +166,7 @@ def test_rows_that_cannot_differ_are_decoded_alone(tiny: Any, ids: torch.Tensor)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_half_precision_runs(family: str, dtype: torch.dtype, ids: torch.Tensor) -> None:
-    """Prevents stubs, masks and caches from changing a half-precision model's dtype; equality is the audit's matter."""
+    """Prevents stubs, masks and caches from changing a half-precision model's dtype; the audit checks equality."""
     model = make_tiny(family).to(dtype)
     assert draft_view(model, MASK)(ids).logits.dtype == dtype
     out = greedy(model, ids, custom_generate=self_speculative(MASK), max_new_tokens=8)

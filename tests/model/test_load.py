@@ -96,8 +96,8 @@ def test_an_unreachable_hub_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> N
     assert asked == [True] and not load.hub_reachable()
 
 
-def test_folders_that_are_none(tmp_path: Path) -> None:
-    """Prevents a typing slip in a path from being answered with rules about hub names."""
+def test_paths_without_a_model_are_refused(tmp_path: Path) -> None:
+    """Prevents a typing slip in a path from being explained as a wrong hub id."""
     for wrong in (str(tmp_path), str(tmp_path / "none"), "./none"):
         with pytest.raises(ModelLoadError, match=r"has no config\.json"):
             load_model(wrong)
@@ -149,7 +149,7 @@ def test_a_mask_of_another_model_is_refused(tiny: Any, ids: torch.Tensor) -> Non
 
 
 def test_a_mistyped_preset_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prevents a typing error from being told as a network that cannot be reached."""
+    """Prevents a typing error from being reported as an unreachable network."""
     monkeypatch.setattr("skipsearch.model.load.hub_reachable", lambda: False)
     with pytest.raises(ModelLoadError, match="did you mean demo"):
         load_model("demoo")

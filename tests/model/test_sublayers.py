@@ -1,4 +1,4 @@
-"""Finding sublayers, and what a config says of its context."""
+"""Sublayers of models that have none, and the context limit of a config."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from skipsearch.model.target import context_limit
 
 
 @pytest.mark.parametrize("known", [{}, {"max_position_embeddings": None}])
-def test_a_config_may_know_no_end(known: dict[str, Any]) -> None:
-    """Prevents a context of None, or none at all, from being compared with a number of tokens."""
+def test_a_config_may_have_no_context_limit(known: dict[str, Any]) -> None:
+    """Prevents a missing limit, or None, from being compared with a number of tokens."""
     assert context_limit(SimpleNamespace(**known)) > 100_000
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.mask import KINDS
 from skipsearch.model.target import Target
+from skipsearch.policy import DraftPolicy
 
 POLICY = DraftPolicy(ngram=6, never_slower=True)
 

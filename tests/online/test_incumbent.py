@@ -9,13 +9,13 @@ from typing import Any
 from online_parts import POLICY, free_of
 
 from skipsearch import SkipMask
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.evaluate.cost import Point
 from skipsearch.evaluate.mask_replay import PositionOutcomes
 from skipsearch.evaluate.objective import throughput
 from skipsearch.online.candidates import Candidates, opening
 from skipsearch.online.incumbent import KEPT, Incumbent
 from skipsearch.online.window import LENGTH
+from skipsearch.policy import DraftPolicy
 
 OUTCOMES = [PositionOutcomes([True] * 9, [1.0] * 9, 4)]
 

@@ -1,4 +1,4 @@
-"""What a search prepares: the contexts that are asked for decide the prices."""
+"""What a search prepares: the costs are those of the contexts in the options."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from skipsearch.evaluate.objective import score
 from skipsearch.evaluate.prompts import Prompts
 from skipsearch.evaluate.replay import Replay
 from skipsearch.mask import KINDS
+from skipsearch.model.space import Space
 from skipsearch.model.target import Target
 from skipsearch.search.prepare import Prepared
-from skipsearch.search.space import Space
 
 
-def test_the_context_that_is_asked_for_decides_the_mask() -> None:
-    """Prevents --context from being read and ignored: the best of all masks is another one at length."""
+def test_the_requested_context_decides_the_mask() -> None:
+    """Prevents --context from being ignored: the best of all masks is different at a long context."""
     model = make_tiny("llama", seed=1)
     for layer in model.model.layers[2:]:  # so that skipping attention is never free
         layer.self_attn.o_proj.weight.data *= 3

@@ -1,4 +1,4 @@
-"""The main job from end to end, small: files written, evidence honest, resume, refusals."""
+"""The whole run from end to end, small: files written, evidence honest, resume, refusals."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_calibration_and_held_out_prompts_are_disjoint(demo: Any) -> None:
     assert len(prompts.calibration) == 24 and len(prompts.held_out) == 20
 
 
-def test_unwritable_folder_is_found_out_first(demo: Any, tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_found_first(demo: Any, tmp_path: Path) -> None:
     """Prevents minutes of search before the first write fails."""
     (tmp_path / "file").write_text("")
     stages: list[str] = []
@@ -106,8 +106,8 @@ def test_validate_gives_fresh_evidence(result: Any, demo: Any) -> None:
     assert fresh.evidence.tokens_per_second != result.file.evidence.tokens_per_second
 
 
-def test_a_mask_for_long_contexts_is_proven_at_them(demo: Any) -> None:
-    """Prevents --context from steering the search alone, with a verdict from short prompts."""
+def test_a_mask_for_long_contexts_is_validated_at_them(demo: Any) -> None:
+    """Prevents a search at the contexts of --context with a verdict from short prompts."""
     without = replace(SMALL, held_out=3)
     options = replace(without, contexts=(100, 300, 480))
     short, long = (

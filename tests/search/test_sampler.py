@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from skipsearch import SkipMask
 from skipsearch.errors import SkipsearchError
 from skipsearch.search.options import SearchOptions
-from skipsearch.search.sampler import TrustRegionSampler, follow
+from skipsearch.search.sampler import TrustRegionSampler, trust_region_after
 from skipsearch.search.study import Study, storage_url
 
 
@@ -62,7 +62,7 @@ def test_the_trust_region_beats_flips_and_chance_at_equal_trials() -> None:
 
 
 def test_a_resumed_study_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
-    """Prevents what a sampler has learnt from living in one process alone."""
+    """Prevents sampler state that only one process has."""
     from test_study import SPACE, nothing, scorer
 
     def masks(folder: Path, stops: tuple[int, ...]) -> list[SkipMask]:
@@ -105,17 +105,17 @@ def test_candidates_lie_in_the_region(sizes: list[tuple[int, int]], seed: int) -
     assert (candidates == candidates.round()).all()
 
 
-def test_the_region_grows_shrinks_and_begins_anew() -> None:
-    """Prevents a region that stays where nothing is left to find."""
+def test_the_region_grows_shrinks_and_restarts() -> None:
+    """Prevents a region that stays where no better point is left."""
     low, high = np.zeros(8), np.ones(8)
     x = np.eye(8)[np.arange(60) % 8]
-    up = follow(x[:9], np.arange(1.0, 10.0), np.ones(9, bool), low, high, 0)
+    up = trust_region_after(x[:9], np.arange(1.0, 10.0), np.ones(9, bool), low, high, 0)
     assert up.radius == 4.0 and (up.centre == x[8]).all()
-    flat = follow(x[:14], np.array([5.0] + [1.0] * 13), np.ones(14, bool), low, high, 0)
+    flat = trust_region_after(x[:14], np.array([5.0] + [1.0] * 13), np.ones(14, bool), low, high, 0)
     assert flat.radius == 1.0 and (flat.centre == x[0]).all()
-    spent = follow(x[:19], np.array([5.0] + [1.0] * 18), np.ones(19, bool), low, high, 0)
+    spent = trust_region_after(x[:19], np.array([5.0] + [1.0] * 18), np.ones(19, bool), low, high, 0)
     assert spent.since == 19 and spent.radius == 4.0 and (spent.centre != x[0]).sum() == 1
-    seeds = follow(x[:20], np.array([5.0] + [1.0] * 19), np.zeros(20, bool), low, high, 0)
+    seeds = trust_region_after(x[:20], np.array([5.0] + [1.0] * 19), np.zeros(20, bool), low, high, 0)
     assert seeds.radius == 4.0 and seeds.since == 0
 
 
@@ -123,8 +123,8 @@ def test_pareto_keeps_what_nothing_beats(tmp_path: Path) -> None:
     """Prevents a front with masks that another beats in both respects, and a climber of one objective on two."""
     from test_study import SPACE, nothing
 
-    from skipsearch.decoding.policy import DraftPolicy
     from skipsearch.evaluate.objective import Score
+    from skipsearch.policy import DraftPolicy
 
     def both(mask: SkipMask) -> Score:
         cost = 1 - len(mask) / 10

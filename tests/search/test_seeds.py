@@ -17,6 +17,7 @@ from traces import POINT, make_trace
 from skipsearch import SkipMask
 from skipsearch.evaluate.hidden_states import layer_states
 from skipsearch.model.preset import presets
+from skipsearch.model.space import Space
 from skipsearch.model.target import Target
 from skipsearch.search.seeds import (
     all_seeds,
@@ -29,7 +30,6 @@ from skipsearch.search.seeds import (
     single_skip_loss,
     uniform,
 )
-from skipsearch.search.space import Space
 
 
 def test_sensitivity_finds_the_harmless_sublayer(tiny: Any) -> None:
@@ -47,16 +47,16 @@ def test_sensitivity_finds_the_harmless_sublayer(tiny: Any) -> None:
 def test_seeds_respect_fixed_sublayers() -> None:
     """Prevents seeds that the space cannot express."""
     preset = presets()["llama-2-13b"]
-    space = Space.of(40, preset)
+    space = preset.space
     for _, mask in [*published(preset, space), *uniform(space)]:
-        assert not mask & preset.fixed
+        assert not mask & space.fixed
         assert space.mask(space.params(mask)) == mask
     assert {name for name, _ in published(preset, space)} >= {"published:self-sd"}
 
 
 @given(data=st.data())
-def test_the_knapsack_is_the_best_there_is(data: Any) -> None:
-    """Prevents a dynamic programme that is off by one: on few sublayers every subset can be tried."""
+def test_the_knapsack_is_optimal(data: Any) -> None:
+    """Prevents a dynamic programme that is off by one. With few sublayers, the test tries every subset."""
     fixed = SkipMask(attention=[0], mlp=[0], num_layers=4)
     space = Space(num_layers=4, fixed=fixed)
     loss = {sub: data.draw(st.integers(0, 9)) / 10 for sub in space.free}

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from skipsearch import SkipMask
 from skipsearch.errors import ModelLoadError
-from skipsearch.model.preset import presets, with_space
-from skipsearch.search.space import Space
+from skipsearch.model.preset import read_space
+from skipsearch.model.space import Space
 
 L = 9
 spaces = st.builds(
@@ -33,8 +33,8 @@ def runs(layers: frozenset[int]) -> int:
 
 
 @given(space=spaces, data=st.data())
-def test_parameters_make_masks_of_the_space_alone(space: Space, data: Any) -> None:
-    """Prevents an engine that takes whole layers, or so many at most, from getting a mask that it cannot serve."""
+def test_parameters_only_make_masks_of_the_space(space: Space, data: Any) -> None:
+    """Prevents a mask that the engine cannot serve: with parts of layers, or with too many of them."""
     mask = space.mask({name: data.draw(st.integers(*bounds)) for name, bounds in space.bounds.items()})
     assert not mask & space.fixed
     assert space.max_skipped is None or len(mask) <= space.max_skipped
@@ -60,10 +60,10 @@ def test_space_tables_of_a_file(tmp_path: Path) -> None:
     """Prevents a file's rules from being ignored."""
     path = tmp_path / "space.toml"
     path.write_text('[space]\nstructure = "layers"\nfixed_attention = [0]\nmax_skipped = 6\n')
-    space = Space.of(20, with_space(presets()["demo"], path, 20, "demo"))
+    space = read_space(path, 20)
     assert space.structure == "layers" and len(space.bounds) == 19 and space.max_skipped == 6
     path.write_text('[space]\nonly = "attention"\n')
-    space = Space.of(12, with_space(None, path, 12, "x"))
+    space = read_space(path, 12)
     assert [kind for kind, _ in space.free] == ["attention"] * 12
 
 
@@ -82,13 +82,13 @@ def test_space_tables_of_a_file(tmp_path: Path) -> None:
     ],
 )
 def test_bad_space_tables_are_one_sentence(text: str, message: str, tmp_path: Path) -> None:
-    """Prevents a typo from searching another space than was meant."""
+    """Prevents a typing error from changing the space silently."""
     path = tmp_path / "space.toml"
     path.write_text(text)
     with pytest.raises(ModelLoadError, match=message):
-        with_space(None, path, 12, "x")
+        read_space(path, 12)
     with pytest.raises(ModelLoadError, match="cannot be read"):
-        with_space(None, tmp_path / "none.toml", 12, "x")
+        read_space(tmp_path / "none.toml", 12)
 
 
 def test_a_span_ends_at_a_fixed_layer() -> None:
@@ -100,10 +100,10 @@ def test_a_span_ends_at_a_fixed_layer() -> None:
 
 
 @given(one=spaces, other=spaces)
-def test_a_space_says_all_that_sets_it_apart(one: Space, other: Space) -> None:
-    """Prevents a study from being continued with another space, and a refusal in Python's words."""
+def test_two_spaces_have_different_texts(one: Space, other: Space) -> None:
+    """Prevents a study from being continued with another space, and Python types in its error message."""
     assert "frozenset" not in str(one)
-    if one.structure != "spans":  # of other structures, how many spans is of no account
+    if one.structure != "spans":  # the number of spans only counts in this structure
         one, other = replace(one, spans=1), replace(other, spans=other.spans if other.structure == "spans" else 1)
     elif other.structure != "spans":
         other = replace(other, spans=1)

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from skipsearch import SkipMask
-from skipsearch.decoding.policy import DraftPolicy
 from skipsearch.errors import ResultsError, StudyMismatch
 from skipsearch.evaluate.objective import Score
+from skipsearch.model.space import Space
+from skipsearch.policy import DraftPolicy
 from skipsearch.search.options import SAMPLERS
-from skipsearch.search.space import Space
 from skipsearch.search.study import Study, open_storage, storage_url
 
 SPACE = Space(num_layers=4, fixed=SkipMask(attention=[0], num_layers=4))
@@ -49,9 +49,10 @@ def test_every_sampler_finds_the_top_of_a_small_hill(sampler: str, tmp_path: Pat
     study.enqueue([("empty", SkipMask(num_layers=4))])
     study.optimize(scorer, trials=40, time_budget=None, report=nothing)
     assert len(study.finished()) == 40
-    mask, policy, number = study.best(1)[0]
+    mask, number = study.best(1)[0]
     assert scorer(mask).tokens_per_second >= (100 if sampler == "trust-region" else 97)
-    assert policy == DraftPolicy(max_length=3, exit_threshold=0.4) and number < 40
+    attributes = study.finished()[number].user_attrs
+    assert (attributes["max_length"], attributes["exit_threshold"]) == (3, 0.4)
     assert all(not study.mask_of(t).skips("attention", 0) for t in study.finished())
 
 

@@ -1,6 +1,6 @@
-"""The search space: which masks a search may propose, and a mask as Optuna parameters and back.
+"""The search space: which masks a search may propose, and how a mask is written as parameters of a trial.
 
-Knows no Optuna: a parameter is a name with its lowest and highest whole number.
+A parameter is a name with its lowest and highest whole number; Optuna is not needed here.
 """
 
 from __future__ import annotations
@@ -8,26 +8,26 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from skipsearch.mask import KINDS, SkipMask, Sublayer
-from skipsearch.model.preset import Preset, Structure
 
+Structure = Literal["sublayers", "layers", "spans"]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Space:
-    """The masks of a search.
+    """The masks that a search may propose.
 
     Attributes:
         num_layers: decoder layers of the model.
         fixed: sublayers that are never skipped.
-        structure: "sublayers": a 0/1 parameter for each free sublayer (1 = skipped). "layers": one for each layer
-            that is free with both its sublayers, for engines that take only whole layers. "spans": `spans` runs of
-            whole layers, a first layer and a length each.
-        spans: how many runs.
-        max_skipped: the most sublayers that a mask may skip; None without limit.
+        structure: "sublayers": one 0/1 parameter for each free sublayer (1 = skipped). "layers": one for each layer
+            whose two sublayers are both free, for engines that only skip whole layers. "spans": `spans` runs of
+            whole layers, with two parameters each: first layer and length.
+        spans: number of runs.
+        max_skipped: the most sublayers that a mask may skip; None: no limit.
     """
 
     num_layers: int
@@ -36,34 +36,26 @@ class Space:
     spans: int = 1
     max_skipped: int | None = None
 
-    @classmethod
-    def of(cls, num_layers: int, preset: Preset | None) -> Space:
-        if preset is None:
-            return cls(num_layers=num_layers, fixed=SkipMask(num_layers=num_layers))
-        return cls(
-            num_layers=num_layers, fixed=preset.fixed, structure=preset.structure, spans=preset.spans,
-            max_skipped=preset.max_skipped,
-        )  # fmt: skip
-
     def __str__(self) -> str:
-        """In the words of a [space] table: what a study tells when it was made with another one."""
-        words = [
-            self.structure,
-            f"fixed attention {sorted(self.fixed.attention)}",
-            f"fixed mlp {sorted(self.fixed.mlp)}",
-        ]
-        words += [f"spans {self.spans}"] if self.structure == "spans" else []
-        return ", ".join([*words, *([] if self.max_skipped is None else [f"max_skipped {self.max_skipped}"])])
+        """In the words of a [space] table. A study stores it, and names it when another space is used later."""
+        fixed = self.fixed
+        words = [self.structure, f"fixed attention {sorted(fixed.attention)}", f"fixed mlp {sorted(fixed.mlp)}"]
+        if self.structure == "spans":
+            words.append(f"spans {self.spans}")
+        if self.max_skipped is not None:
+            words.append(f"max_skipped {self.max_skipped}")
+        return ", ".join(words)
 
     @property
     def free(self) -> list[Sublayer]:
-        """Sublayers that some mask of the space skips."""
+        """Sublayers that masks of this space may skip."""
         if self.structure == "sublayers":
             return [(kind, i) for kind in KINDS for i in range(self.num_layers) if not self.fixed.skips(kind, i)]
         return [(kind, i) for kind in KINDS for i in self._layers]
 
     @property
     def _layers(self) -> list[int]:
+        """Layers whose two sublayers are both free."""
         return [i for i in range(self.num_layers) if not any(self.fixed.skips(kind, i) for kind in KINDS)]
 
     @property
@@ -73,24 +65,22 @@ class Space:
             return {f"{kind}.{i:02d}": (0, 1) for kind, i in self.free}
         if self.structure == "layers":
             return {f"layer.{i:02d}": (0, 1) for i in self._layers}
-        last = self.num_layers - 1
-        longest = self.num_layers if self.max_skipped is None else max(1, self.max_skipped // 2)
+        longest = self.num_layers if self.max_skipped is None else min(self.max_skipped // 2, self.num_layers)
         bounds = {}
         for number in range(self.spans):
-            bounds[f"span.{number}.first"] = (0, last)
-            bounds[f"span.{number}.length"] = (0, min(longest, self.num_layers))
+            bounds[f"span.{number}.first"] = (0, self.num_layers - 1)
+            bounds[f"span.{number}.length"] = (0, longest)
         return bounds
 
     def params(self, mask: SkipMask) -> dict[str, int]:
-        """A mask as parameters; what the space cannot express is left out, so `mask(params(m))` skips part of m."""
+        """A mask as parameters. Sublayers that the space cannot express are not skipped: `mask(params(m)) <= m`."""
         mask = self.mask_within(mask)
         if self.structure == "sublayers":
             return {name: int(mask.skips(*sub)) for name, sub in zip(self.bounds, self.free, strict=True)}
-        whole = [i for i in self._layers if all(mask.skips(kind, i) for kind in KINDS)]
         if self.structure == "layers":
-            return {f"layer.{i:02d}": int(i in whole) for i in self._layers}
+            return {f"layer.{i:02d}": int(mask.skips("attention", i)) for i in self._layers}
         runs: list[tuple[int, int]] = []
-        for i in whole:
+        for i in sorted(mask.attention):
             first, length = runs[-1] if runs else (i, 0)
             if first + length == i:
                 runs[-1:] = [(first, length + 1)]
@@ -112,27 +102,25 @@ class Space:
         else:
             spans = [(params[f"span.{n}.first"], params[f"span.{n}.length"]) for n in range(self.spans)]
             free = set(self._layers)
-            # A fixed layer ends a run: an engine that takes one run could not be served two.
+            # A fixed layer ends a run, or the run would become two, and some engines can skip only one.
             runs = (itertools.takewhile(free.__contains__, range(first, first + length)) for first, length in spans)
             inside = set(itertools.chain.from_iterable(runs))
             skipped = [(kind, i) for kind in KINDS for i in inside]
         return self.mask_within(SkipMask.from_sublayers(skipped, self.num_layers))
 
     def mask_within(self, mask: SkipMask) -> SkipMask:
-        """The mask without fixed sublayers and, where it skips too many, with an even choice of those it skips."""
-        if self.structure != "sublayers":  # whole layers, so that the choice is one among layers
+        """The mask without fixed sublayers. If it skips too many, some are dropped, evenly over the model's depth."""
+        if self.structure != "sublayers":  # drop whole layers
             whole = [i for i in self._layers if all(mask.skips(kind, i) for kind in KINDS)]
-            kept = _evenly(whole, None if self.max_skipped is None else self.max_skipped // 2)
-            if self.structure == "spans" and len(kept) < len(whole):
-                kept = whole[: len(kept)]
+            most = None if self.max_skipped is None else self.max_skipped // 2
+            kept = whole[:most] if self.structure == "spans" else _evenly(whole, most)
             return SkipMask(attention=kept, mlp=kept, num_layers=self.num_layers)
-        return SkipMask.from_sublayers(
-            _evenly(list((mask - self.fixed).sublayers()), self.max_skipped), mask.num_layers
-        )
+        skipped = list((mask - self.fixed).sublayers())
+        return SkipMask.from_sublayers(_evenly(skipped, self.max_skipped), self.num_layers)
 
 
 def _evenly(items: list[T], most: int | None) -> list[T]:
-    """At most so many of them, spread evenly: a rule that favours no end of the model."""
+    """At most `most` of the items, evenly spaced, so that neither end of the model is preferred."""
     if most is None or len(items) <= most:
         return items
     return [items[(2 * n + 1) * len(items) // (2 * most)] for n in range(most)]

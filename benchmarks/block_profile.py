@@ -76,7 +76,7 @@ def main() -> None:
         Sequences._forward = forward  # type: ignore[method-assign]
     arms = {
         "plain": our_arm(target),
-        "mask": our_arm(target, file.mask, replace(policy, ngram=0, never_slower=False)),
+        "mask": our_arm(target, file.mask, policy.mask_alone()),
         "n-gram": our_arm(target, None, DraftPolicy(max_length=1, ngram=10, never_slower=True)),
         "hybrid": our_arm(target, file.mask, replace(policy, ngram=10, never_slower=True)),
     }

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +73,7 @@ def main() -> None:
     for half in KINDS:
         warm_mask(target, SkipMask(**{half: range(layers)}, num_layers=layers))  # type: ignore[arg-type]
     served = file.draft
-    alone = replace(served, ngram=0, never_slower=False)
+    alone = served.mask_alone()
     bare: dict[str, Any] = {"ngram": 0, "never_slower": False, "seed": args.seed}
     ours: dict[str, Any] = {
         "ours, mask alone": self_speculative("auto", **bare), "ours": self_speculative("auto", seed=args.seed),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from pydantic import ConfigDict, StrictInt
@@ -78,6 +78,10 @@ class DraftPolicy:
                 f"draft.costs must hold seconds of a draft step and of verifying 0, 1, ... tokens, got {self.costs!r}; "
                 f"leave it out"
             )
+
+    def mask_alone(self) -> DraftPolicy:
+        """The same without other sources of drafts, and without fallback to plain steps."""
+        return replace(self, ngram=0, never_slower=False)
 
     @property
     def uses_confidence(self) -> bool:

@@ -119,7 +119,7 @@ def arms(target: Target, mask: SkipMask | None, policy: DraftPolicy, longest: in
     lookup = DraftPolicy(max_length=1, ngram=NGRAM, never_slower=True, costs=policy.costs)
     found[LOOKUP] = our_arm(target, None, lookup)
     if mask is not None:
-        found[MASK] = our_arm(target, mask, dataclasses.replace(policy, ngram=0, never_slower=False))
+        found[MASK] = our_arm(target, mask, policy.mask_alone())
         served = dataclasses.replace(policy, ngram=policy.ngram or NGRAM, never_slower=True)
         found[HYBRID] = our_arm(target, mask, served)
         found[PREFIX] = our_arm(target, prefix_mask(mask), DraftPolicy(max_length=4, exit_threshold=0.5))

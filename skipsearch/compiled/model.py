@@ -1,7 +1,7 @@
 """CompiledModel: forwards of fixed shape through compiled pieces and static buffers; CUDA graphs on a GPU.
 
 Each set of buffers serves one sequence at a time. A forward is padded to the next width that has pieces. The padding
-lies behind the last token, where no query attends to it and the next forward overwrites it.
+lies behind the last token, where no query attends to it.
 Shapes: Q tokens of a forward, T slots that attention reads, V vocabulary.
 """
 

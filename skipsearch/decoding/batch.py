@@ -98,7 +98,7 @@ class Batch:
             buffers.positions.copy_(self.positions)
         for b, committed in enumerate(self.cache.committed):
             # Of a cache that holds the whole prompt, the last token is processed again; for the same shapes, all are.
-            self.cache.committed[b] = 0 if aligned else min(committed, length - 1 - self.offset)
+            self.cache.commit(b, 0 if aligned else min(committed, length - 1 - self.offset))
         if aligned and (rows > 1 or self.offset < 0):
             raise DecodingError(
                 f"deterministic decoding takes one sequence with all its tokens, got {rows} sequences and "
@@ -230,7 +230,7 @@ class Batch:
                     f"pass the whole prompt"
                 )
             committed = 0  # everything is processed again
-        self.cache.committed[row] = committed
+        self.cache.commit(row, committed)
 
     def drop(self, ended: list[int]) -> None:
         """Take ended rows out of the batch; the last active ones move to their places."""

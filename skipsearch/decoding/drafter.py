@@ -1,4 +1,4 @@
-"""Drafter: where each block's draft comes from. The sources are the mask, n-grams of the text, or none (plain).
+"""Drafter: where each block's draft comes from. The mask drafts, or a token source (n-grams), or none (plain).
 
 The target verifies every draft in the same way, so the output does not depend on its source.
 Shapes: B rows, K drafted tokens, V vocabulary.
@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from skipsearch.compiled.model import GUESS
-from skipsearch.decoding.ngram import NgramIndex
-from skipsearch.decoding.policy import ExitRule
+from skipsearch.decoding.exit_rule import ExitRule
 from skipsearch.decoding.scheduler import Scheduler
 from skipsearch.decoding.sequences import Sequences
+from skipsearch.decoding.sources import MASK, PLAIN, Part, TokenSource, token_sources
 from skipsearch.decoding.stats import Block
 from skipsearch.policy import DraftPolicy
 
-GUESS_FROM = 0.4  # acceptance from which the draft model checks an n-gram
+GUESS_FROM = 0.4  # acceptance from which the draft model checks the tokens of a source
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,27 +31,40 @@ class Draft:
     Attributes:
         drafted: how many tokens of each row; they lie in `ids` behind its last one.
         probs: with sampling, the probabilities [B, K, V] that they were drawn from.
-        source: "plain", "mask" or "ngram".
-        of_mask: of a single row, how many of the tokens the mask drafted; an n-gram drafted the others.
-        match: how many tokens in front of that n-gram agreed with the text.
+        parts: which source drafted how many of them, in order; of a batch, as many as its longest row's.
     """
 
     drafted: list[int]
     probs: Tensor | None = None
-    source: str = "plain"
-    of_mask: int = 0
-    match: int = 0
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def source(self) -> str:
+        """The source that began it."""
+        return self.parts[0].source if self.parts else PLAIN
+
+    @property
+    def of_mask(self) -> int:
+        """How many tokens the mask drafted."""
+        return sum(part.tokens for part in self.parts if part.source == MASK)
+
+    @property
+    def free(self) -> bool:
+        """Whether it took no draft step."""
+        return self.source not in (MASK, PLAIN)
 
 
 class Drafter:
     """Drafts for one batch of sequences, and learns from what is accepted.
 
-    A single sequence may draft from n-grams, and choose between the sources. The rows of a batch draft with the mask.
+    A single sequence may draft from token sources, and choose between them, the mask and plain steps. The rows of a
+    batch draft with the mask.
 
     Args:
         scheduler: estimates to start from; sequences that follow each other share one.
 
     Attributes:
+        sources: token sources that the policy switches on; of a batch, none.
         seconds: of the last block.
     """
 
@@ -59,10 +72,9 @@ class Drafter:
         self.sequences, self.scheduler, self.seconds = sequences, scheduler or Scheduler(), 0.0
         self.adopt(policy)
         self.single = len(sequences.rows) == 1
-        self.index: NgramIndex | None = None
-        if policy.ngram and self.single:
-            self.index = NgramIndex()
-            self.index.extend(sequences.ids[0, : sequences.lengths[0]].tolist())
+        self.sources = token_sources(policy) if self.single else []
+        for source in self.sources:
+            source.extend(sequences.ids[0, : sequences.lengths[0]].tolist())
         self._begun, self._drafted = 0.0, 0.0
 
     def change(self, view: PreTrainedModel | None, policy: DraftPolicy) -> None:
@@ -72,7 +84,7 @@ class Drafter:
         self.scheduler.forget_mask()
 
     def adopt(self, policy: DraftPolicy) -> None:
-        """Draft with another policy from now on."""
+        """Draft with another length and exit from now on; the token sources stay."""
         self.policy = policy
         self.rules = {row: ExitRule(policy) for row in self.sequences.rows}
 
@@ -88,29 +100,32 @@ class Drafter:
         has_mask = self.sequences.draft_model is not None
         if max(rooms) < 1:
             return nothing
-        if not self.single or not (self.policy.never_slower or self.index):
+        if not self.single or not (self.policy.never_slower or self.sources):
             return self._by_mask(rooms) if has_mask else nothing
-        rates = {"mask": self.scheduler.mask_rate} if has_mask else {}
-        following: list[int] = []
-        match, length = 0, 0
-        if self.index is not None:
-            match, following = self.index.lookup(limit=min(self.policy.ngram, rooms[0]))
-            if match:
-                length, rates["ngram"] = self.scheduler.ngram_plan(match, len(following))
+        rates = {MASK: self.scheduler.mask_rate} if has_mask else {}
+        plans: dict[str, tuple[list[int], Part]] = {}
+        for source in self.sources:
+            if (proposal := source.propose(min(source.longest, rooms[0]))) is not None:
+                tokens, reliability = proposal
+                acceptance = self.scheduler.acceptance(source, reliability)
+                length, rates[source.name] = self.scheduler.plan(acceptance, len(tokens))
+                plans[source.name] = tokens[:length], Part(source.name, length, reliability)
         if self.policy.never_slower or not rates:
             if not self.scheduler.knows_plain and self.scheduler.clock:
                 return nothing  # the first step is plain: its seconds are what a draft has to beat
             if self.scheduler.knows_plain or not rates:
-                rates["plain"] = self.scheduler.plain_rate
-        source = self.scheduler.choose(rates)
-        if source == "mask":
+                rates[PLAIN] = self.scheduler.plain_rate
+        chosen = self.scheduler.choose(rates)
+        if chosen == MASK:
             return self._by_mask(rooms)
-        if source == "plain":
+        if chosen == PLAIN:
             return nothing
-        self.sequences.put(0, 0, following[:length])
-        return Draft([length], self._certain(following[:length]), "ngram", 0, match)
+        tokens, part = plans[chosen]
+        self.sequences.put(0, 0, tokens)
+        return Draft([len(tokens)], self._certain(tokens), (part,))
 
     def _by_mask(self, rooms: list[int]) -> Draft:
+        """A draft of the mask; a token source may continue it."""
         sequences, policy = self.sequences, self.policy
         limits = [min(room, policy.max_length) for room in rooms]
         rules = [self.rules[row] for row in sequences.rows]
@@ -122,37 +137,50 @@ class Drafter:
             tokens.append(token)
             if policy.uses_confidence and rules[place].stops(confidence):
                 return True
-            if self.index is None:
-                return False
-            match, _ = self.index.lookup(tokens, 1)
-            return match > 2 and self.scheduler.ngram_acceptance(match) >= self.scheduler.mask_acceptance
+            return any(self._continues(source, tokens) for source in self.sources)
 
         drafted, probs = sequences.draft(
-            limits, stop if policy.uses_confidence or self.index is not None else None,
-            self._guess if self.index is not None and sequences.selection.sampling is None else None,
+            limits, stop if policy.uses_confidence or self.sources else None,
+            self._guess if self.sources and sequences.selection.sampling is None else None,
         )  # fmt: skip
-        match = 0
-        of_mask = drafted[0]
-        # No block is longer than a mask or an n-gram may draft alone: only such widths are compiled.
-        room = min(rooms[0], max(policy.max_length, policy.ngram)) - of_mask
-        if self.index is not None and room > 0:
-            match, following = self.index.lookup(tokens, min(policy.ngram, room))
-            chance = rules[0].chance if policy.curve else self.scheduler.mask_acceptance**of_mask
-            more = self.scheduler.tail(chance, of_mask, match, len(following)) if match else 0
-            if more:
-                sequences.put(0, of_mask, following[:more])
-                drafted = [of_mask + more]
-                if probs is not None:
-                    certain = self._certain(following[:more])
-                    assert certain is not None
-                    probs = torch.cat([probs, certain], 1)
-        return Draft(drafted, probs, "mask", of_mask, match)
+        draft = Draft(drafted, probs, (Part(MASK, max(drafted)),))
+        chance = rules[0].chance if policy.curve else self.scheduler.mask_acceptance**draft.of_mask
+        for source in self.sources:
+            continued = self._continue(draft, source, tokens, rooms[0], chance)
+            if continued is not draft:
+                return continued
+        return draft
+
+    def _continues(self, source: TokenSource, drafted: list[int]) -> bool:
+        """Whether the mask's draft should end here, because a source can continue it."""
+        if (proposal := source.propose(1, drafted)) is None or proposal[1] < source.reliable:
+            return False
+        return self.scheduler.acceptance(source, proposal[1]) >= self.scheduler.mask_acceptance
+
+    def _continue(self, draft: Draft, source: TokenSource, drafted: list[int], room: int, chance: float) -> Draft:
+        """The mask's draft with as many tokens of a source behind it as pay, given the chance that it is accepted."""
+        # No block is longer than the mask or the source may draft alone; the drafts of such widths are compiled.
+        room = min(room, max(self.policy.max_length, source.longest)) - draft.of_mask
+        proposal = source.propose(min(source.longest, room), drafted) if room > 0 else None
+        if proposal is None:
+            return draft
+        tokens, reliability = proposal
+        more = self.scheduler.tail(chance, draft.of_mask, self.scheduler.acceptance(source, reliability), len(tokens))
+        if not more:
+            return draft
+        self.sequences.put(0, draft.of_mask, tokens[:more])
+        probs, certain = draft.probs, self._certain(tokens[:more])
+        if probs is not None and certain is not None:
+            probs = torch.cat([probs, certain], 1)
+        return Draft([draft.of_mask + more], probs, (*draft.parts, Part(source.name, more, reliability)))
 
     def _guess(self, drafted: list[int]) -> list[int]:
-        """An n-gram of `GUESS` tokens that the draft model checks in one forward, or none."""
-        assert self.index is not None
-        match, following = self.index.lookup(drafted, GUESS)
-        return following if match and self.scheduler.ngram_acceptance(match) >= GUESS_FROM else []
+        """`GUESS` tokens of a source that the draft model checks in one forward, or none."""
+        for source in self.sources:
+            tokens, reliability = source.propose(GUESS, drafted) or ([], 0)
+            if len(tokens) == GUESS and self.scheduler.acceptance(source, reliability) >= GUESS_FROM:
+                return tokens
+        return []
 
     def _certain(self, tokens: list[int]) -> Tensor | None:
         """Draft probabilities [1, K, V] of a source without sampling: 1 for each of these tokens; None if greedy."""
@@ -164,7 +192,7 @@ class Drafter:
     def learn(self, draft: Draft, blocks: list[Block]) -> None:
         """Update the estimates with the outcome of a draft. To be called right after its verify."""
         self.seconds = seconds = time.perf_counter() - self._begun
-        if self.single and self.index is None and self.sequences.draft_model is None:
+        if self.single and not self.sources and self.sequences.draft_model is None:
             if self.scheduler.clock:
                 self.scheduler.observe_verify(0, seconds)
             return
@@ -173,13 +201,12 @@ class Drafter:
                 self.rules[block.row].learn(block.drafted, block.accepted)
             return
         block = blocks[0]
-        # The exit rule learns from what the mask drafted, not from an n-gram behind it or in its place.
+        # The exit rule learns from what the mask drafted, not from a source behind it or in its place.
         self.rules[block.row].learn(min(draft.of_mask, block.drafted), min(draft.of_mask, block.accepted))
-        if self.index is not None:
-            self.index.extend(block.tokens)
+        for source in self.sources:
+            source.extend(block.tokens)
         # On a GPU a draft without an exit does not wait for the device: the clock cannot separate it from its verify.
-        apart = draft.source != "mask" or self.policy.uses_confidence or self.sequences.ids.device.type == "cpu"
+        apart = draft.source != MASK or self.policy.uses_confidence or self.sequences.ids.device.type == "cpu"
         self.scheduler.learn(
-            draft.source, of_mask=draft.of_mask, match=draft.match, drafted=block.drafted, accepted=block.accepted,
-            seconds=seconds, verify_seconds=time.perf_counter() - self._drafted if apart else None,
-        )  # fmt: skip
+            draft.parts, block.accepted, seconds, time.perf_counter() - self._drafted if apart else None
+        )

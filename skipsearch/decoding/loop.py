@@ -88,8 +88,7 @@ def decode(
                 sequences.truncate(b, before[b] + last + 1)
                 block = cut_block(block, last + 1)
             if prefilled:
-                of_mask = draft.of_mask if drafter is None or drafter.single else block.drafted
-                stats.count(block.drafted, block.accepted, draft.source, of_mask)
+                stats.count(block.drafted, block.accepted, draft.parts)
             stats.committed += len(block.tokens)
             yield block
             if tuner is not None and drafter is not None:
@@ -100,6 +99,6 @@ def decode(
             drafter = Drafter(sequences, policy, scheduler)
         prefilled = True
         if len(ended) == len(sequences.rows):
-            return  # left as they are, so that the cache can be handed over
+            return  # these rows stay in the batch, so that their cache can be handed over
         if ended:
             sequences.drop(ended)

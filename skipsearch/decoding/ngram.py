@@ -9,14 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-LONGEST = 4  # tokens of the n-grams that are indexed; longer matches are told by reading backwards
+LONGEST = 4  # tokens of the n-grams that are indexed; longer matches are found by reading backwards
 FARTHEST = 16  # tokens read backwards
+# Expected acceptance if 1, 2, 3, 4 to 7, or 8 and more tokens before the n-gram agree.
+FIRST_GUESS = (0.3, 0.5, 0.65, 0.75, 0.85)
+
+
+def match_class(length: int) -> int:
+    """Which class of `FIRST_GUESS` a match of so many tokens is in."""
+    return min(length, 4) - 1 if length < 8 else 4
 
 
 class NgramIndex:
-    """The n-grams of one growing sequence."""
+    """The n-grams of one growing sequence: a `TokenSource`.
 
-    def __init__(self) -> None:
+    Args:
+        longest: the most tokens that it may propose.
+    """
+
+    name = "ngram"
+    first_guess: tuple[float, ...] = FIRST_GUESS
+    reliable = match_class(3)
+
+    def __init__(self, longest: int) -> None:
+        self.longest = longest
         self.tokens: list[int] = []
         self._behind: list[dict[tuple[int, ...], int]] = [{} for _ in range(LONGEST + 1)]
 
@@ -27,6 +43,11 @@ class NgramIndex:
             for n in range(1, min(LONGEST, end) + 1):
                 self._behind[n][tuple(self.tokens[end - n : end])] = end
             self.tokens.append(token)
+
+    def propose(self, limit: int, drafted: Sequence[int] = ()) -> tuple[list[int], int] | None:
+        """See `TokenSource`: the class of reliability is that of the match."""
+        match, following = self.lookup(drafted, limit)
+        return (following, match_class(match)) if match else None
 
     def lookup(self, drafted: Sequence[int] = (), limit: int = 10) -> tuple[int, list[int]]:
         """What followed the last tokens where they occurred before.

@@ -9,22 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-MEMORY_OF_MASK, MEMORY_OF_NGRAM = 0.85, 0.92  # weight of the old estimate at each new block of its source
+from skipsearch.decoding.sources import MASK, PLAIN, Part, TokenSource
+
+MEMORY_OF_MASK, MEMORY_OF_SOURCE = 0.85, 0.92  # weight of the old estimate at each new block of its source
 MARGIN = 0.9  # on the mask's estimate: it is made from blocks chosen for the mask, which flatter it
 PROBE_SHARE, PROBE_PLAIN = 0.02, 0.002  # of the time, for trying slower sources; plain steps vary little
-# Expected acceptance of an n-gram before any was verified, if 1, 2, 3, 4 to 7, or 8 and more tokens before it agree.
-FIRST_GUESS = (0.3, 0.5, 0.65, 0.75, 0.85)
-GUESS_WEIGHT = 3.0
+GUESS_WEIGHT = 3.0  # tokens that the first guess of a source's acceptance counts for
 FAR_OFF = 3.0  # times the expected seconds: a block counts for no more
 
 
-def match_class(length: int) -> int:
-    """Which of the classes of `FIRST_GUESS` a match of so many tokens is in."""
-    return min(length, 4) - 1 if length < 8 else 4
-
-
 class Scheduler:
-    """Estimates for plain steps, mask drafts and n-grams.
+    """Estimates for plain steps, mask drafts and token sources.
 
     Args:
         costs: seconds of a draft step, then of verifying 0, 1, 2, ... drafted tokens, if they were measured before.
@@ -37,8 +32,8 @@ class Scheduler:
         self.step = costs[0] if costs else 0.0
         self.verify: dict[int, float] = dict(enumerate(costs[1:]))
         self.forget_mask()
-        self.hits = [guess * GUESS_WEIGHT for guess in FIRST_GUESS]
-        self.tries = [GUESS_WEIGHT] * len(FIRST_GUESS)
+        # By token source and class of reliability: tokens accepted, and tokens verified up to the first rejected one.
+        self._tried: dict[tuple[str, int], tuple[float, float]] = {}
         self._best = 0.0  # the rate that the last choice had to beat
         self._since: dict[str, float] = {}
         self._loss: dict[str, float] = {}
@@ -94,27 +89,27 @@ class Scheduler:
     def mask_acceptance(self) -> float:
         return self.accepted / self.drafted
 
-    def ngram_acceptance(self, match: int) -> float:
-        """Chance that the next token of an n-gram is accepted if those before it were."""
-        known = match_class(match)
-        return min(0.99, self.hits[known] / self.tries[known])
+    def acceptance(self, source: TokenSource, reliability: int) -> float:
+        """Chance that the next token of a source is accepted if those before it were."""
+        first = (GUESS_WEIGHT * source.first_guess[reliability], GUESS_WEIGHT)
+        accepted, verified = self._tried.setdefault((source.name, reliability), first)
+        return min(0.99, accepted / verified)
 
-    def ngram_plan(self, match: int, longest: int) -> tuple[int, float]:
-        """How many tokens of an n-gram to draft for the most tokens per second, and that rate."""
-        a = self.ngram_acceptance(match)
+    def plan(self, acceptance: float, longest: int) -> tuple[int, float]:
+        """How many tokens of a source to draft for the most tokens per second, and that rate."""
+        a = acceptance
         rates = {
             k: (1 - a ** (k + 1)) / (1 - a) / self.verify_seconds(k) for k in range(1, longest + 1)
         }  # fmt: skip
         best = max(rates, key=rates.__getitem__)
         return best, rates[best]
 
-    def tail(self, chance: float, drafted: int, match: int, longest: int) -> int:
-        """How many tokens of an n-gram to append to a draft that is accepted whole with this chance."""
-        a = self.ngram_acceptance(match)
+    def tail(self, chance: float, drafted: int, acceptance: float, longest: int) -> int:
+        """How many tokens of a source to append to a draft that is accepted whole with this chance."""
         rate = max(self.plain_rate, 0.0 if math.isinf(self.mask_rate) else self.mask_rate)
         base, gain, best, gained = self.verify_seconds(drafted), 0.0, 0, 0.0
         for t in range(1, longest + 1):
-            gain += chance * a**t
+            gain += chance * acceptance**t
             worth = gain - (self.verify_seconds(drafted + t) - base) * rate
             if worth > gained:
                 best, gained = t, worth
@@ -133,17 +128,17 @@ class Scheduler:
                 return source
         return best
 
-    def learn(
-        self, source: str, *, of_mask: int, match: int, drafted: int, accepted: int, seconds: float,
-        verify_seconds: float | None,
-    ) -> None:  # fmt: skip
+    def learn(self, parts: Sequence[Part], accepted: int, seconds: float, verify_seconds: float | None) -> None:
         """Update the estimates with one block.
 
         Args:
-            of_mask: how many of the drafted tokens the mask drafted; an n-gram with `match` drafted the others.
+            parts: of its draft; none: a plain step.
+            accepted: how many of the drafted tokens.
             seconds: of the whole block.
             verify_seconds: of its verify; None if the clock could not separate it.
         """
+        drafted, source = sum(part.tokens for part in parts), parts[0].source if parts else PLAIN
+        of_mask = sum(part.tokens for part in parts if part.source == MASK)
         if not self.clock:
             seconds = of_mask * self.step + self.verify_seconds(drafted)
         elif self.verify and (self.step or not of_mask):
@@ -151,17 +146,25 @@ class Scheduler:
             seconds = min(seconds, FAR_OFF * (of_mask * self.step + self.verify_seconds(drafted)))
         if self.clock and verify_seconds is not None:
             self.observe_verify(drafted, verify_seconds)
-        if source == "mask":
+        if source == MASK:
             self.tokens = MEMORY_OF_MASK * self.tokens + accepted + 1
             self.seconds = MEMORY_OF_MASK * self.seconds + seconds
-            looked = min(accepted + 1, of_mask)
             self.accepted = MEMORY_OF_MASK * self.accepted + min(accepted, of_mask)
-            self.drafted = MEMORY_OF_MASK * self.drafted + looked
-        if match and accepted >= of_mask and drafted > of_mask:
-            known, right = match_class(match), accepted - of_mask
-            self.hits[known] = MEMORY_OF_NGRAM * self.hits[known] + right
-            self.tries[known] = MEMORY_OF_NGRAM * self.tries[known] + min(right + 1, drafted - of_mask)
+            self.drafted = MEMORY_OF_MASK * self.drafted + min(accepted + 1, of_mask)
+        self._learn_acceptance(parts, accepted)
         for other in self._since:
             self._since[other] += seconds
         self._since[source] = 0.0
         self._loss[source] = max(0.0, seconds - (accepted + 1) / self._best) if self._best else 0.0
+
+    def _learn_acceptance(self, parts: Sequence[Part], accepted: int) -> None:
+        """Update the acceptance of each token source whose tokens were reached."""
+        before = 0
+        for part in parts:
+            if (key := (part.source, part.reliability)) in self._tried and accepted >= before:
+                right, verified = self._tried[key]
+                new = min(accepted - before, part.tokens)
+                self._tried[key] = (
+                    MEMORY_OF_SOURCE * right + new, MEMORY_OF_SOURCE * verified + min(new + 1, part.tokens),
+                )  # fmt: skip
+            before += part.tokens

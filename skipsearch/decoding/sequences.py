@@ -89,7 +89,10 @@ class Sequences(Batch):
         return token_B, (top_B - scores_BV.float().logsumexp(-1)).exp()
 
     def _draft_compiled(self, limit: int, stop: Stop | None, guess: Guess | None) -> int:
-        """Draft greedily for one row through compiled forwards; returns how many tokens."""
+        """Draft greedily for one row through compiled forwards; returns how many tokens.
+
+        The next forward starts behind the last token that the draft model chose, so wrong guesses are forgotten.
+        """
         tokens: list[int] = []
         first, ended = self.lengths[0], False
         while len(tokens) < limit and not ended:
@@ -163,13 +166,12 @@ class Sequences(Batch):
         )  # fmt: skip
 
     def _commit(self, row: int, accepted: int) -> None:
-        """Advance a row by its accepted drafts and the target's token.
+        """Advance a row by its accepted drafts and the bonus token, which the next forward processes.
 
-        This is where rejected drafts are forgotten: their keys lie at slots that are not committed, nothing attends
-        to them, and the next forward overwrites them. The target's token is processed by that forward.
+        Here rejected drafts are forgotten: their slots are not committed (see `model.cache`).
         """
         self.lengths[row] += accepted + 1
-        self.cache.committed[row] = self.lengths[row] - 1 - self.offset
+        self.cache.commit(row, self.lengths[row] - 1 - self.offset)
 
     def _behind(self, k: int) -> Tensor:
         """The k tokens [B, k] behind each row's last one."""

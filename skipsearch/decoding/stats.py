@@ -6,9 +6,12 @@ Shapes: B rows, K drafted tokens, V vocabulary.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
+
+from skipsearch.decoding.sources import MASK, PLAIN, SOURCES, Part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,23 +51,24 @@ class DecodeStats:
     Attributes:
         blocks: how many blocks drafted k tokens and had n of them accepted, by (k, n).
         committed: tokens in the output beyond the prompt.
-        accepted_from: accepted tokens, by the source that drafted them ("mask", "ngram").
+        accepted_from: accepted tokens, by the source that drafted them ("mask", or a token source).
         blocks_from: blocks, by the source that began their draft ("plain": nothing was drafted).
         lossy: whether the output is not the target's own, by design (joint decoding).
     """
 
     blocks: Counter[tuple[int, int]] = field(default_factory=Counter)
     committed: int = 0
-    accepted_from: Counter[str] = field(default_factory=Counter)
+    accepted_from: Counter[str] = field(default_factory=lambda: Counter({MASK: 0, **dict.fromkeys(SOURCES, 0)}))
     blocks_from: Counter[str] = field(default_factory=Counter)
     lossy: bool = False
 
-    def count(self, drafted: int, accepted: int, source: str, of_mask: int) -> None:
-        """Add a block. The mask drafted `of_mask` of its tokens, an n-gram the others."""
+    def count(self, drafted: int, accepted: int, parts: Sequence[Part]) -> None:
+        """Add a block whose draft has these parts; of a row of a batch, the part may be longer than its draft."""
         self.blocks[drafted, accepted] += 1
-        self.blocks_from[source] += 1
-        self.accepted_from["mask"] += min(accepted, of_mask)
-        self.accepted_from["ngram"] += max(0, accepted - of_mask)
+        self.blocks_from[parts[0].source if parts else PLAIN] += 1
+        for part in parts:
+            self.accepted_from[part.source] += min(accepted, part.tokens)
+            accepted -= min(accepted, part.tokens)
 
     def add(self, other: DecodeStats) -> None:
         """Add the counts of another run."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skipsearch.decoding.policy import ExitRule
+from skipsearch.decoding.exit_rule import ExitRule
 from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.reference import Start
 from skipsearch.evaluate.replay import Replay, Segment

@@ -24,6 +24,7 @@ from skipsearch.decoding.loop import Ending, cut_block
 from skipsearch.decoding.processors import TokenSelection, process
 from skipsearch.decoding.rows import rows_may_differ
 from skipsearch.decoding.sequences import Sequences
+from skipsearch.decoding.sources import MASK, Part
 from skipsearch.decoding.stats import Block, DecodeStats
 from skipsearch.errors import DecodingError
 from skipsearch.joint.tree import Reader, TokenTree
@@ -156,7 +157,7 @@ class JointDecoder:
         """Forget all tokens behind the first `length`; the last one left is read again."""
         self.ids = self.ids[:, :length]
         for reader in self.readers:
-            reader.cache.committed[0] = min(reader.committed, length - self.pad - 1)
+            reader.cache.commit(0, min(reader.committed, length - self.pad - 1))
 
     def _beams(self, length: int, eos_ids: frozenset[int]) -> tuple[TokenTree, list[float], list[int]]:
         """Draft beams: the tree of all drafted tokens, its nodes' joint log-likelihoods, each beam's last node."""
@@ -208,7 +209,7 @@ def decode_jointly(decoder: JointDecoder, ending: Ending, stats: DecodeStats | N
             ended = True
             decoder.cut(length + last + 1)
             block = cut_block(block, last + 1)
-        stats.count(drafted, block.accepted, "mask", drafted)
+        stats.count(drafted, block.accepted, [Part(MASK, drafted)])
         stats.committed += len(block.tokens)
         yield block
 

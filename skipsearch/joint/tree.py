@@ -102,7 +102,7 @@ class Reader:
             positions_1T = torch.arange(self.committed, ids_1T.shape[1], device=ids_1T.device)[None]
             few = {"logits_to_keep": 1} if self.target.takes_logits_to_keep else {}
             self._forward(missing_1T, positions_1T, None, few)
-            self.cache.committed[0] = ids_1T.shape[1]
+            self.cache.commit(0, ids_1T.shape[1])
 
     @torch.no_grad()
     def read(self, tree: TokenTree, first: int = 0) -> Tensor:
@@ -127,7 +127,7 @@ class Reader:
         return logits
 
     def keep(self, nodes: Sequence[int]) -> None:
-        """Commit these nodes, a path from the root on, all of which have been read."""
+        """Commit these nodes, a path from the root on, all of which have been read; the other nodes are forgotten."""
         start = self.committed
         wanted = torch.tensor([start + node for node in nodes], dtype=torch.long)
         for layer in self.cache.cache.layers:
@@ -135,4 +135,4 @@ class Reader:
                 for buffer in layer.buffers:
                     kept = buffer[:, :, wanted.to(buffer.device)]  # a copy: places may overlap
                     buffer[:, :, start : start + len(nodes)] = kept
-        self.cache.committed[0] = start + len(nodes)
+        self.cache.commit(0, start + len(nodes))

@@ -1,9 +1,15 @@
 """SharedCache: the KV cache that draft and target share.
 
-Each layer is a buffer that is longer than needed. One cursor tells all layers where the next forward writes. A
-rollback moves the cursor and crops nothing, so a layer whose attention the draft skips stays in step with the others.
-Rows of a batch may have different lengths. Slots below `committed` hold the keys and values of final tokens. Static
-and quantised caches are not supported.
+Each layer is a buffer that is longer than needed. Slots below `committed` hold the keys and values of final tokens
+(all but the last token, which the next forward processes). What lies behind, such as rejected drafts, is scratch. To
+forget it, `commit` sets the number of committed slots; nothing is cropped or erased. So a layer whose attention the
+draft skips stays in step with the others. Rows of a batch may have different lengths. Static and quantised caches are
+not supported.
+
+Why no query attends to scratch: each forward starts at a row's committed slots, or right behind slots that were written
+in the same block, and it writes its own slots before attention reads. A query sees no slot above its own. In a batch,
+in compiled forwards and in trees of tokens the attention mask hides those (`AttentionLayout.masks`); for a single eager
+row the keys end with the forward's last slot. Buffers begin as zeros, since a NaN in a masked slot would still spread.
 
 Shapes: B rows, H heads, T slots, Q new tokens, D head size. A slot is a position in the buffer.
 """
@@ -104,6 +110,10 @@ class SharedCache:
             for source, target in zip(sources, targets, strict=True):
                 self.committed[target] = self.committed[source]
         del self.committed[left:]
+
+    def commit(self, row: int, slots: int) -> None:
+        """From now on the first `slots` slots of a row hold final tokens; the others are forgotten."""
+        self.committed[row] = slots
 
     def keys_and_values(self, slots: int) -> list[tuple[Tensor, Tensor]]:
         """Keys and values [B, H, slots, D] of each layer, as views. Slots behind `committed` may be written to."""

@@ -30,7 +30,7 @@ class ServedSequence(Drafter):
     def note(self, draft: Draft, block: Block) -> None:
         """One more block."""
         self.decoding += self.seconds
-        if draft.source != "ngram":
+        if not draft.free:
             self.improvable += self.seconds
         self.tokens += len(block.tokens)
         if draft.of_mask:

@@ -1,7 +1,7 @@
 """Window: the tokens generated last, as a replay on which a mask is scored in one short pass.
 
-The keys and values of what stands before each token are those of the live sequence: nothing is run again, nothing is
-copied, and what drafts write lies behind the last token, where the next forward overwrites it.
+The keys and values in front of each token are those of the live sequence: nothing is run again or copied. Drafts write
+behind the last token, where no slot is committed.
 
 Shapes: S block starts; K drafted tokens; V vocabulary.
 """

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from skipsearch.compiled.backend import Progress, warm_mask, with_backend
 from skipsearch.evaluate.audit import Audit, audit
 from skipsearch.evaluate.validate import evidence, measure
@@ -20,7 +18,7 @@ def validate_file(loaded: Loaded, file: MaskFile, options: SearchOptions, progre
     policy = file.draft
     warm_mask(target, file.mask, progress)
     measured = measure(
-        target, prompts, file.mask, replace(policy, ngram=0, never_slower=False), options.decoding, progress,
+        target, prompts, file.mask, policy.mask_alone(), options.decoding, progress,
         served=policy if policy.ngram or policy.never_slower else None,
     )  # fmt: skip
     known = file.evidence.cost_ratio if file.evidence else 0.0

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skipsearch.decoding.ngram import NgramIndex
-from skipsearch.decoding.policy import ADAPTIVE_RATE, ExitRule, accepted_at
-from skipsearch.decoding.scheduler import PROBE_SHARE, Scheduler, match_class
+from skipsearch.decoding.exit_rule import ADAPTIVE_RATE, ExitRule, accepted_at
+from skipsearch.decoding.ngram import NgramIndex, match_class
+from skipsearch.decoding.scheduler import PROBE_SHARE, Scheduler
+from skipsearch.decoding.sources import Part
 from skipsearch.errors import MaskError
 from skipsearch.policy import DraftPolicy
 
@@ -58,7 +59,7 @@ def test_policies_that_cannot_be_are_refused_by_field(wrong: Any) -> None:
 @given(st.lists(st.integers(0, 3), max_size=60), st.lists(st.integers(0, 3), max_size=4), st.integers(1, 12))
 def test_ngrams_are_those_of_a_slow_search(tokens: list[int], drafted: list[int], limit: int) -> None:
     """Prevents a stale or shifted place: the match must be there, and be as long as any of up to four tokens."""
-    index = NgramIndex()
+    index = NgramIndex(10)
     for token in tokens:
         index.extend([token])
     match, following = index.lookup(drafted, limit)
@@ -76,15 +77,21 @@ def test_ngrams_are_those_of_a_slow_search(tokens: list[int], drafted: list[int]
 
 def test_repeating_text_is_continued_past_its_end() -> None:
     """Prevents proposals of a loop from ending where the text ends."""
-    index = NgramIndex()
+    index = NgramIndex(10)
     index.extend([1, 2, 3, 1, 2, 3, 1])
     assert index.lookup(limit=7) == (4, [2, 3, 1, 2, 3, 1, 2])
 
 
-def learn(scheduler: Scheduler, source: str, drafted: int, accepted: int, seconds: float, match: int = 0) -> None:
-    of_mask = drafted if source == "mask" else 0
-    scheduler.learn(source, of_mask=of_mask, match=match, drafted=drafted, accepted=accepted, seconds=seconds,
-               verify_seconds=None)  # fmt: skip
+def learn(
+    scheduler: Scheduler, source: str, drafted: int, accepted: int, seconds: float, verify_seconds: float | None = None
+) -> None:
+    """One block of one source; of n-grams, of the most reliable class."""
+    parts = [Part(source, drafted, 4 if source == "ngram" else 0)] if drafted else []
+    scheduler.learn(parts, accepted, seconds, verify_seconds)
+
+
+def plan(scheduler: Scheduler, match: int, longest: int) -> tuple[int, float]:
+    return scheduler.plan(scheduler.acceptance(NgramIndex(10), match_class(match)), longest)
 
 
 def test_drafting_that_does_not_pay_stops_and_is_tried_again_at_bounded_cost() -> None:
@@ -112,7 +119,7 @@ def test_a_source_slower_than_the_best_is_not_tried_all_the_time() -> None:
     """Prevents a mask that beats plain steps, but not n-grams, from being taken every other block."""
     scheduler, history = Scheduler(COSTS), Counter[str]()
     for _ in range(300):
-        _, rate = scheduler.ngram_plan(8, 6)
+        _, rate = plan(scheduler, 8, 6)
         source = scheduler.choose({"mask": scheduler.mask_rate, "ngram": rate, "plain": scheduler.plain_rate})
         history[source] += 1
         if source == "mask":
@@ -120,7 +127,7 @@ def test_a_source_slower_than_the_best_is_not_tried_all_the_time() -> None:
         elif source == "plain":
             learn(scheduler, "plain", 0, 0, 1.0)
         else:
-            learn(scheduler, "ngram", 6, 6, 1.5, match=8)
+            learn(scheduler, "ngram", 6, 6, 1.5)
     assert history["ngram"] > 270
 
 
@@ -140,22 +147,20 @@ def test_one_slow_block_does_not_switch_drafting_off() -> None:
 def test_plain_steps_are_measured_again() -> None:
     """Prevents a first plain step that was slow from making drafts look good for ever."""
     scheduler, history = Scheduler(), Counter[str]()
-    scheduler.learn("plain", of_mask=0, match=0, drafted=0, accepted=0, seconds=50.0, verify_seconds=50.0)
+    learn(scheduler, "plain", 0, 0, 50.0, 50.0)
     for step in range(20_000):
         source = scheduler.choose({"mask": scheduler.mask_rate, "plain": scheduler.plain_rate})
         history[source] += step > 10_000
         drafted, accepted, cost = (5, 1, 2.5) if source == "mask" else (0, 0, 1.0)
-        scheduler.learn(source, of_mask=drafted, match=0, drafted=drafted, accepted=accepted, seconds=cost,
-                   verify_seconds=cost - 0.2 * drafted)  # fmt: skip
+        learn(scheduler, source, drafted, accepted, cost, cost - 0.2 * drafted)
     assert history["plain"] > 9_000
 
 
 def test_proposals_are_as_long_as_they_pay() -> None:
     """Prevents long proposals where verifying is dear, and short ones where it is free."""
     free, dear = Scheduler((0.1, *[1.0] * 11)), Scheduler((0.1, *[1.0 + k for k in range(11)]))
-    assert free.ngram_plan(8, 10)[0] == 10
-    assert dear.ngram_plan(1, 10)[0] == 1
-    assert free.tail(0.9, 2, 8, 5) == 5 and dear.tail(0.2, 2, 1, 5) == 0
+    assert plan(free, 8, 10)[0] == 10 and plan(dear, 1, 10)[0] == 1
+    assert free.tail(0.9, 2, 0.85, 5) == 5 and dear.tail(0.2, 2, 0.3, 5) == 0
     assert math.isinf(free.mask_rate) and [match_class(m) for m in (1, 2, 3, 4, 7, 8, 99)] == [0, 1, 2, 3, 3, 4, 4]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from conftest import make_tiny
 from hypothesis import settings
@@ -12,8 +13,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from transformers import DynamicCache
 
 from skipsearch import SkipMask
+from skipsearch.compiled.backend import with_backend
 from skipsearch.decoding.batch import Layout
+from skipsearch.decoding.loop import Ending, decode
 from skipsearch.decoding.sequences import Sequences
+from skipsearch.decoding.stats import DecodeStats
 from skipsearch.draft.view import draft_view
 from skipsearch.model.target import Target
 from skipsearch.policy import DraftPolicy
@@ -127,3 +131,45 @@ class Decoding(RuleBasedStateMachine):
 
 Decoding.TestCase.settings = settings(max_examples=40, stateful_step_count=14, deadline=None)
 TestDecoding = Decoding.TestCase
+
+
+def poisoned(sequences: Any) -> None:
+    """Overwrite every slot that is not committed."""
+    for layer in sequences.cache.cache.layers:
+        for buffer in layer.buffers:
+            for b, committed in enumerate(sequences.cache.committed):
+                buffer[b, :, committed:] = 50.0
+
+
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_nothing_attends_to_what_is_forgotten(tiny: Any, family: str, backend: Any) -> None:
+    """Prevents keys of rejected drafts from reaching a later token: slots are poisoned after each block."""
+    model = tiny(family)
+    prompts = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(1))
+    rows = prompts if backend == "eager" else prompts[:1]
+    options: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(rows, attention_mask=torch.ones_like(rows), **options)[:, 9:].tolist()
+    target = with_backend(Target.of(model), backend)
+    draft = draft_view(model, SkipMask(attention=[0, 2], mlp=[1], num_layers=4))
+    sequences = Sequences(target, rows, capacity=40, draft=draft)
+    stats, found = DecodeStats(), [list[int]() for _ in rows]
+    for block in decode(sequences, Ending(max_length=39), policy=DraftPolicy(max_length=4, ngram=6), stats=stats):
+        found[block.row] += block.tokens
+        poisoned(sequences)
+    assert found == expected and stats.accepted < stats.drafted
+
+
+def test_poison_is_seen_where_it_is_committed(tiny: Any) -> None:
+    """Prevents the test above from passing because poison does nothing."""
+    ids = torch.arange(9)[None] + 3
+    tokens = []
+    for spoil in (False, True):
+        sequences = Sequences(Target.of(tiny("llama")), ids, capacity=40)
+        sequences.verify([0])
+        if spoil:
+            sequences.cache.commit(0, sequences.cache.committed[0] - 1)
+            poisoned(sequences)
+            sequences.cache.commit(0, sequences.cache.committed[0] + 1)
+        tokens.append([sequences.verify([0])[0].tokens[0] for _ in range(6)])
+    assert tokens[0] != tokens[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -73,7 +74,10 @@ class DraftPolicy:
                 f"draft.prices must hold one value a token, max_length {self.max_length}, got {len(self.prices)}; "
                 f"search again"
             )
-        if self.costs and (len(self.costs) < 2 or any(not value >= 0 for value in self.costs) or not self.costs[1]):
+        if any(not math.isfinite(price) for price in self.prices):
+            raise MaskError(f"draft.prices must hold finite numbers, got {self.prices!r}; search again")
+        costs_fit = all(0 <= value < math.inf for value in self.costs)
+        if self.costs and (len(self.costs) < 2 or not costs_fit or not self.costs[1]):
             raise MaskError(
                 f"draft.costs must hold seconds of a draft step and of verifying 0, 1, ... tokens, got {self.costs!r}; "
                 f"leave it out"

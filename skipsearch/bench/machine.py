@@ -66,15 +66,20 @@ def energy_meter(device: torch.device) -> Callable[[], float | None]:
     if device.type != "cuda":
         return lambda: None
 
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except Exception:  # no library, no driver, no counter: each has an error of its own
+        return lambda: None
+
     def joules() -> float | None:
         try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            uuid = str(torch.cuda.get_device_properties(device).uuid)
-            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
             return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000
-        except Exception:  # each cause has an error of its own; the counter of some cards comes and goes
+        except Exception:  # the counter of some cards comes and goes
             return None
 
     return joules

@@ -65,9 +65,11 @@ def with_backend(target: Target, backend: Backend, progress: Progress | None = N
             _known[model] = state, found
         except Exception as error:
             # Tracer and compiler raise anything for a model they do not know; eager decoding always works.
-            said = str(error).strip().splitlines() or [type(error).__name__]
+            lines = str(error).strip().splitlines() or [type(error).__name__]
             why = (
-                said[0] if isinstance(error, BackendError) else f"compiling failed ({type(error).__name__}: {said[0]})"
+                lines[0]
+                if isinstance(error, BackendError)
+                else f"compiling failed ({type(error).__name__}: {lines[0]})"
             )
             _known[model] = state, why[:300]
             warnings.warn(f"decoding eagerly: {why[:300]}", BackendWarning, stacklevel=2)
@@ -91,7 +93,7 @@ def compile_and_prove(target: Target, progress: Progress | None) -> CompiledMode
     Raises:
         BackendError: the logits differ by more than rounding, or the model or machine cannot.
     """
-    if progress is None:  # nobody shows how far it is, so at least say that it has begun
+    if progress is None:  # no progress is shown, so log at least the start
         _log.warning("compiling for this machine: about a minute at the first use, then read from the disk")
     compiled = CompiledModel(target)
     layers = compiled.layers_of(target.model)

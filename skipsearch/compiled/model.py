@@ -96,7 +96,7 @@ class CompiledModel:
     # -- buffers -----------------------------------------------------------------------------------------------
 
     def acquire(self, capacity: int, owner: object) -> Buffers:
-        """Buffers with room for so many tokens. They are free for others when `owner` is gone."""
+        """Buffers with room for so many tokens. They are free for others when `owner` is garbage-collected."""
         size = -(-(capacity + SLACK) // self.step) * self.step
         with self._lock:
             fitting = [b for b in self._free if b.ids.shape[1] >= size]

@@ -1,6 +1,6 @@
 """Batch: tokens of the sequences being decoded, the cache that draft and target share, and forwards over both.
 
-Rows stand at lengths of their own. Shapes: B rows, K drafted tokens, V vocabulary, Q tokens of a forward.
+Rows may have different lengths. Shapes: B rows, K drafted tokens, V vocabulary, Q tokens of a forward.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ALIGNED = 16  # width of the deterministic mode's blocks: a full tile of half-pr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How the prompts of a batch lie, and which of their keys exist already.
+    """Padding of the prompts of a batch, and keys that exist already.
 
     Attributes:
         pads: tokens of padding on the left of each row; empty: none anywhere.

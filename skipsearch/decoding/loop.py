@@ -37,7 +37,7 @@ class Ending:
 
         Args:
             ids_1T: the row's tokens.
-            length: how many of them stood before the block.
+            length: tokens of the row before the block.
         """
         for i, token in enumerate(block.tokens):
             if token in self.eos_ids:
@@ -66,7 +66,7 @@ def decode(
         stats: counts are added to it; the prefill is no block.
         scheduler: estimates of earlier sequences to go on from, and to add to.
         tuner: for a single sequence: chooses in place of `policy` and `scheduler`, anew after each block.
-        temperature: what the tuner is told that the sequence is sampled at.
+        temperature: of sampling, passed to the tuner; 0 is greedy.
     """
     stats = stats if stats is not None else DecodeStats()
     drafter, prefilled = None, False

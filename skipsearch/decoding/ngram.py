@@ -53,7 +53,7 @@ class NgramIndex:
         """What followed the last tokens where they occurred before.
 
         Args:
-            drafted: tokens that stand behind the sequence for now.
+            drafted: tokens drafted after the sequence.
             limit: the most tokens to return.
 
         Returns:

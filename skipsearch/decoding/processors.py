@@ -63,7 +63,7 @@ def check(processors: LogitsProcessorList) -> None:
     for processor in processors:
         if (name := type(processor).__name__) in _STATEFUL:
             raise DecodingError(
-                f"logits_processor holds a {name}, which keeps state of a whole batch and cannot look at drafts; "
+                f"logits_processor holds a {name}, which keeps state of a whole batch and cannot be applied to drafts; "
                 f"unset what selects it"
             )
 

@@ -1,4 +1,4 @@
-"""Whether rows of a batch may stand at different lengths: tried once a model, not looked up in a list."""
+"""Whether rows of a batch may have different lengths: tested once per model, not looked up in a list."""
 
 from __future__ import annotations
 

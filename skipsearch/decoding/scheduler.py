@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from skipsearch.decoding.sources import MASK, PLAIN, Part, TokenSource
 
 MEMORY_OF_MASK, MEMORY_OF_SOURCE = 0.85, 0.92  # weight of the old estimate at each new block of its source
-MARGIN = 0.9  # on the mask's estimate: it is made from blocks chosen for the mask, which flatter it
+MARGIN = 0.9  # on the mask's estimate: it is made from blocks chosen for the mask, so it is too high
 PROBE_SHARE, PROBE_PLAIN = 0.02, 0.002  # of the time, for trying slower sources; plain steps vary little
 GUESS_WEIGHT = 3.0  # tokens that the first guess of a source's acceptance counts for
 FAR_OFF = 3.0  # times the expected seconds: a block counts for no more

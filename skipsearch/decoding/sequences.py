@@ -74,7 +74,7 @@ class Sequences(Batch):
         return drafted, torch.stack(probs, dim=1) if probs else None
 
     def _choose(self, scores_BV: Tensor, probs: list[Tensor], confident: bool) -> tuple[Tensor, Tensor | None]:
-        """The next draft token of each row [B], and where it is asked for the largest probability [B].
+        """The next draft token of each row [B], and if requested its probability [B].
 
         With sampling, the distribution that the token was drawn from is appended to `probs`.
         """

@@ -15,8 +15,9 @@ import torch
 from transformers import PreTrainedModel
 
 from skipsearch.compiled.backend import Progress
+from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.prompts import Ids
-from skipsearch.evaluate.timing import our_arm
+from skipsearch.evaluate.timing import OurArm
 from skipsearch.mask import SkipMask
 from skipsearch.model.target import Target
 from skipsearch.policy import DraftPolicy
@@ -75,11 +76,13 @@ def audit(
     Holds a full-precision copy of the model while it explains one.
     """
     target = replace(target, compiled=None)
-    plainly, speculatively = our_arm(target), our_arm(target, mask, policy)
+    draft = draft_view(target.model, mask)
     exact: PreTrainedModel | None = None
     found, tokens = [], 0
     for number, prompt in enumerate(prompts):
-        plain, drafted = plainly(prompt, new_tokens).ids, speculatively(prompt, new_tokens).ids
+        # Each prompt has arms of its own: what is drafted must not depend on the prompts before it.
+        plain = OurArm(target=target)(prompt, new_tokens).ids
+        drafted = OurArm(target=target, draft=draft, policy=policy)(prompt, new_tokens).ids
         tokens += len(drafted)
         if plain != drafted:
             exact = exact or copy.deepcopy(target.model).float()
@@ -92,7 +95,7 @@ def audit(
 def _explain(target: Target, exact: PreTrainedModel, number: int, prompt: Ids, plain: Ids, drafted: Ids) -> Divergence:
     pairs = list(zip(plain, drafted, strict=False))
     at = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
-    if at == len(pairs):  # one is a prefix of the other: no rounding ends a text
+    if at == len(pairs):  # one is a prefix of the other: rounding cannot shorten a text
         return Divergence(prompt=number, position=at, plain=-1, drafted=-1, margin=float("inf"), rounding=0.0,
                           explained=False)  # fmt: skip
     ids = target.ids(prompt + plain[:at])

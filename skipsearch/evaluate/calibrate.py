@@ -75,7 +75,7 @@ def calibrate(
         stride = max(1, (len(stream) - context) // PROMPTS)
         pieces = tuple(tuple(stream[i * stride : i * stride + context]) for i in range(PROMPTS))
         trace = record(target, pieces, DecodeSettings(new_tokens=TOKENS), progress)
-        found.append(_at(target, trace, _sparse_to_dense(target, masks, seed), rounds, progress))
+        found.append(_at(target, trace, _sparse_to_dense(target, masks, seed), rounds, seed, progress))
     return {
         "device": device_name(target.device), "backend": target.backend,
         "dtype": str(target.dtype).removeprefix("torch."),
@@ -97,7 +97,7 @@ def _sparse_to_dense(target: Target, masks: int, seed: int) -> list[tuple[SkipMa
 
 
 def _at(
-    target: Target, trace: Trace, chosen: list[tuple[SkipMask, DraftPolicy]], rounds: int, progress: Progress
+    target: Target, trace: Trace, chosen: list[tuple[SkipMask, DraftPolicy]], rounds: int, seed: int, progress: Progress
 ) -> Calibration:
     """Hold predictions for these masks against decoding at the trace's context length."""
     for mask, _ in chosen:
@@ -106,7 +106,7 @@ def _at(
     for arm in arms:
         arm(trace.prompts[0], 4)
     seconds: list[list[float]] = [[] for _ in arms]
-    tokens, points, rng = [0] * len(arms), list[Point](), random.Random(len(arms))
+    tokens, points, rng = [0] * len(arms), list[Point](), random.Random(seed)
     context = round(trace.mean_context)
     for turn in range(rounds):
         # A profile in every round: the speed of a shared machine changes within minutes.

@@ -39,9 +39,9 @@ class Score:
     Attributes:
         tokens_per_second, speedup: the latter against plain decoding in the same runtime.
         acceptance_rate: accepted / drafted.
-        tau: tokens committed a verify.
+        tau: tokens committed per verify.
         cost_ratio: c, seconds of a draft step over those of a plain step; no speed-up exceeds 1/c.
-        fidelity: how much of the trace was looked at; scores of parts are scaled.
+        fidelity: how much of the trace was scored; scores of parts are scaled.
     """
 
     mask: SkipMask
@@ -55,7 +55,7 @@ class Score:
 
 
 def throughput(blocks: Counter[tuple[int, int]], mask: SkipMask, policy: DraftPolicy, point: Point) -> Score:
-    """Tokens over seconds: the sum of n + 1 over the sum of what k draft steps, their begin and a verify of k take.
+    """Tokens over seconds: the sum of n + 1, over the sum of starting a draft, k draft steps and a verify of k.
 
     Args:
         blocks: how many blocks drafted k tokens and had n of them accepted, by (k, n).

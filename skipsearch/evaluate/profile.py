@@ -32,7 +32,7 @@ from skipsearch.model.device import synchronize
 from skipsearch.model.target import Target
 from skipsearch.policy import DraftPolicy
 
-FEW = 5  # tokens of the longer one of two blocks that tell a draft step from a verify
+FEW = 5  # tokens of the longer one of two blocks that separate a draft step from a verify
 WARM_UP = 2  # turns that are not counted
 NEVER = 1e-9  # an exit threshold that is checked at every step and never met
 
@@ -77,11 +77,11 @@ def profile(
 
     A block of K tokens takes K draft steps, something to begin, and a verify; a step takes the sum of what runs. One
     system of equations separates them. Its rows are blocks of one mask at every length, blocks of masks of all
-    densities at two lengths, and a draft without its verify. The masks are like those that the search prices, since
+    densities at two lengths, and a draft without its verify. The masks are like those of a search, since
     weights that fit into a cache cost less than their share. Arms take turns and the median counts, so that a short
     disturbance affects all of them alike. A verify of more tokens never costs less than one of fewer; otherwise one
-    disturbed arm would attract drafts. Sublayers of one kind and build have one price; others (dense layers and
-    mixtures of experts, full and sliding attention) are priced apart.
+    disturbed arm would attract drafts. Sublayers of one kind and build have one cost; others (dense layers and
+    mixtures of experts, full and sliding attention) have their own.
     """
     groups = build_groups(target)
     masks = _masks(target.num_layers, groups)
@@ -96,7 +96,7 @@ def profile(
         def turned(turn: int, number: int = number) -> None:
             progress("profile", number * (repeats + WARM_UP) + turn + 1, len(contexts) * (repeats + WARM_UP))
 
-        sequence = sequence_at(target, views[0], context, max_length, temperature)  # one cache, whatever drafts
+        sequence = sequence_at(target, views[0], context, max_length, temperature)  # one cache for all masks
         plain, *medians = _time_arms(sequence, arms, views, repeats, turned)
         points.append(_solve(arms, masks, groups, medians, context, plain))
     return tuple(points)
@@ -110,7 +110,7 @@ def _masks(layers: int, groups: list[list[Sublayer]]) -> list[SkipMask]:
         densities = [rng.uniform(0, 0.9) for _ in groups]
         chosen = [sub for group, share in zip(groups, densities, strict=True) for sub in group if rng.random() < share]
         masks.append(SkipMask.from_sublayers(chosen, layers))
-    return [*masks, SkipMask(num_layers=layers)]  # without the empty mask, those that skip little get too low a price
+    return [*masks, SkipMask(num_layers=layers)]  # without the empty mask, those that skip little would cost too little
 
 
 def _time_arms(
@@ -134,19 +134,19 @@ def _solve(
     arms: list[_Arm], masks: list[SkipMask], groups: list[list[Sublayer]], medians: list[float], context: int,
     plain: float,
 ) -> Point:  # fmt: skip
-    """The prices that explain the seconds of all arms best: least squares of relative errors, none below zero."""
+    """The costs that explain the seconds of all arms best: least squares of relative errors, none below zero."""
     weights = 1 / np.array(medians)
     max_length, layers = max(arm.length for arm in arms), masks[0].num_layers
     solved = []
-    for first in np.linspace(0, 1, 11).tolist() if max_length > 1 else [0.0]:  # not a linear unknown
+    for first in np.linspace(0, 1, 11).tolist() if max_length > 1 else [0.0]:  # enters non-linearly, so a grid search
         rows = [[*arm.steps(masks, groups, first), *arm.verify(max_length)] for arm in arms]
         found, error = nnls(np.array(rows, float) * weights[:, None], np.ones(len(arms)))
         solved.append((error, first, found.tolist()))
     _, first, (rest, exit_check, crowding, *found) = min(solved)
-    price = {sub: seconds for group, seconds in zip(groups, found, strict=False) for sub in group}
+    cost = {sub: seconds for group, seconds in zip(groups, found, strict=False) for sub in group}
     return Point(
-        context=context, rest=rest, attention=tuple(price["attention", i] for i in range(layers)),
-        mlp=tuple(price["mlp", i] for i in range(layers)), exit_check=exit_check,
+        context=context, rest=rest, attention=tuple(cost["attention", i] for i in range(layers)),
+        mlp=tuple(cost["mlp", i] for i in range(layers)), exit_check=exit_check,
         verify=(plain, *itertools.accumulate(found[len(groups) :])), first=first, crowding=crowding,
     )  # fmt: skip
 

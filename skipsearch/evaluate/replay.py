@@ -93,7 +93,7 @@ class Replay:
 
     @torch.no_grad()
     def _make_reference(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values [P, H, T, D] of every layer over the whole trace; padding is behind, so unseen."""
+        """Keys and values [P, H, T, D] of every layer over the whole trace; padding is last, so unseen."""
         kept: list[list[tuple[Tensor, Tensor]]] = []
         for first in range(0, len(self.ids), PREFILL_ROWS):
             part = slice(first, first + PREFILL_ROWS)
@@ -111,7 +111,7 @@ class Replay:
 
     @torch.no_grad()
     def _keys_may_move(self) -> bool:
-        """Whether drafts side by side come out as they do alone: not where a key's bias follows from its place."""
+        """Whether drafts side by side equal those run alone; false with ALiBi, whose bias depends on a key's slot."""
         model = self.target.model
         prompt = max(range(len(self.lengths)), key=self.lengths.__getitem__)
         starts = [(prompt, max(1, self.longest - 1 - far)) for far in (2, 0)]

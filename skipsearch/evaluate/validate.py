@@ -1,6 +1,6 @@
 """Validation: a mask against plain decoding, really decoded and timed, on prompts that no search saw.
 
-Promises equal tokens (checked), an interval, and a verdict that may be no; `timing` promises a fair race.
+Promises equal tokens (checked), an interval, and a verdict that may be no. `timing` interleaves the arms.
 """
 
 from __future__ import annotations

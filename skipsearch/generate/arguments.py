@@ -52,7 +52,7 @@ class Arguments:
 
     @property
     def padded_past(self) -> bool:
-        """Whether a cache that holds tokens stands behind padding."""
+        """Whether a cache holds tokens that come after padding."""
         past = self.layout.past
         return any(self.layout.pads) and past is not None and past.get_seq_length() > 0
 
@@ -118,7 +118,7 @@ def _built_in(criterion: Any, eos_ids: frozenset[int], max_length: int) -> bool:
 
 
 def _read_layout(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Layout:
-    """Padding on the left of each row, the cache to continue from, and how many tokens only that one holds."""
+    """Padding on the left of each row, the cache to continue from, and how many tokens only the cache holds."""
     mask: Tensor | None = model_kwargs.get("attention_mask")
     length = mask.shape[1] if mask is not None else getattr(config, "_mask_length", input_ids.shape[1])
     pads = [0] * input_ids.shape[0] if mask is None else (mask == 0).sum(1).tolist()

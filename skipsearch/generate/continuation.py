@@ -36,7 +36,7 @@ def continue_text(
     loaded: Loaded, prompt: str, method: SelfSpeculative, settings: GenerateSettings, *, stream: bool,
     progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Generate with this method and time it, prefill included, compiling not.
+    """Generate with this method and time it. The time includes the prefill, but not compiling.
 
     Returns:
         text, tokens (the new ones), seconds, tokens_per_second, and the raw counts of blocks.
@@ -66,7 +66,7 @@ def continue_text(
 
 
 def check_room(loaded: Loaded, prompt: str, max_new_tokens: int) -> Any:
-    """What the tokenizer makes of a prompt.
+    """Tokenize a prompt.
 
     Raises:
         DecodingError: it is empty, or leaves no room in the context.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,8 +75,8 @@ class SelfSpeculative:
         self, drafting: Drafting, *, streamer: BaseStreamer | None = None, deterministic: bool = False,
         backend: Backend = "auto", make_tuner: MakeTuner | None = None, joint: Joint | None = None,
     ) -> None:  # fmt: skip
-        self.drafting, self.deterministic, self.joint, self.backend = drafting, deterministic, joint, backend
-        self.stats = DecodeStats()
+        self.mask, self.policy, self._file = drafting.mask, drafting.policy, drafting.file
+        self.deterministic, self.joint, self.backend, self.stats = deterministic, joint, backend, DecodeStats()
         self._streamer, self._make_tuner, self._warned = streamer, make_tuner, set[str]()
         self._tuners: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, Tuner]] = weakref.WeakKeyDictionary()
         self._tuning = threading.Lock()  # two first calls at once get one tuner
@@ -84,14 +84,6 @@ class SelfSpeculative:
         self._drafts: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, PreTrainedModel]] = (
             weakref.WeakKeyDictionary()
         )
-
-    @property
-    def mask(self) -> SkipMask | None:
-        return self.drafting.mask
-
-    @property
-    def policy(self) -> DraftPolicy:
-        return self.drafting.policy
 
     def warm_up(self, model: PreTrainedModel, progress: Progress | None = None) -> None:
         """Compile what decoding of one sequence needs, or read it from the disk, so that no call has to wait for it.
@@ -106,15 +98,15 @@ class SelfSpeculative:
         if self._make_tuner is not None:
             self._tuner_for(target, progress)
 
-    def tuner_for(self, model: PreTrainedModel) -> Tuner:
-        """Who changes the mask while this model serves, and what it has found: one a model.
+    def tuner_for(self, model: PreTrainedModel, progress: Progress | None = None) -> Tuner:
+        """The tuner of this model, with what it has found so far.
 
         Raises:
-            DecodingError: nobody does: this object was made with a mask.
+            DecodingError: this object was made with a mask, so there is no tuner.
         """
         if self._make_tuner is None:
             raise DecodingError("this method has one mask, nothing is searched; make it with self_speculative('auto')")
-        return self._tuner_for(Target.of(model))
+        return self._tuner_for(Target.of(model), progress)
 
     def _tuner_for(self, target: Target, progress: Progress | None = None) -> Tuner:
         """The model's tuner; one that is made now decodes with the target's backend, or with the one for a sequence."""
@@ -124,7 +116,8 @@ class SelfSpeculative:
             if model not in self._tuners or self._tuners[model][0] != state:
                 if target.compiled is None:
                     target = self._backend_for(target, progress=progress)
-                self._tuners[model] = state, self._make_tuner(target, self.drafting, progress)
+                drafting = Drafting(mask=self.mask, policy=self.policy)
+                self._tuners[model] = state, self._make_tuner(target, drafting, progress)
             return self._tuners[model][1]
 
     def _draft_for(self, target: Target) -> PreTrainedModel | None:
@@ -132,8 +125,8 @@ class SelfSpeculative:
             return None
         model, state = target.model, state_of(target.model)
         if model not in self._drafts or self._drafts[model][0] != state:
-            if self.drafting.file is not None:
-                check_mask_belongs(self.drafting.file, target)
+            if self._file is not None:
+                check_mask_belongs(self._file, target)
             self._drafts[model] = state, draft_view(model, self.mask)
         return self._drafts[model][1]
 
@@ -141,7 +134,7 @@ class SelfSpeculative:
         self, target: Target, rows: int = 1, padded_past: bool = False, progress: Progress | None = None
     ) -> Target:
         """The target with the backend that serves so many rows."""
-        file = self.drafting.file
+        file = self._file
         tuned = file.evidence.backend if file is not None and file.evidence is not None else None
         wanted = self.backend if self.backend != "auto" else "compiled" if tuned == "compiled" else "eager"
         if wanted == "compiled" and self.deterministic and self.backend == "auto":
@@ -163,7 +156,7 @@ class SelfSpeculative:
             warnings.warn(text, BackendWarning, stacklevel=4)
 
     def _scheduler_for(self, target: Target, sampled: bool) -> Scheduler:
-        """Estimates go on from call to call. With sampling they use no clock, so that a seed decides all."""
+        """Estimates go on from call to call. With sampling they use no clock: the output depends on the seed alone."""
         if sampled:
             return Scheduler(self.policy.costs or (0.5, 1.0), clock=False)
         return self._schedulers.setdefault(target.model, Scheduler(self.policy.costs))
@@ -190,16 +183,27 @@ class SelfSpeculative:
             target, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs,
             {**dropped, "streamer": self._streamer or dropped.get("streamer")},
         )  # fmt: skip
-        self.stats = DecodeStats()
+        self.stats = stats = DecodeStats()  # kept by name: another call may replace it meanwhile
         draft = self._draft_for(target)
         target = self._backend_for(target, given.batch, given.padded_past)
         if draft is not None:
             warm_draft(target, draft)
         outputs = [RowOutput() for _ in range(given.batch)]
+        scheduler = self._scheduler_for(target, bool(given.config.do_sample))
+        tuned = self._make_tuner is not None and given.batch == 1 and not self.deterministic
+        tuner = self._tuner_for(target) if tuned else None
         together = given.batch == 1 or (not (self.deterministic or self.joint) and rows_may_differ(target))
         for group in [list(range(given.batch))] if together else [[b] for b in range(given.batch)]:
-            sequences = self._sequences(target, draft, given, group)
-            for block in self._blocks(sequences, given, outputs):
+            sequences = self._sequences(target, None if tuned else draft, given, group)
+            ending = _ending(given, outputs)
+            if self.joint is not None:
+                blocks = jointly(sequences, self.joint, ending, stats)
+            else:
+                blocks = decode(
+                    sequences, ending, policy=self.policy, stats=stats, scheduler=scheduler, tuner=tuner,
+                    temperature=given.temperature,
+                )  # fmt: skip
+            for block in blocks:
                 outputs[block.row].add(block, given)
                 if given.streamer is not None:
                     for token in block.tokens:
@@ -223,26 +227,16 @@ class SelfSpeculative:
             layout=given.layout_of(group), aligned=ALIGNED if self.deterministic else 0,
         )  # fmt: skip
 
-    def _blocks(self, sequences: Sequences, given: Arguments, outputs: list[RowOutput]) -> Iterator[Block]:
-        """Decode these rows, block after block."""
 
-        def should_stop(block: Block, i: int, ids: Tensor) -> bool:
-            scores = None
-            if given.keep_scores:
-                scores = (*outputs[block.row].scores, *steps(block.scores_KV[: i + 1]))
-            return any(bool(criterion(ids, scores).all()) for criterion in given.criteria)  # type: ignore[arg-type]
+def _ending(given: Arguments, outputs: list[RowOutput]) -> Ending:
+    """When rows end; criteria may read the scores so far."""
 
-        ending = Ending(
-            max_length=given.config.max_length, eos_ids=given.eos_ids,
-            should_stop=should_stop if given.criteria else None,
-        )  # fmt: skip
-        if self.joint is not None:
-            return jointly(sequences, self.joint, ending, self.stats)
-        tuned = self._make_tuner is not None and given.batch == 1 and not self.deterministic
-        if tuned:
-            sequences.draft_with(None)  # the tuner chooses
-        return decode(
-            sequences, ending, policy=self.policy, stats=self.stats, temperature=given.temperature,
-            scheduler=self._scheduler_for(sequences.target, bool(given.config.do_sample)),
-            tuner=self._tuner_for(sequences.target) if tuned else None,
-        )  # fmt: skip
+    def should_stop(block: Block, i: int, ids: Tensor) -> bool:
+        scores = None
+        if given.keep_scores:
+            scores = (*outputs[block.row].scores, *steps(block.scores_KV[: i + 1]))
+        return any(bool(criterion(ids, scores).all()) for criterion in given.criteria)  # type: ignore[arg-type]
+
+    return Ending(
+        max_length=given.config.max_length, eos_ids=given.eos_ids, should_stop=should_stop if given.criteria else None
+    )  # fmt: skip

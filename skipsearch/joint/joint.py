@@ -226,12 +226,13 @@ def jointly(sequences: Sequences, settings: Joint, ending: Ending, stats: Decode
     if not rows_may_differ(target):
         raise DecodingError(f"{type(target.model).__name__} cannot read a tree of tokens; decode losslessly")
     ids = sequences.ids[:1, : sequences.lengths[0]]
-    reader = Reader(target, sequences.cache)
-    drafting = Reader(target, sequences.cache, sequences.draft_model)
-    if settings.draft_model is not None:
+    if settings.draft_model is None:
+        drafting = Reader(target, sequences.cache, sequences.draft_model)
+    else:
         small = Target.of(settings.draft_model)
         check_draft_model(small, target)
         drafting = Reader(small, SharedCache(small, ids.shape[1] + 64))
+    reader = Reader(target, sequences.cache)
     decoder = JointDecoder(
         reader, drafting, ids, settings, sequences.selection, sequences.offset, sequences.rows[0]
     )  # fmt: skip

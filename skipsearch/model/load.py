@@ -42,7 +42,7 @@ class Loaded:
 
     @property
     def target(self) -> Target:
-        """The model with its properties, read again at each call."""
+        """The model with its properties; read at each access, since the model may have been moved or converted."""
         return Target.of(self.model)
 
 

@@ -56,7 +56,6 @@ class Target:
 
     Attributes:
         model: the causal LM; never changed.
-        sublayers: where its residual branches are.
         device: the device for token ids.
         context: the longest sequence that the model allows, in tokens.
         vocabulary: number of tokens.
@@ -67,7 +66,6 @@ class Target:
     """
 
     model: PreTrainedModel
-    sublayers: Sublayers
     device: torch.device
     context: int
     vocabulary: int
@@ -78,19 +76,26 @@ class Target:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Target:
-        """Find and prove a model's sublayers, and read its other properties. The target is eager.
+        """Read the properties of a model. The target is eager.
 
-        Raises:
-            UnsupportedModel: it cannot be proven that the sublayers can be skipped.
+        A model whose sublayers cannot be skipped has one too: it is decoded plainly.
         """
         config = model.config.get_text_config(decoder=True)
         return cls(
-            model=model, sublayers=find_sublayers(model), device=input_device(model),
-            context=context_limit(config), vocabulary=config.vocab_size,
+            model=model, device=input_device(model), context=context_limit(config), vocabulary=config.vocab_size,
             attention=AttentionLayout.of(model),
             takes_positions="position_ids" in inspect.signature(model.forward).parameters,
             takes_logits_to_keep=model._supports_logits_to_keep(),
         )  # fmt: skip
+
+    @property
+    def sublayers(self) -> Sublayers:
+        """The attention and MLP sublayers; found and proven at the first access, then remembered.
+
+        Raises:
+            UnsupportedModel: it cannot be proven that the sublayers can be skipped.
+        """
+        return find_sublayers(self.model)
 
     @property
     def num_layers(self) -> int:

@@ -25,7 +25,7 @@ from skipsearch.model.target import Target
 Array = NDArray[Any]
 FIRST = (0.65, 0.8, 0.5)  # shares of sublayers skipped in the first masks, likely ones first
 UNSEEN = 4  # tokens at the beginning whose states are like no others
-PRIOR, NOISE = 0.03, 0.06  # log-speed that a flip moves, and that a window's reading of it is off
+PRIOR, NOISE = 0.03, 0.06  # standard deviations of log-speed: of what a flip brings, and of one window's reading
 BAYESIAN_FROM = 8  # comparisons; from then on every other proposal
 WIDEST = 6  # flips at once
 SWAPS = 0.5  # of the random proposals leave as many sublayers as there were

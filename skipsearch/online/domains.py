@@ -1,4 +1,4 @@
-"""Domains: what was found for each kind of prompt, and which kind a prompt is of.
+"""Domains: what was found for each kind of prompt, and which kind a prompt belongs to.
 
 A prompt's feature is which tokens it holds, as a vector of length 1: no forward is needed, and code, prose and sums lie
 apart (means of embeddings do not: a few frequent tokens make them all alike). The nearest known domain serves a prompt,
@@ -29,14 +29,14 @@ NEAR, YOUNG = 0.44, 4
 
 @dataclass(eq=False, slots=True)
 class Domain:
-    """Prompts that are alike, and how they are decoded.
+    """Similar prompts, and how they are decoded.
 
     Attributes:
         centre: the mean feature [V].
         scheduler: estimates of what its sources of drafts bring.
         incumbent: serves it; domains share one until they prove to be different.
         served_with: the mask that the scheduler's estimates are of.
-        recent: drafted and accepted tokens of late.
+        recent: recently drafted and accepted tokens.
     """
 
     centre: Tensor

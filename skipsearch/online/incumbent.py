@@ -22,7 +22,7 @@ from skipsearch.policy import DraftPolicy
 
 PAYS = 1.03  # speed-up on a window from which a first mask is served
 GROUP = 4  # proposals on a window; the best of them challenges
-SURE = 0.12  # log-ratio that is significant on one window, even of the best of several
+SIGNIFICANT = 0.12  # log-ratio that is significant on one window, even of the best of several
 MARGIN = 0.06  # mean log-ratio from which a challenger takes over after one window; after n, the n-th part of it
 LAST = 5  # windows that a challenger has
 BEHIND = -0.01  # mean log-ratio below which it is given up
@@ -84,12 +84,12 @@ class Incumbent:
         return 2 if self.challenger is not None or self.queue else 1 + GROUP
 
     def evaluate(self, read: Evaluate, candidates: Candidates | None, may: Callable[[], bool]) -> str | None:
-        """One window.
+        """One step of the search, on one window.
 
         Args:
             read: scores a mask on it.
             candidates: proposes masks, once it is there.
-            may: whether there is time for one pass more; for `passes` of them there is.
+            may: whether there is time for another pass; there is for the first `passes`.
 
         Returns:
             what has changed, in words; None: nothing.
@@ -175,7 +175,7 @@ class Incumbent:
             self.rejected = PATIENCE  # there is nothing left to try
             return None
         best = max(gains, key=gains.__getitem__)
-        if gains[best] > SURE:
+        if gains[best] > SIGNIFICANT:
             self._hold(best, outcomes[best])
             return "better mask"
         self.challenger = Challenger(best) if gains[best] > 0 else None

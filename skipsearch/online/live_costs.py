@@ -17,7 +17,7 @@ from skipsearch.mask import SkipMask
 from skipsearch.model.target import Target
 
 STEPS = 2  # drafted by an arm
-LENGTHS = (2, 8)  # of the verifies that are timed; decoding itself tells of the others
+LENGTHS = (2, 8)  # of the verifies that are timed; decoding measures the others
 LONGER = 2  # contexts so many times as long are measured anew: attention costs more there
 
 
@@ -75,7 +75,7 @@ class LiveCosts:
         return steps, verifies
 
     def point(self, scheduler: Scheduler, longest: int) -> Point:
-        """As the cost model's; a verify costs what the scheduler has seen since."""
+        """As a `Point` of the cost model; a verify costs what the scheduler has measured."""
         verify = itertools.accumulate((scheduler.verify_seconds(k) for k in range(longest + 1)), max)
         rest, layers = min(self.steps.values()), self.layers
         return Point(

@@ -36,7 +36,7 @@ def self_speculative(
     Args:
         mask_or_path: a mask, a mask file or its path; None decodes plainly in the same loop; "auto" finds masks while
             it serves single sequences, from what it generates (`OnTheFly`); keep the object for the whole stream. With
-            sampling the output has the target's distribution, but the clock has a say in it beside the seed.
+            sampling the output has the target's distribution, but it depends on timing beside the seed.
         streamer: receives tokens as they are committed; by default the one given to `generate`.
         max_length: K; by default the mask file's own policy, or 5 for a bare mask.
         exit_threshold: stop drafting below this confidence; default as for `max_length`.
@@ -72,7 +72,7 @@ def self_speculative(
     if mask_or_path != "auto":
         drafting = _drafting(mask_or_path, changes)
         return SelfSpeculative(drafting, streamer=streamer, deterministic=deterministic, backend=backend or "auto")
-    served = {"ngram": NGRAM, "never_slower": True}  # unless something else is asked for
+    served = {"ngram": NGRAM, "never_slower": True}  # unless they are set
     drafting = _drafting(start, {**changes, **{k: v for k, v in served.items() if changes[k] is None}})
     return SelfSpeculative(
         drafting, streamer=streamer, deterministic=deterministic, backend=backend or "compiled",

@@ -1,4 +1,4 @@
-"""ServedSequence: a sequence that is being decoded, and what its blocks have told since the search last ran on it."""
+"""ServedSequence: a sequence that is being decoded, with counts since the last search step on it."""
 
 from __future__ import annotations
 

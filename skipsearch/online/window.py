@@ -20,7 +20,7 @@ from skipsearch.mask import SkipMask
 
 LENGTH = 8  # tokens that each draft of a window runs; then the next one begins
 LONGEST, SHORTEST = 96, 24  # tokens of a window
-EXIT, EXITS = 0.4, (0.3, 0.4, 0.5, 0.6, 0.7)  # confidence: what suits most masks, and what there is to choose from
+EXIT, EXITS = 0.4, (0.3, 0.4, 0.5, 0.6, 0.7)  # confidence: the default exit, and the exits to choose from
 
 
 class Window:

@@ -17,7 +17,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from skipsearch.compiled.backend import Progress, warm_mask
-from skipsearch.errors import MaskError, ModelLoadError, SkipsearchError
+from skipsearch.errors import MaskError, ModelLoadError, ResultsError, SkipsearchError
 from skipsearch.evaluate.cost import Costs, draft_step
 from skipsearch.evaluate.mask_replay import MaskReplay
 from skipsearch.evaluate.objective import Score, score, standard_error
@@ -25,7 +25,7 @@ from skipsearch.evaluate.prompts import PromptSource
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.scorer import Scorer
 from skipsearch.evaluate.validate import Measured, evidence, measure
-from skipsearch.files import write_json, write_text
+from skipsearch.files import write_json
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import MaskFile, Provenance, load_mask
 from skipsearch.model.load import Loaded, check_mask_belongs, model_card
@@ -90,8 +90,7 @@ def search(
     """
     options, loaded = _with_prompts(options or SearchOptions(), prompts), _as_loaded(model, tokenizer)
     folder = Path(out) if out is not None else Path("results") / loaded.name
-    write_text(folder / ".write-probe", "")  # a folder that cannot be written to is an error before the work starts
-    (folder / ".write-probe").unlink()
+    _check_writable(folder)
     seconds: dict[str, float] = {}
     try:
         with _clocked(seconds, "prepare"):
@@ -125,6 +124,23 @@ def search(
     )  # fmt: skip
     write_json(folder / "summary.json", summary(result))
     return result
+
+
+def _check_writable(folder: Path) -> None:
+    """Find out before the work whether results can be written.
+
+    Raises:
+        ResultsError: the folder cannot be made or written to.
+    """
+    probe = folder / ".write-probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ResultsError(
+            f"results folder {folder} cannot be written to ({error.strerror}); choose another with --out"
+        ) from error
 
 
 def _with_prompts(options: SearchOptions, prompts: Sequence[str] | PromptSource | None) -> SearchOptions:

@@ -96,7 +96,7 @@ def test_masks_are_found_and_saved_while_the_compiled_backend_serves(
     """Prevents another tuner than the one that served from being asked, and compiled drafts of new masks from lying."""
     model = llama.model
     monkeypatch.setattr(incumbent, "PAYS", 0.0)  # whatever is tried is served
-    monkeypatch.setattr(incumbent, "SURE", -9.0)
+    monkeypatch.setattr(incumbent, "SIGNIFICANT", -9.0)
     method = self_speculative("auto", share=0.9, ngram=0, never_slower=False)
     for start in range(4):
         ids = torch.arange(start, start + 20)[None] % 90 + 3

@@ -40,9 +40,7 @@ def test_score_picks_a_policy_no_worse_than_any_fixed_one(tiny: Any) -> None:
 
 @given(st.lists(st.lists(st.tuples(st.booleans(), st.floats(0, 1)), min_size=2, max_size=12), min_size=1, max_size=4),
        st.sampled_from([None, 0.2, 0.7]), st.integers(1, 4))  # fmt: skip
-def test_what_is_foreseen_is_a_walk(
-    stretches: list[list[tuple[bool, float]]], threshold: float | None, length: int
-) -> None:
+def test_an_estimate_is_a_walk(stretches: list[list[tuple[bool, float]]], threshold: float | None, length: int) -> None:
     """Prevents all policies' walks at once from differing from one walk, block by block."""
     blocks, outcomes = Counter[tuple[int, int]](), []
     for stretch in stretches:
@@ -64,7 +62,7 @@ def test_what_is_foreseen_is_a_walk(
     assert found.tokens_per_second == pytest.approx(known.tokens_per_second)
 
 
-def test_join_adds_up_by_hand() -> None:
+def test_throughput_adds_up_by_hand() -> None:
     """Prevents tokens or seconds from being counted twice: two blocks worked out on paper."""
     mask = SkipMask(attention=[0, 2, 3], mlp=[1, 2], num_layers=4)
     assert draft_step(POINT, mask, exit_check=False) == 3 + 2 + 2 * 1

@@ -51,9 +51,9 @@ def test_profile_prices_every_part(tiny: Any, monkeypatch: pytest.MonkeyPatch) -
         if what == "verify":
             return true.verify[0]
         length = run.args[0][0] if what == "draft" else run.args[1].max_length
-        asks = what != "draft" and run.args[1].uses_confidence
+        confident = what != "draft" and run.args[1].uses_confidence
         verify = 0.0 if what == "draft" else true.verify[length]
-        return (length + true.first) * draft_step(true, mask, asks) + verify
+        return (length + true.first) * draft_step(true, mask, confident) + verify
 
     monkeypatch.setattr("skipsearch.evaluate.profile.draft_view", remember)
     monkeypatch.setattr("skipsearch.evaluate.profile.timed", seconds)

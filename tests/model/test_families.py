@@ -171,3 +171,14 @@ def test_half_precision_runs(family: str, dtype: torch.dtype, ids: torch.Tensor)
     assert draft_view(model, MASK)(ids).logits.dtype == dtype
     out = greedy(model, ids, custom_generate=self_speculative(MASK), max_new_tokens=8)
     assert out.shape == (1, ids.shape[1] + 8)
+
+
+@pytest.mark.parametrize("family", ["opt+post_norm", "gemma4_text"])
+def test_a_model_that_cannot_be_skipped_in_decodes_plainly(family: str, ids: torch.Tensor) -> None:
+    """Prevents plain and n-gram decoding from needing the proof that only a mask needs."""
+    model = make_tiny(family)
+    expected = greedy(model, ids)
+    for method in (self_speculative(None), self_speculative(None, ngram=6)):
+        assert torch.equal(greedy(model, ids, custom_generate=method), expected)
+    with pytest.raises(UnsupportedModel):
+        greedy(model, ids, custom_generate=self_speculative(MASK))

@@ -19,8 +19,8 @@ def tuner_of(model: Any, **settings: Any) -> OnTheFly:
     return OnTheFly(Target.of(model), POLICY, **settings)
 
 
-def test_drift_of_acceptance_wakes_a_search_at_rest(demo: Any) -> None:
-    """Prevents a search from resting for ever, from being woken by noise, and one domain from deciding for all."""
+def test_drift_of_acceptance_resumes_a_paused_search(demo: Any) -> None:
+    """Prevents a search from pausing for ever, from being resumed by noise, and one domain from deciding for all."""
     tuner = tuner_of(demo.model)
     one, other = (tuner.domains.of(torch.tensor(ids)) for ids in ([5, 6, 7], [50, 60, 70]))
     shared = one.incumbent

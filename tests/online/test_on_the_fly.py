@@ -21,7 +21,7 @@ from skipsearch.online.tuner import OnTheFly
 def test_output_stays_the_targets_while_masks_change(demo: Any, sampled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents scratch keys of scoring, or a change of masks inside a sequence, from reaching the output."""
     monkeypatch.setattr(incumbents, "PAYS", 0.0)  # whatever is tried is served
-    monkeypatch.setattr(incumbents, "SURE", -9.0)
+    monkeypatch.setattr(incumbents, "SIGNIFICANT", -9.0)
     method = self_speculative("auto", share=0.9, backend="eager", never_slower=False)
     for text in ("def read_config(path):\n", "import os\n\nclass Walker:\n", "for name in names:\n"):
         inputs = demo.tokenizer(text, return_tensors="pt")

@@ -30,3 +30,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'skipsearch' has no attribute {name!r}")
     return getattr(import_module(f"skipsearch.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, before they are imported too."""
+    return sorted({*globals(), *__all__})

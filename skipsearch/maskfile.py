@@ -129,11 +129,11 @@ class MaskFile(_Part):
         write_json(Path(path), data)
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path, mend: str = "make one with `skipsearch run`") -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise MaskError(f"mask file {path} does not exist; make one with `skipsearch run`") from None
+        raise MaskError(f"mask file {path} does not exist; {mend}") from None
     except json.JSONDecodeError as error:
         raise MaskError(
             f"mask file {path} is not whole JSON (line {error.lineno}: {error.msg}); export it again"
@@ -194,13 +194,12 @@ def import_mask(path: str | Path, *, num_layers: int, key: str | None = None, mo
     Raises:
         MaskError: the entry does not exist, or its ids do not fit `num_layers`.
     """
-    entries = dict(_skip_sets(_read_json(Path(path))))
+    entries = dict(_skip_sets(_read_json(Path(path), "check the path")))
     if key is None and len(entries) == 1:
         key = next(iter(entries))
     if key not in entries:
-        raise MaskError(
-            f"{path} holds no skip set named {key!r}; pass --key with one of: {', '.join(sorted(entries)) or 'none'}"
-        )
+        what = f"no skip set named {key!r}" if key is not None or not entries else f"{len(entries)} skip sets"
+        raise MaskError(f"{path} holds {what}; pass --key with one of: {', '.join(sorted(entries)) or 'none'}")
     sets = entries[key]
     for kind in ("attention", "mlp"):
         if not isinstance(sets.get(kind, []), list):

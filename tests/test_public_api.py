@@ -53,6 +53,7 @@ def option_names(command: Any) -> set[str]:
 def test_public_names() -> None:
     """Prevents a name that scripts import from going away, or an internal one from becoming public."""
     assert set(skipsearch.__all__) == {*PARAMETERS, *ATTRIBUTES, "search"}
+    assert set(skipsearch.__all__) <= set(dir(skipsearch))  # offered before they are imported
     assert all(getattr(skipsearch, name) is not None for name in skipsearch.__all__)
 
 

@@ -188,9 +188,11 @@ def family_table(data: dict[str, Any]) -> Table:
 
 def audit_table(data: dict[str, Any]) -> Table:
     """Every place where drafted and plain decoding differ, and whether rounding explains it."""
+    differ = len(data["divergences"])
+    explained = f", {'' if data['passed'] else 'NOT '}all explained by rounding" if differ else ""
     title = (
-        f"audit: {data['prompts']} prompts, {data['tokens']} tokens, {len(data['divergences'])} differ from plain "
-        f"decoding, {'all explained by rounding' if data['passed'] else 'NOT all explained by rounding'}"
+        f"audit: {data['prompts']} prompts, {data['tokens']} tokens, "
+        f"{differ or 'none'} differ{'' if differ else 's'} from plain decoding{explained}"
     )
     marks = {True: Text("near-tie", style="green"), False: Text("fault", style="red")}
     rows = [

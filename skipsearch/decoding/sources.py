@@ -1,7 +1,8 @@
 """Token sources: what drafts beside the mask, at no draft cost.
 
 To add a source, write a class with the interface of `TokenSource` (`NgramIndex` is one), add a row to `SOURCES`, and a
-field to `DraftPolicy` that switches it on. The scheduler, the drafter and the statistics know sources by name alone.
+field to `DraftPolicy` that switches it on; `DraftPolicy.mask_alone` must switch it off. The scheduler, the drafter and
+the statistics know sources by name alone.
 """
 
 from __future__ import annotations

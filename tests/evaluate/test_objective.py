@@ -85,7 +85,7 @@ def test_giving_up_early_needs_evidence_and_keeps_the_best(tiny: Any, monkeypatc
     model, rng = tiny("gpt2"), random.Random(0)
     replay = Replay(Target.of(model), make_trace(model, prompts=8, new_tokens=60), 6, segments=5)
     masks = [SkipMask.from_bits([rng.random() < p for _ in range(8)]) for p in [k / 100 for k in range(5, 80)]]
-    assert 12 <= len(replay.sample()) <= 16 and len({lane.prompt for lane in replay.sample()}) >= 7
+    assert 12 <= len(replay.sample()) <= 16 and len({segment.prompt for segment in replay.sample()}) >= 7
     scorer, plain = Scorer(replay, POINT, first=5), [score(replay, mask, POINT) for mask in masks]
     found = [scorer(mask) for mask in masks]
     for a, b in zip(found, plain, strict=True):

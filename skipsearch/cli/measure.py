@@ -64,7 +64,9 @@ def bench(
     mask: Annotated[Path | None, typer.Option(help="mask.json; without it, only arms that need no mask")] = None,
     prompts: Annotated[
         list[str] | None,
-        typer.Option("--prompts", help="builtin, random, or a file (Spec-Bench: one group per task); may be repeated"),
+        typer.Option(
+            "--prompts", help="builtin[:code|:chat], random, or a file (Spec-Bench: a group per task); may be repeated"
+        ),
     ] = None,
     per_group: Annotated[int, typer.Option(min=2, help="prompts of each group")] = 8,
     arm: Annotated[list[str] | None, typer.Option("--arm", help="an arm besides plain; may be repeated")] = None,

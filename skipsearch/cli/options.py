@@ -21,7 +21,9 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
-Model = Annotated[str, typer.Option("--model", "-m", help="preset (see `skipsearch models`), hub id or local folder")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="preset (see `skipsearch models`), hub id, local folder or .gguf file")
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
@@ -29,7 +31,11 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, or map to spread ove
 Revision = Annotated[str | None, typer.Option(help="hub revision")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run model code from the hub")]
 PromptsFrom = Annotated[
-    str, typer.Option("--prompts", help="builtin, a .txt/.jsonl/.csv/.parquet file, or a data set id")
+    str,
+    typer.Option(
+        "--prompts",
+        help="builtin:code, builtin:chat, builtin (which fits), a .txt/.jsonl/.csv/.parquet file, data set id",
+    ),
 ]
 Column = Annotated[str | None, typer.Option("--prompt-column", help="column that holds the prompts")]
 Config = Annotated[str | None, typer.Option("--prompt-config", help="configuration of the data set")]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,10 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from skipsearch.demo.corpus import modules
 from skipsearch.errors import PromptError
+from skipsearch.evaluate.builtin import BUILT_IN, CODE, CODE_TOKENS, built_in, built_in_rows
 from skipsearch.model.load import hub_reachable
 
-BUILT_IN = "builtin"
-BUILT_IN_TOKENS = 64
 COLUMNS = ("prompt", "text", "question", "turns", "messages", "article", "instruction")
 FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 Ids = tuple[int, ...]
@@ -30,7 +27,8 @@ class PromptSource:
     """Where prompts come from.
 
     Attributes:
-        name: "builtin", a .txt/.json/.jsonl/.csv/.parquet file, or a `datasets` id.
+        name: "builtin:code", "builtin:chat", "builtin" (instructions where `chat` applies, else code), a
+            .txt/.json/.jsonl/.csv/.parquet file, or a `datasets` id.
         column: which column holds them; by default the first of `COLUMNS` that exists.
         config, split: of a `datasets` id.
         chat: whether to wrap prompts in the tokenizer's chat template where it has one.
@@ -72,14 +70,15 @@ def load_prompts(
     Raises:
         PromptError: missing or empty source, missing column, a prompt that does not fit.
     """
-    texts: Iterable[Any] = source.texts or (_built_in(seed) if source.name == BUILT_IN else _rows(source))
-    built_in = source.name == BUILT_IN and not source.texts
-    limit = BUILT_IN_TOKENS if built_in and max_tokens is None else max_tokens
+    chat = source.chat and bool(tokenizer.chat_template)
+    ours = None if source.texts else built_in(source.name, chat)
+    texts: Iterable[Any] = source.texts or (_rows(source) if ours is None else built_in_rows(ours, seed))
+    limit = CODE_TOKENS if ours == CODE and max_tokens is None else max_tokens
     wanted = calibration + held_out
     unique: dict[Ids, None] = {}
     for number, row in enumerate(texts, 1):
-        ids = _tokens(row, tokenizer, source.chat and not built_in)[:limit]
-        if not ids:
+        ids = _tokens(row, tokenizer, chat and ours != CODE)[:limit]
+        if not ids or (ours and len(ids) > room):
             continue
         if len(ids) > room:
             raise PromptError(
@@ -87,7 +86,7 @@ def load_prompts(
                 f"cut prompts with --prompt-tokens {room}, or leave it out"
             )
         unique.setdefault(ids)
-        if built_in and len(unique) == wanted:
+        if ours and len(unique) == wanted:
             break
     if len(unique) < 4:
         raise PromptError(
@@ -114,16 +113,6 @@ def lengthened(prompts: Sequence[Ids], contexts: Sequence[int], new_tokens: int,
         others = itertools.chain.from_iterable(itertools.cycle([*prompts[i + 1 :], *prompts[:i]]))
         longer.append((*itertools.islice(others, max(0, missing)), *prompt))
     return tuple(longer)
-
-
-def _built_in(seed: int) -> Iterator[str]:
-    """Definitions of standard-library modules that the bundled model was not trained on, in seeded order."""
-    spans: list[str] = []
-    for _, text in modules(held_out=True):
-        starts = [m.start() for m in re.finditer(r"^(?:class|def|    def) ", text, re.MULTILINE)]
-        spans += [text[start : start + 1200] for start in starts if len(text) - start > 400]
-    random.Random(seed).shuffle(spans)
-    yield from spans
 
 
 def _rows(source: PromptSource) -> Iterator[Any]:
@@ -177,7 +166,7 @@ def _tokens(row: Any, tokenizer: PreTrainedTokenizerBase, chat: bool) -> Ids:
         if not text.strip():
             return ()
         messages = [{"role": "user", "content": text}]
-    if chat and tokenizer.chat_template:
+    if chat:
         try:
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
         except TemplateError as error:

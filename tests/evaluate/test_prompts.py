@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from skipsearch.demo.corpus import modules
 from skipsearch.errors import PromptError
-from skipsearch.evaluate.prompts import BUILT_IN_TOKENS, COLUMNS, FORMATS, fingerprint
+from skipsearch.evaluate import builtin
+from skipsearch.evaluate.builtin import CODE_TOKENS
+from skipsearch.evaluate.prompts import COLUMNS, FORMATS, fingerprint
 
 # Built in
 
@@ -23,7 +27,7 @@ def test_built_in_counts_lengths_and_split(load: Load) -> None:
     prompts = load(calibration=24, held_out=20)
     assert (len(prompts.calibration), len(prompts.held_out)) == (24, 20)
     assert len(everything(prompts)) == 44
-    assert {len(p) for p in everything(prompts)} == {BUILT_IN_TOKENS} == {64}
+    assert {len(p) for p in everything(prompts)} == {CODE_TOKENS} == {64}
 
 
 def test_built_in_prompts_follow_the_seed(load: Load) -> None:
@@ -50,9 +54,28 @@ def test_built_in_prompts_can_be_cut(load: Load) -> None:
     assert {len(p) for p in everything(load(max_tokens=16))} == {16}
 
 
-def test_built_in_prompts_stay_code_for_chat_models(load: Load, chatty: Any) -> None:
-    """Prevents code that is cut in the middle from being asked as a user's question."""
-    assert load(tokenizer=chatty) == load()
+def test_chat_models_get_instructions(load: Load, chatty: Any) -> None:
+    """Prevents a chat model from being searched on bare code, and code from being asked as a user's question."""
+    assert load(tokenizer=chatty) == load("builtin:chat", tokenizer=chatty)
+    for prompt in everything(load(tokenizer=chatty)):
+        text = chatty.decode(prompt)
+        assert text.startswith("<user>") and text.endswith("</><bot>"), text
+    assert load("builtin:code", tokenizer=chatty) == load(tokenizer=chatty, chat=False) == load()
+    with pytest.raises(PromptError, match="builtin:code and builtin:chat"):
+        load("builtin:poems")
+
+
+def test_the_instructions_are_whole_and_of_all_kinds(load: Load, chatty: Any) -> None:
+    """Prevents lost kinds of instructions, turns in a wrong order, and prompts that are cut or too long for a model."""
+    rows = [json.loads(line) for line in builtin._INSTRUCTIONS.read_text(encoding="utf-8").splitlines()]
+    assert Counter(row["category"] for row in rows).most_common()[-1][1] >= 15 and len(rows) >= 120
+    talks = list(builtin.built_in_rows(builtin.CHAT, seed=0))
+    assert all(m["role"] == ("user", "assistant")[i % 2] for talk in talks for i, m in enumerate(talk))
+    assert {len(talk) for talk in talks} == {1, 3} and len({talk[0]["content"] for talk in talks}) == len(rows)
+    whole = everything(load("builtin:chat", tokenizer=chatty, calibration=80, held_out=40, room=4000))
+    assert len(whole) == len(rows)
+    fitting = everything(load("builtin:chat", tokenizer=chatty, calibration=80, held_out=40, room=200))
+    assert fitting == {prompt for prompt in whole if len(prompt) <= 200} != whole
 
 
 # Files

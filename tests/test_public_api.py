@@ -29,8 +29,8 @@ PROMPTS = "prompts prompt_column prompt_config prompt_split chat num_prompts num
 COMMANDS = {
     "run": f"{MODEL} {PROMPTS} trials time_budget sampler pareto space context temperature memory rounds seed backend "
     "out storage study",
-    "generate": f"{MODEL} mask on_the_fly decoding beam_width threshold draft_model share save prompt chat max_new_tokens "
-    "temperature top_k top_p compare backend seed",
+    "generate": f"{MODEL} mask on_the_fly decoding beam_width threshold draft_model share save prompt chat "
+    "max_new_tokens temperature top_k top_p compare backend seed",
     "validate": f"mask {MODEL} {PROMPTS} rounds seed backend temperature context write audit",
     "bench": f"{MODEL} mask prompts per_group arm hf new_tokens rounds backend seed out",
     "doctor": f"{MODEL} calibrate backend seed",

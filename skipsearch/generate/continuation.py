@@ -17,7 +17,7 @@ from skipsearch.model.load import Loaded
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateSettings:
-    """Arguments of `generate`; temperature 0 is greedy. `chat` makes the prompt a user's turn, where there is a template."""
+    """Arguments of `generate`; temperature 0 is greedy. `chat` asks through the chat template, if any."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0

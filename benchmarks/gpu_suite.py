@@ -35,11 +35,12 @@ from skipsearch.bench.groups import prompt_groups
 from skipsearch.bench.machine import copy_bandwidth, read_bandwidth
 from skipsearch.compiled.backend import warm_mask, with_backend
 from skipsearch.evaluate.cost import Costs, Point
-from skipsearch.evaluate.objective import score
+from skipsearch.evaluate.objective import best_policy
 from skipsearch.evaluate.profile import profile, sequence_at, timed
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.timing import our_arm
 from skipsearch.evaluate.trace import DecodeSettings, record
+from skipsearch.evaluate.windows import WindowReplay, Windows
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import load_mask
 from skipsearch.model.device import device_name
@@ -48,7 +49,7 @@ from skipsearch.model.preset import presets
 from skipsearch.model.target import Target
 from skipsearch.policy import DraftPolicy
 from skipsearch.report.bench import save_bench
-from skipsearch.search.options import MAX_LENGTH, SearchOptions
+from skipsearch.search.options import MAX_LENGTH, SIDE, TRIAL_LENGTH, SearchOptions
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {  # hidden, MLP, layers, heads, KV heads, vocabulary; the preset whose published masks fit
@@ -170,7 +171,8 @@ def _search(narrow: Loaded, point: Point, folder: Path, tokens: int) -> tuple[Sk
             ["builtin"], narrow.tokenizer, per_group=8, room=300, seed=1, vocabulary=target.vocabulary
         )["held-out code"]
         trace = record(target, source, DecodeSettings(new_tokens=tokens), quiet)
-        found = score(Replay(target, trace, MAX_LENGTH), file.mask, point, thorough=True)
+        outcomes = WindowReplay(Windows(Replay(target, trace, TRIAL_LENGTH, side=SIDE)), file.mask).outcomes()
+        found = best_policy(outcomes, file.mask, point)
         return found.mask, found.policy, f"the measured mask, its policy fitted anew ({missing})"
 
 

@@ -26,7 +26,7 @@ from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.timing import our_arm
 from skipsearch.evaluate.trace import DecodeSettings, record
 from skipsearch.policy import DraftPolicy
-from skipsearch.search.options import TRIAL_LENGTH, TRIAL_SEGMENTS, SearchOptions
+from skipsearch.search.options import SIDE, TRIAL_LENGTH, SearchOptions
 from skipsearch.search.prepare import chosen_prompts
 
 PROMPTS, TOKENS, ROUNDS = 16, 128, 5
@@ -103,7 +103,7 @@ def main() -> None:
         })  # fmt: skip
         print(f"{rows[-1]['policy']}: replay {a:.2f} s, decoding {b:.2f} s, {b / a:.1f} times faster, accepted counts "
               f"{'identical' if rows[-1]['accepted_counts_identical'] else 'DIFFER'}")  # fmt: skip
-    passes = pass_seconds(Replay(target, trace, TRIAL_LENGTH, segments=TRIAL_SEGMENTS + 1), file.mask)
+    passes = pass_seconds(Replay(target, trace, TRIAL_LENGTH, side=SIDE), file.mask)
     for row in passes:
         print(
             f"a pass of {row['starts']} drafts, {row['tokens']} tokens: {row['ms']} ms, {row['ms_a_token']} ms a token"

@@ -36,16 +36,17 @@ from skipsearch import SkipMask, load_model
 from skipsearch.compiled.backend import warm_mask, with_backend
 from skipsearch.evaluate.cost import Point, combine_points
 from skipsearch.evaluate.mask_replay import MaskReplay
-from skipsearch.evaluate.objective import score, throughput
+from skipsearch.evaluate.objective import best_policy, score, throughput
 from skipsearch.evaluate.profile import profile
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.scorer import Scorer
 from skipsearch.evaluate.timing import Arm, Timing, our_arm, time_interleaved
 from skipsearch.evaluate.trace import DecodeSettings, record
+from skipsearch.evaluate.windows import WindowReplay
 from skipsearch.files import write_json, write_text
 from skipsearch.model.device import device_name
 from skipsearch.policy import DraftPolicy
-from skipsearch.search.options import MAX_LENGTH, TRIAL_LENGTH, TRIAL_SEGMENTS, SearchOptions
+from skipsearch.search.options import MAX_LENGTH, SearchOptions
 from skipsearch.search.prepare import Prepared, prepare
 from skipsearch.search.run import rescore, search_trials
 from skipsearch.search.seeds import uniform
@@ -77,7 +78,6 @@ class Bench:
         ):
             warm_mask(self.target, mask)
         held_out = record(self.target, self.prepared.prompts.held_out, options.decoding, lambda *_: None)
-        self.calibration = Replay(self.target, self.prepared.trace, MAX_LENGTH)
         self.held_out = Replay(self.target, held_out, MAX_LENGTH)
         self.known: dict[SkipMask, dict[str, Any]] = {}
         sizes = f"{options.prompts} + {options.held_out} prompts x {options.new_tokens}"
@@ -95,7 +95,8 @@ class Bench:
     def worth(self, mask: SkipMask) -> dict[str, Any]:
         """The policy that calibration prompts choose, what they promise, and the blocks on held-out prompts."""
         if mask not in self.known:
-            found = score(self.calibration, mask, self.prepared.point, thorough=True)
+            outcomes = WindowReplay(self.prepared.windows, mask).outcomes()
+            found = best_policy(outcomes, mask, self.prepared.point)
             blocks = MaskReplay(self.held_out, mask).walk(found.policy)
             self.known[mask] = {
                 "mask": "".join(map(str, mask.bits())), "policy": asdict(found.policy),
@@ -139,8 +140,7 @@ def ours(bench: Bench, seed: int, evaluations: int, sampler: str = "trust-region
 
 def climb(bench: Bench, evaluations: int, propose: Callable[[SkipMask], SkipMask]) -> Stream:
     """The best of what is proposed, by our objective, from the empty mask on."""
-    replay = Replay(bench.target, bench.prepared.trace, TRIAL_LENGTH, segments=TRIAL_SEGMENTS)
-    scorer = Scorer(replay, bench.prepared.point)
+    scorer = Scorer(bench.prepared.windows, bench.prepared.point)
     best = SkipMask(num_layers=bench.space.num_layers)
     top, seen = scorer(best).tokens_per_second, {best}
     yield 1, best, top
@@ -172,10 +172,9 @@ def flips(bench: Bench, seed: int, evaluations: int) -> Stream:
 
 def strides(bench: Bench, seed: int, evaluations: int) -> Stream:
     """The best of a few uniform strides, by our objective."""
-    replay = Replay(bench.target, bench.prepared.trace, MAX_LENGTH)
     best, top = SkipMask(num_layers=bench.space.num_layers), 0.0
     for count, (_, mask) in enumerate(uniform(bench.space), 1):
-        found = score(replay, mask, bench.prepared.point).tokens_per_second
+        found = score(WindowReplay(bench.prepared.windows, mask), bench.prepared.point).tokens_per_second
         if found > top:
             best, top = mask, found
         yield count, best, top

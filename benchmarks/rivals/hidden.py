@@ -19,11 +19,10 @@ from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.cost import draft_step
 from skipsearch.evaluate.hidden_states import layer_states
 from skipsearch.evaluate.objective import score
-from skipsearch.evaluate.replay import Replay
+from skipsearch.evaluate.windows import WindowReplay
 from skipsearch.mask import KINDS, SkipMask
 from skipsearch.online.candidates import Candidates, nearest_masks
 from skipsearch.online.live_costs import LiveCosts
-from skipsearch.search.options import MAX_LENGTH
 from skipsearch.search.seeds import knapsack, nearest_states
 
 PROMPTS, TOKENS = 8, 36
@@ -42,10 +41,10 @@ def by_sublayers(bench: Any, seed: int, evaluations: int) -> Iterator[tuple[int,
     layers, views = bench.space.num_layers, LiveCosts(bench.target).views
     ids, seen = bench.prepared.trace.head(PROMPTS, TOKENS).padded(bench.target.device)
     near = nearest_masks(bench.target, [views[kind] for kind in KINDS], ids, seen)
-    replay, best, top = Replay(bench.target, bench.prepared.trace, MAX_LENGTH), SkipMask(num_layers=layers), 0.0
+    best, top = SkipMask(num_layers=layers), 0.0
     for number, chosen in enumerate(Candidates(layers, near, seed).first(), 1):
         mask = bench.space.mask_within(chosen)
-        speed = score(replay, mask, bench.prepared.point).tokens_per_second
+        speed = score(WindowReplay(bench.prepared.windows, mask), bench.prepared.point).tokens_per_second
         if speed > top:
             best, top = mask, speed
         yield number, best, top

@@ -31,14 +31,21 @@ class _Layers(nn.ModuleList):
         return super().__getitem__(index)
 
 
-class RemovedLayer(nn.Module):
+class InPlaceOf(nn.Module):
+    """A module that stands in a layer's place; the layer itself gets no hook, since others may be running it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        if hasattr(layer, "attention_type"):  # some models choose the layer's attention mask by this attribute
+            self.attention_type = layer.attention_type
+
+
+class RemovedLayer(InPlaceOf):
     """A layer that is skipped whole, norms included. It keeps its place, so that per-layer settings stay aligned."""
 
     def __init__(self, layer: nn.Module, as_tuple: bool) -> None:
-        super().__init__()
+        super().__init__(layer)
         self.as_tuple = as_tuple
-        if hasattr(layer, "attention_type"):  # some models choose the layer's attention mask by this attribute
-            self.attention_type = layer.attention_type
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return (hidden_states,) if self.as_tuple else hidden_states

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
-from skipsearch.draft.view import with_layers
+from skipsearch.draft.view import InPlaceOf, with_layers
+from skipsearch.evaluate.reference import Start
+from skipsearch.evaluate.replay import Replay
 from skipsearch.model.target import Target
 
 
@@ -26,11 +28,13 @@ class HiddenStates:
         units: modules, with the arguments of their call after the hidden states.
         hidden: the input [P, T, H] of each unit, then the output of the last.
         seen: positions [P, T] that count.
+        any_rows: whether units take more rows than they had; false where they read a reference of their rows.
     """
 
     units: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]
     hidden: list[Tensor]
     seen: Tensor
+    any_rows: bool = True
 
     def run(self, unit: int, hidden_PTH: Tensor) -> Tensor:
         """One unit on other hidden states than it had."""
@@ -40,7 +44,7 @@ class HiddenStates:
 
     def run_all(self, unit: int, hidden_SPTH: Tensor) -> Tensor:
         """The same for several hidden states at once."""
-        if hidden_SPTH.shape[1] == 1:  # arguments for one row serve any number of rows
+        if hidden_SPTH.shape[1] == 1 and self.any_rows:  # arguments for one row serve any number of rows
             return self.run(unit, hidden_SPTH.flatten(0, 1))[:, None]
         return torch.stack([self.run(unit, hidden_PTH) for hidden_PTH in hidden_SPTH])
 
@@ -54,14 +58,12 @@ class HiddenStates:
         return [float(value) for value in near.mean(-1)]
 
 
-class _Recorded(nn.Module):
-    """A layer that remembers its call. The layer itself gets no hook, since others may be running it."""
+class _Recorded(InPlaceOf):
+    """A layer that remembers its call."""
 
     def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
+        super().__init__(layer)
         self.layer = layer
-        if hasattr(layer, "attention_type"):  # some models choose the layer's mask by this attribute
-            self.attention_type = layer.attention_type
 
     def forward(self, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
         self.entering, self.args, self.named = hidden_states, args, named
@@ -75,9 +77,26 @@ def layer_states(target: Target, ids: Tensor, seen: Tensor) -> HiddenStates:
     """Run the model once on ids [P, T], without a cache, and record what its layers were called with."""
     layers = [_Recorded(layer) for layer in target.layers]
     with_layers(target.model, target.sublayers.path, layers)(input_ids=ids, use_cache=False)
-    return HiddenStates(
-        [(r.layer, r.args, r.named) for r in layers], [*(r.entering for r in layers), layers[-1].leaving], seen
-    )
+    return _recorded(layers, seen)
+
+
+@torch.no_grad()
+def draft_states(replay: Replay, starts: list[Start]) -> HiddenStates:
+    """The same for drafts of the full model from these starts, which share a group, behind their reference.
+
+    Costs what these tokens cost, however long their prompts are. Valid until the replay runs another pass.
+    """
+    target = replay.target
+    layers = [_Recorded(layer) for layer in target.layers]
+    view = with_layers(target.model, target.sublayers.path, layers)
+    (_, prompt_P), at_PQ, _ = replay.logits(view, starts)
+    lengths_P = torch.tensor(replay.lengths, device=at_PQ.device)[prompt_P]
+    return _recorded(layers, at_PQ < lengths_P[:, None], any_rows=False)
+
+
+def _recorded(layers: list[_Recorded], seen: Tensor, any_rows: bool = True) -> HiddenStates:
+    hidden = [*(layer.entering for layer in layers), layers[-1].leaving]
+    return HiddenStates([(layer.layer, layer.args, layer.named) for layer in layers], hidden, seen, any_rows)
 
 
 @torch.no_grad()
@@ -93,7 +112,7 @@ def sublayer_states(target: Target, states: HiddenStates, halves: Sequence[PreTr
         for number in range(len(lists) - 1):
             hidden.append(HiddenStates(units, hidden, states.seen).run(len(units) - len(lists) + number, hidden[-1]))
         hidden.append(states.hidden[i + 1])
-    return HiddenStates(units, hidden, states.seen)
+    return HiddenStates(units, hidden, states.seen, states.any_rows)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """The objective: tokens per second, from replay's counts and the cost model's seconds. They meet here alone.
 
-Shapes: L segments; S positions of a segment; T thresholds; K draft lengths.
+Shapes: L stretches of text; S positions of a stretch; T thresholds; K draft lengths.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
+from skipsearch.decoding.exit_rule import ExitRule
 from skipsearch.evaluate.cost import Point, draft_step
-from skipsearch.evaluate.mask_replay import MaskReplay, PositionOutcomes
-from skipsearch.evaluate.replay import Replay, Segment
+from skipsearch.evaluate.mask_replay import MaskReplay
+from skipsearch.evaluate.windows import Part, PositionOutcomes, WindowReplay
 from skipsearch.mask import SkipMask
 from skipsearch.policy import DraftPolicy
 
@@ -29,7 +30,7 @@ BINS = 16  # of the confidence, in a calibrated exit
 TRIED = (1, 2, 3, 4, 6)  # lengths, in trials
 THRESHOLDS = (None, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85)
 
-Fidelity = Literal["first", "part", "whole"]
+Fidelity = Literal["first", "part", "whole"]  # how much of a trace a score is made on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,34 +75,35 @@ def throughput(blocks: Counter[tuple[int, int]], mask: SkipMask, policy: DraftPo
     )  # fmt: skip
 
 
-def score(replay: Replay, mask: SkipMask, point: Point, *, thorough: bool = False) -> Score:
-    """The best policy for a mask and what it reaches.
-
-    A walk with the longest drafts tells where the mask is right and how confident it is; arithmetic on that ranks fixed
-    draft lengths and thresholds. A trial takes the estimate of the best. Thorough scoring walks exactly the best, the
-    calibrated exit, and the adaptive threshold that begins at the best one.
-    """
-    drafts = MaskReplay(replay, mask)
-    longest = DraftPolicy(max_length=replay.max_length)
-    known = {longest: throughput(drafts.walk(longest), mask, longest, point)}
-    best = estimate_drafts(drafts, point, neighbours=thorough)
-    if not thorough:
-        return best
-    policies = {best.policy, calibrated(drafts, best.tokens_per_second, point), *_adaptive(best.policy)}
-    for policy in policies - known.keys():
-        known[policy] = throughput(drafts.walk(policy), mask, policy, point)
-    return max(known.values(), key=lambda s: s.tokens_per_second)
-
-
-def estimate_drafts(
-    drafts: MaskReplay, point: Point, segments: Sequence[Segment] | None = None, neighbours: bool = False
-) -> Score:  # fmt: skip
-    """The best policy and what it would reach, by arithmetic on the drafts run so far."""
-    longest = drafts.replay.max_length
+def score(drafts: WindowReplay, point: Point, part: Part | None = None) -> Score:
+    """The best of some policies for a mask and what it would reach on this part of the trace, or on all of it."""
     # Trials cannot tell neighbouring policies apart. They estimate longer drafts than they run.
-    lengths = [k for k in (range(1, longest + 1) if neighbours else TRIED) if k < len(point.verify)]
-    thresholds = THRESHOLDS if neighbours else THRESHOLDS[::2]
-    return estimate(drafts.position_outcomes(segments), drafts.mask, point, lengths, thresholds)
+    lengths = [k for k in TRIED if k < len(point.verify)]
+    return estimate(drafts.outcomes(part), drafts.mask, point, lengths)
+
+
+def best_policy(outcomes: Sequence[PositionOutcomes], mask: SkipMask, point: Point) -> Score:
+    """The best of all policies: fixed lengths, exits, the exit that adapts from the best one, the calibrated exit."""
+    best = estimate(outcomes, mask, point, range(1, len(point.verify)), THRESHOLDS)
+    others = [calibrated(outcomes, mask, best.tokens_per_second, point)]
+    if best.policy.exit_threshold is not None:
+        others.append(replace(best.policy, adaptive=True))
+    scores = [throughput(follow(outcomes, policy), mask, policy, point) for policy in others]
+    return max((best, *scores), key=lambda s: s.tokens_per_second)
+
+
+def follow(outcomes: Sequence[PositionOutcomes], policy: DraftPolicy) -> Counter[tuple[int, int]]:
+    """Blocks by (drafted, accepted) if a token's outcome depended on its position alone; any policy, one by one."""
+    blocks: Counter[tuple[int, int]] = Counter()
+    for found in outcomes:
+        rule, at, size = ExitRule(policy), 0, len(found.correct)
+        while at < found.starts:
+            k = rule.length(found.confidence[at : at + policy.max_length], size - at - 1)
+            n = next((j for j in range(k) if not found.correct[at + j]), k)
+            rule.learn(k, n)
+            blocks[k, n] += 1
+            at += n + 1
+    return blocks
 
 
 def estimate(
@@ -128,7 +130,7 @@ def _counts(outcomes: Sequence[PositionOutcomes], lengths_K: Array, thresholds_T
         confidence_LS[i, : sizes_L[i]] = found.confidence
 
     def following(flags_LS: Array) -> Array:
-        """The place of the next flag, from each position on; the segment's size if there is none."""
+        """The place of the next flag, from each position on; the stretch's size if there is none."""
         places = np.where(flags_LS, np.arange(sizes_L.max()), sizes_L[:, None])
         return np.asarray(np.minimum.accumulate(places[..., ::-1], axis=-1)[..., ::-1])
 
@@ -137,54 +139,45 @@ def _counts(outcomes: Sequence[PositionOutcomes], lengths_K: Array, thresholds_T
     most = lengths_K.max() + 1
     counts = np.zeros((*at_TKL.shape[:2], most, most), dtype=int)
     while (walking := np.nonzero(at_TKL < starts_L))[0].size:
-        t, k, segment = walking
+        t, k, stretch = walking
         at = at_TKL[walking]
-        drafted = np.minimum(np.minimum(lengths_K[k], sizes_L[segment] - at - 1), unsure_TLS[t, segment, at] - at + 1)
-        accepted = np.minimum(drafted, wrong_LS[segment, at] - at)
+        drafted = np.minimum(np.minimum(lengths_K[k], sizes_L[stretch] - at - 1), unsure_TLS[t, stretch, at] - at + 1)
+        accepted = np.minimum(drafted, wrong_LS[stretch, at] - at)
         np.add.at(counts, (t, k, drafted, accepted), 1)
         at_TKL[walking] = at + accepted + 1
     return counts
 
 
-def calibrated(drafts: MaskReplay, rate: float, point: Point) -> DraftPolicy:
+def calibrated(outcomes: Sequence[PositionOutcomes], mask: SkipMask, rate: float, point: Point) -> DraftPolicy:
     """The exit that stops when one more token is expected to bring less than its seconds bring elsewhere.
 
     The next token is committed with the chance that all before it are right, times its own acceptance. It costs a
     draft step and what its verify adds. Its price is the number of tokens that these seconds bring at `rate` tokens
     per second.
     """
-    seen = [
-        (draft.confidence[j], j < draft.matches)
-        for draft in drafts.drafts.values()
-        for j in range(min(draft.matches + 1, len(draft.confidence)))
-    ]
     bins: list[list[bool]] = [[] for _ in range(BINS)]
-    for confidence, right in seen:
-        bins[min(int(confidence * BINS), BINS - 1)].append(right)
+    for found in outcomes:
+        for confidence, right in zip(found.confidence, found.correct, strict=True):
+            bins[min(int(confidence * BINS), BINS - 1)].append(right)
     # A prior of two tokens a bin, right as often as its confidence says, for bins that hold few.
     rates = [(sum(b) + 2 * (i + 0.5) / BINS) / (len(b) + 2) for i, b in enumerate(bins)]
     curve = isotonic_regression(rates, weights=[len(b) + 2 for b in bins]).x
-    mean = sum(right for _, right in seen) / max(1, len(seen))
-    step = draft_step(point, drafts.mask, exit_check=True)
-    prices = [
-        rate * (step + max(0.0, point.verify[k + 1] - point.verify[k])) / max(mean, 0.01)
-        for k in range(1, len(point.verify) - 1)
+    mean = sum(map(sum, bins)) / max(1, sum(map(len, bins)))
+    step = draft_step(point, mask, exit_check=True)
+    longest = len(point.verify) - 1
+    adds = [
+        max(0.0, point.verify[min(k + 1, longest)] - point.verify[min(k, longest - 1)]) for k in range(1, longest + 1)
     ]
-    longest = drafts.replay.max_length
+    prices = [rate * (step + added) / max(mean, 0.01) for added in adds]
     return DraftPolicy(
-        max_length=longest, curve=tuple(round(float(a), 4) for a in curve),
-        prices=tuple(round(p, 4) for p in [*prices, prices[-1]][:longest]),
-    )  # fmt: skip
-
-
-def _adaptive(best: DraftPolicy) -> list[DraftPolicy]:
-    return [] if best.exit_threshold is None else [replace(best, adaptive=True)]
+        max_length=longest, curve=tuple(round(float(a), 4) for a in curve), prices=tuple(round(p, 4) for p in prices)
+    )
 
 
 def standard_error(drafts: MaskReplay, policy: DraftPolicy, point: Point) -> float:
     """Of the predicted speed-up, over prompts: the jackknife, since it is a ratio of sums."""
     drafts.walk(policy)
-    prompts = drafts.by_segment
+    prompts = drafts.by_prompt
     if len(prompts) < 2:
         return math.nan
     without = [

@@ -2,13 +2,15 @@
 
 Promises that a draft attends to the reference up to its start, and to itself. Knows no masks and no tokens.
 
-Shapes: S block starts; P rows, each with G starts of one prompt; K drafted tokens; Q = G * K queries; T positions.
+Shapes: S block starts; P rows, each with G starts of one prompt; K drafted tokens; Q = G * K queries; T positions;
+H hidden size; C tokens of a continuation.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 Start = tuple[int, int]  # (prompt, committed tokens)
 COPIED = 8  # reference positions that are copied in the time that a draft runs one token
+GROUP_COST = 400  # tokens of padding that are as slow as one more pass
 
 
 class Grid:
@@ -26,7 +29,7 @@ class Grid:
     one row. Where a prompt has fewer than G starts, its first one fills the row.
 
     Args:
-        starts: (prompt, committed tokens), in the order of prompts.
+        starts: (row of the reference, committed tokens), in the order of rows.
         prompts: how many there are; 0 if the reference must not be written to.
         tokens: of a draft.
         length: of the reference that all rows read.
@@ -91,3 +94,44 @@ class ReferenceLayer(DynamicLayer):  # type: ignore[misc]
 
     def get_seq_length(self) -> int:
         return 0 if self.grid is None else self.grid.length
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Prompts of similar length, padded to the longest: what one pass can run.
+
+    Attributes:
+        prompts: their numbers in the trace, in the order of rows.
+        longest: tokens of prompt and continuation, at most.
+        layers: keys and values of each layer.
+        states: hidden states [P, C, H] in front of each layer, of the continuations' tokens; empty: not kept.
+    """
+
+    prompts: tuple[int, ...]
+    longest: int
+    layers: list[ReferenceLayer]
+    states: list[Tensor]
+
+    def row(self, prompt: int) -> int:
+        return self.prompts.index(prompt)
+
+    @property
+    def bytes_of_row(self) -> int:
+        """Of a copy of one row's keys and values in one layer, as it is made and expanded over heads."""
+        sizes = [[part[0].numel() * part.element_size() for part in layer.reference] for layer in self.layers]
+        return 2 * max(map(sum, sizes))
+
+
+def group_by_length(lengths: Sequence[int]) -> list[tuple[int, ...]]:
+    """Numbers of prompts in groups, shortest first, so that padding and passes together cost least."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    best: list[tuple[float, int]] = [(0.0, 0)]  # of the first so many: cost, and where their last group begins
+    for end in range(1, len(order) + 1):
+        longest = lengths[order[end - 1]]
+        best.append(min((best[i][0] + (end - i) * longest + GROUP_COST, i) for i in range(end)))
+    groups, end = [], len(order)
+    while end:
+        begin = best[end][1]
+        groups.append(tuple(sorted(order[begin:end])))
+        end = begin
+    return groups[::-1]

@@ -10,43 +10,58 @@ Sampled output too: given that a token x stands in the target's own output, the 
 draft is min(1, draft_probs(x) / target_probs(x)), whose mean over x is sum(min(target_probs, draft_probs)), the
 acceptance of speculative sampling. A fixed random number for each token of the trace decides, the same for every mask.
 
+Prompts of similar length share a pass; in front of the first layer that a draft changes, hidden states are those of the
+reference, so a pass begins there.
+
 Shapes: P prompts, or rows of a pass, each with several starts of one prompt; K drafted tokens; Q queries of a row;
-T positions; V vocabulary.
+T positions; C tokens of a continuation; V vocabulary; H hidden size.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
-from dataclasses import dataclass
+import copy
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from skipsearch.decoding.rows import rows_may_differ
-from skipsearch.evaluate.reference import Grid, ReferenceLayer, Start
+from skipsearch.draft.view import InPlaceOf, RemovedLayer, with_layers
+from skipsearch.evaluate.reference import Grid, Group, ReferenceLayer, Start, group_by_length
 from skipsearch.evaluate.trace import Trace
 from skipsearch.model.device import free_memory
 from skipsearch.model.target import Target
 
-PREFILL_ROWS = 8  # prompts whose reference is made in one forward
+PREFILL_TOKENS = 4096  # of prompts whose reference is made in one forward
+AHEAD = 16  # the longest draft that any replay of a reference may run
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A part of a prompt's continuation that is walked on its own: positions start..stop of prompt and continuation."""
+class _Keeping(InPlaceOf):
+    """A layer that keeps some of the hidden states that enter it."""
 
-    prompt: int
-    start: int
-    stop: int
+    def __init__(self, layer: nn.Module, at_PC: Tensor) -> None:
+        super().__init__(layer)
+        self.layer, self.at_PC = layer, at_PC
 
-    def end(self, tokens: int | None) -> int:
-        """Where it ends if only so many tokens are walked."""
-        return self.stop if tokens is None else min(self.stop, self.start + tokens)
+    def forward(self, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
+        rows = torch.arange(len(hidden_states), device=hidden_states.device)[:, None]
+        self.kept = hidden_states[rows, self.at_PC.to(hidden_states.device)]
+        return self.layer(hidden_states, *args, **named)
+
+
+class _Resumed(InPlaceOf):
+    """A layer that is given stored hidden states, whatever reaches it."""
+
+    def __init__(self, layer: nn.Module, hidden_PQH: Tensor) -> None:
+        super().__init__(layer)
+        self.layer, self.hidden_PQH = layer, hidden_PQH
+
+    def forward(self, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
+        return self.layer(self.hidden_PQH, *args, **named)
 
 
 class Replay:
@@ -57,135 +72,189 @@ class Replay:
         trace: its own continuations.
         max_length: the largest K that a policy may have.
         rows: block starts to run in one pass, at most.
-        segments: parts of each continuation that are walked at once. One is exact; more make fewer and larger passes,
-            and a few blocks begin where decoding would not have begun them.
+        side: starts of one prompt side by side, at most.
         reference: keys and values of every layer over the trace, with room for a pass behind them, of a model on which
             another replay was `together`; None: they are made by running it.
         memory: bytes that a pass may take beside the reference; None: a quarter of what the device has free.
+        states: whether to keep the continuations' hidden states in front of each layer, so that a draft can begin at
+            the first layer that it changes.
 
     Attributes:
         together: whether starts can be drafted side by side in one pass.
+        groups: prompts that share a pass.
     """
 
     def __init__(
         self, target: Target, trace: Trace, max_length: int = 8, *, rows: int = 128, memory: float | None = None,
-        segments: int = 1, reference: list[tuple[Tensor, Tensor]] | None = None,
+        side: int = 1, reference: list[tuple[Tensor, Tensor]] | None = None, states: bool = False,
     ) -> None:  # fmt: skip
-        self.target, self.trace, self.max_length, self.parts = target, trace, max_length, segments
+        self.target, self.trace, self.max_length, self.side = target, trace, max_length, max(2, side)
         self.lengths = [len(p) + len(c) for p, c in zip(trace.prompts, trace.continuations, strict=True)]
-        self.longest = max(self.lengths)
-        self.side = max(2, segments)  # starts of a prompt in one row, at most
-        self.segments = _segments(trace, segments)
         # Room behind each row, so that a draft near the end has (meaningless) tokens to read.
-        self.ids, _ = trace.padded(target.device, max_length)
+        self._ahead = max(max_length, AHEAD)
+        self.ids, _ = trace.padded(target.device, self._ahead)
         self.temperature = trace.temperature
         # chances [P, T] of acceptance, and the target's own log-probability of each token; with sampling alone
-        shape = (len(self.lengths), self.longest + max_length + 1)
+        shape = (len(self.lengths), max(self.lengths) + self._ahead + 1)
         self.chance_PT = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.ids.device)
         self.target_PT = torch.zeros(shape, device=self.ids.device)
-        self.reference = self._make_reference() if reference is None else reference
-        scratch: dict[Any, Tensor] = {}
-        self._layers = [ReferenceLayer(*pair, scratch) for pair in self.reference]
+        self._scratch: dict[Any, Tensor] = {}
+        every = tuple(range(len(self.lengths)))
+        if reference is not None:
+            self.groups = [Group(every, max(self.lengths), self._layers(reference), [])]
+        else:
+            self.groups = [self._make_group(part, states) for part in group_by_length(self.lengths)]
+        self._group_of = {prompt: group for group in self.groups for prompt in group.prompts}
         self.together = True
         self.together = reference is not None or (rows_may_differ(target) and self._keys_may_move())
+        self.resumes = self.together and states
+        self.resumes = self.resumes and self._states_are_those_of_a_pass()
         # Else each start is a pass of its own: slower, and the same.
         self.rows = self._rows_that_fit(rows, memory) if self.together else 1
 
+    def with_length(self, max_length: int) -> Replay:
+        """The same reference for other drafts, one of each prompt in a row; the two must not run at once."""
+        assert max_length <= AHEAD
+        other = copy.copy(self)
+        other.max_length, other.side = max_length, 1
+        return other
+
+    def _layers(self, reference: list[tuple[Tensor, Tensor]]) -> list[ReferenceLayer]:
+        return [ReferenceLayer(*pair, self._scratch) for pair in reference]
+
     @torch.no_grad()
-    def _make_reference(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values [P, H, T, D] of every layer over the whole trace; padding is last, so unseen."""
+    def _make_group(self, prompts: tuple[int, ...], states: bool) -> Group:
+        """Keys and values [P, H, T, D] of every layer over these prompts; padding is last, so unseen."""
+        longest = max(self.lengths[p] for p in prompts)
+        begins_P = torch.tensor([len(self.trace.prompts[p]) for p in prompts], device=self.ids.device)
+        room = max(len(self.trace.continuations[p]) for p in prompts) + self._ahead
+        at_PC = (begins_P[:, None] + torch.arange(room, device=self.ids.device)).clamp(max=longest - 1)
+        ids_PT = self.ids[list(prompts), :longest]
         kept: list[list[tuple[Tensor, Tensor]]] = []
-        for first in range(0, len(self.ids), PREFILL_ROWS):
-            part = slice(first, first + PREFILL_ROWS)
+        hidden: list[list[Tensor]] = []
+        step = max(1, PREFILL_TOKENS // longest)
+        for first in range(0, len(prompts), step):
+            part = slice(first, first + step)
             cache = Cache(layers=[DynamicLayer() for _ in range(self.target.num_layers)])
-            ids = self.ids[part, : self.longest]
-            logits = self.target.model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+            layers = [_Keeping(layer, at_PC[part]) for layer in self.target.layers] if states else []
+            model = with_layers(self.target.model, self.target.sublayers.path, layers) if states else self.target.model
+            few = {} if self.temperature or not self.target.takes_logits_to_keep else {"logits_to_keep": 1}
+            logits = model(input_ids=ids_PT[part], past_key_values=cache, use_cache=True, **few).logits
             if self.temperature:
-                self.target_PT[part, 1 : ids.shape[1]] = self.log_probs(logits[:, :-1], ids[:, 1:])
+                known = self.log_probs(logits[:, :-1], ids_PT[part, 1:])
+                self.target_PT[list(prompts[part]), 1:longest] = known
             kept.append([(layer.keys, layer.values) for layer in cache.layers])
-        room = (0, 0, 0, self.side * self.max_length)  # behind each row, for what a pass adds
-        return [
-            (F.pad(torch.cat([c[i][0] for c in kept]), room), F.pad(torch.cat([c[i][1] for c in kept]), room))
+            hidden.append([layer.kept for layer in layers])
+        behind = (0, 0, 0, max(self._ahead, self.side * self.max_length))  # behind each row, for what a pass adds
+        reference = [
+            (F.pad(torch.cat([c[i][0] for c in kept]), behind), F.pad(torch.cat([c[i][1] for c in kept]), behind))
             for i in range(self.target.num_layers)
         ]
+        return Group(
+            prompts, longest, self._layers(reference), [torch.cat(parts) for parts in zip(*hidden, strict=True)]
+        )
 
     @torch.no_grad()
     def _keys_may_move(self) -> bool:
         """Whether drafts side by side equal those run alone; false with ALiBi, whose bias depends on a key's slot."""
         model = self.target.model
-        prompt = max(range(len(self.lengths)), key=self.lengths.__getitem__)
-        starts = [(prompt, max(1, self.longest - 1 - far)) for far in (2, 0)]
+        prompt = min(range(len(self.lengths)), key=lambda p: (self.lengths[p] < 4, self.lengths[p]))
+        length = self.lengths[prompt]
         try:
-            _, at_PQ, logits_PQV = self.logits(model, starts)
+            _, at_PQ, logits_PQV = self.logits(model, [(prompt, max(1, length - 1 - far)) for far in (2, 0)])
         except (RuntimeError, ValueError, TypeError, IndexError):
             return False  # the model does not understand such masks
-        alone = model(input_ids=self.ids[prompt : prompt + 1, : self.longest], use_cache=False).logits[0].float()
-        known = at_PQ < self.longest
-        far = (logits_PQV[known].float() - alone[at_PQ[known]]).abs().max()
+        alone = model(input_ids=self.ids[prompt : prompt + 1, :length], use_cache=False).logits[0]
+        known = at_PQ < length
+        return self._close(logits_PQV[known], alone[at_PQ[known]])
+
+    @torch.no_grad()
+    def _states_are_those_of_a_pass(self) -> bool:
+        """Whether a pass that begins in the middle, at stored hidden states, ends as one that begins in front."""
+        prompt = max(range(len(self.lengths)), key=lambda p: len(self.trace.continuations[p]))
+        starts = [(prompt, len(self.trace.prompts[prompt]) + 1)]
+        if len(self.trace.continuations[prompt]) < 2:
+            return False
+        whole, half = (self.logits(self.target.model, starts, first)[2] for first in (0, self.target.num_layers // 2))
+        known = min(self.max_length, len(self.trace.continuations[prompt]) - 1)
+        return self._close(half[:, :known], whole[:, :known])
+
+    def _close(self, found: Tensor, expected: Tensor) -> bool:
         half = self.target.dtype in (torch.float16, torch.bfloat16)
-        return bool(far <= (0.05 if half else 1e-3) * alone.abs().max())
+        far = (found.float() - expected.float()).abs().max()
+        return bool(far <= (0.05 if half else 1e-3) * expected.float().abs().max())
 
     def _rows_that_fit(self, most: int, memory: float | None) -> int:
-        """Rows of a pass: each has a copy of its prompt's keys and values in one layer, and its logits."""
-        keys, values = max(self.reference, key=lambda pair: pair[0][0].numel() + pair[1][0].numel())
-        of_layer = 2 * (keys[0].numel() * keys.element_size() + values[0].numel() * values.element_size())
-        row = of_layer + 4 * 4 * self.max_length * self.target.vocabulary
+        """Starts of a pass: each may have a copy of its prompt's keys and values in one layer, and has its logits."""
+        row = max(group.bytes_of_row for group in self.groups) + 4 * 4 * self.max_length * self.target.vocabulary
         budget = memory if memory is not None else 0.25 * free_memory(self.ids.device)
         return int(max(1, min(most, budget // row)))
 
-    def logits(self, view: PreTrainedModel, starts: list[Start]) -> tuple[Grid, Tensor, Tensor]:
-        """One pass of a draft view, or of the model itself, over drafts from these starts.
+    def passes(self, starts: Iterable[Start]) -> Iterator[list[Start]]:
+        """These starts in parts that one pass can run, in order."""
+        of_group: dict[int, list[Start]] = {}
+        for start in sorted(starts):
+            of_group.setdefault(id(self._group_of[start[0]]), []).append(start)
+        for part in of_group.values():
+            yield from (part[first : first + self.rows] for first in range(0, len(part), self.rows))
+
+    def logits(
+        self, view: PreTrainedModel, starts: list[Start], first: int = 0
+    ) -> tuple[tuple[Grid, Tensor], Tensor, Tensor]:
+        """One pass of a draft view, or of the model itself, over drafts from these starts, which share a group.
+
+        Args:
+            first: the first layer that the view changes; those before it are not run, where the replay `resumes`.
 
         Returns:
-            how the starts were laid out, the places [P, Q] of the tokens read, and the logits [P, Q, V] behind them.
+            how the starts were laid out, with the prompt of each row [P]; the places [P, Q] of the tokens read; and
+            the logits [P, Q, V] behind them.
         """
-        k, device = self.max_length, self.ids.device
+        k, device, group = self.max_length, self.ids.device, self._group_of[starts[0][0]]
         # A draft behind t committed tokens has the reference up to t - 2; token t - 1 is its first input.
-        length = self.longest if self.together else starts[0][1] - 1
-        grid = Grid(starts, len(self.lengths) if self.together else 0, k, length, self.side, device)
-        width = grid.start_PG.shape[1]
+        length = group.longest if self.together else starts[0][1] - 1
+        local = [(group.row(prompt), t) for prompt, t in starts]
+        grid = Grid(local, len(group.prompts) if self.together else 0, k, length, self.side, device)
         first_PG = torch.tensor([t - 1 for _, t in starts], device=device)[grid.start_PG]
         at_PQ = (first_PG[..., None] + torch.arange(k, device=device)).flatten(1)
-        for layer in self._layers:
+        prompt_P = torch.tensor(group.prompts, device=device)[grid.prompt_P]
+        for layer in group.layers:
             layer.grid = grid
         given: dict[str, Any] = {"position_ids": at_PQ} if self.target.takes_positions else {}
         if self.together:
-            reference_T = torch.arange(length, device=device)
-            keys_PT = torch.cat([reference_T.expand(len(at_PQ), -1), at_PQ], 1)
-            before_PQT = reference_T < first_PG.repeat_interleave(k, 1)[..., None]
-            of_Q = torch.arange(width, device=device).repeat_interleave(k)
-            itself_PQT = (of_Q[:, None] == of_Q).expand(len(at_PQ), -1, -1)
-            given["attention_mask"] = self.target.attention.masks(
-                at_PQ, lambda _window: keys_PT, only_RQK=torch.cat([before_PQT, itself_PQT], 2)
-            )
+            given["attention_mask"] = self._mask(grid, first_PG, at_PQ)
+        if first and self.resumes:
+            view = self._resumed(view, group, first, grid, at_PQ)
         logits_PQV = view(
-            input_ids=self.ids[grid.prompt_P[:, None], at_PQ], past_key_values=Cache(layers=list(self._layers)),
+            input_ids=self.ids[prompt_P[:, None], at_PQ], past_key_values=Cache(layers=list(group.layers)),
             use_cache=True, **given,
         ).logits  # fmt: skip
-        return grid, at_PQ, logits_PQV
+        return (grid, prompt_P), at_PQ, logits_PQV
+
+    def _mask(self, grid: Grid, first_PG: Tensor, at_PQ: Tensor) -> Any:
+        """A query sees the reference in front of its draft, and its own draft up to itself."""
+        k = self.max_length
+        reference_T = torch.arange(grid.length, device=at_PQ.device)
+        keys_PT = torch.cat([reference_T.expand(len(at_PQ), -1), at_PQ], 1)
+        before_PQT = reference_T < first_PG.repeat_interleave(k, 1)[..., None]
+        of_Q = torch.arange(grid.start_PG.shape[1], device=at_PQ.device).repeat_interleave(k)
+        itself_PQT = (of_Q[:, None] == of_Q).expand(len(at_PQ), -1, -1)
+        return self.target.attention.masks(
+            at_PQ, lambda _window: keys_PT, only_RQK=torch.cat([before_PQT, itself_PQT], 2)
+        )
+
+    def _resumed(self, view: PreTrainedModel, group: Group, first: int, grid: Grid, at_PQ: Tensor) -> PreTrainedModel:
+        """The view without the layers before `first`, which is given the reference's hidden states."""
+        states, path = group.states[first], self.target.sublayers.path
+        begins_P = torch.tensor([len(self.trace.prompts[p]) for p in group.prompts], device=at_PQ.device)[grid.prompt_P]
+        rows, at = grid.prompt_P[:, None], at_PQ - begins_P[:, None]
+        hidden_PQH = states[rows.to(states.device), at.to(states.device)]
+        layers = list(view.get_submodule(path).children())
+        as_tuple = self.target.sublayers.layer_returns_tuple
+        before = [RemovedLayer(layer, as_tuple) for layer in layers[:first]]
+        return with_layers(view, path, [*before, _Resumed(layers[first], hidden_PQH), *layers[first + 1 :]])
 
     def log_probs(self, logits: Tensor, ids: Tensor) -> Tensor:
         """Log-probabilities [...] of ids [...] under logits [..., V] at the trace's temperature."""
         scores = logits.float() / self.temperature
         return scores.gather(-1, ids[..., None])[..., 0] - scores.logsumexp(-1)
-
-    def sample(self, count: int = 2) -> list[Segment]:
-        """So many segments of every prompt, early ones and late ones in turn: a part that looks like the whole."""
-        turns = sorted(range(self.parts), key=lambda turn: (turn % 2, turn))[:count]
-        numbers = Counter[int]()
-        chosen = []
-        for segment in self.segments:
-            if (numbers[segment.prompt] + segment.prompt) % self.parts in turns:
-                chosen.append(segment)
-            numbers[segment.prompt] += 1
-        return chosen or self.segments
-
-
-def _segments(trace: Trace, count: int) -> list[Segment]:
-    """Each continuation in so many parts, behind the token that its prefill gives."""
-    segments = []
-    for p, (prompt, continuation) in enumerate(zip(trace.prompts, trace.continuations, strict=True)):
-        first, length = len(prompt) + 1, len(prompt) + len(continuation)
-        cuts = [first + (length - first) * number // count for number in range(count + 1)]
-        segments += [Segment(p, a, b) for a, b in itertools.pairwise(cuts) if a < b]
-    return segments

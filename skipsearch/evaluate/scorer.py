@@ -9,32 +9,27 @@ from dataclasses import replace
 from scipy.stats import spearmanr
 
 from skipsearch.evaluate.cost import Point
-from skipsearch.evaluate.mask_replay import MaskReplay
-from skipsearch.evaluate.objective import Fidelity, Score, estimate_drafts, throughput
-from skipsearch.evaluate.replay import Replay
+from skipsearch.evaluate.objective import Fidelity, Score, estimate, score
+from skipsearch.evaluate.windows import WindowReplay, Windows
 from skipsearch.mask import SkipMask
-from skipsearch.policy import DraftPolicy
 
 AGREEMENT = 0.9  # rank correlation with whole scores from which a stage may give up
-CHECK_FIRST, CHECKED = 20, 15  # masks that are scored whole in any case: the first ones, and then one in so many
-FAR_BEHIND = 0.92  # of the best
-LEAST = 0.25  # of the segments; fewer are left unfinished, since small passes cost more a draft
-# Segments scored of each prompt, and the share of the best below which a mask is given up then.
-PARTS = ((2, 0.97), (3, 0.985))
+CHECK_FIRST, CHECKED = 12, 15  # masks that are scored whole in any case: the first ones, and then one in so many
+# Shares of each prompt's windows, and the share of the best below which a mask is given up then.
+STAGES: tuple[tuple[Fidelity, float, float], ...] = (("first", 0.2, 0.92), ("part", 0.5, 0.975))
 
 
 class Scorer:
     """Scores trials, on as much of the trace as each deserves.
 
-    There are stages: the first tokens of a sample of the trace, the sample, more of it, all of it. A mask that is far
-    behind the best at a stage is given up there, and its score is scaled to the whole. Masks near the best are scored
-    whole, so that none is best by luck. A stage gives up masks only while its scores rank them as whole scores do. This
-    is measured on the first masks and then on one in `CHECKED`: those are scored whole in any case.
+    There are stages: a stretch of each continuation, a longer one, all of it. A mask that is far behind the best at a
+    stage is given up there, and its score is scaled to the whole. Masks near the best are scored whole, so that none is
+    best by luck. A stage gives up masks only while its scores rank them as whole scores do. This is measured on the
+    first masks and then on one in `CHECKED`: those are scored whole in any case.
 
     Args:
-        replay: of the calibration prompts, in several segments.
+        windows: of the calibration prompts.
         point: costs.
-        first: tokens of each segment that the first stage scores.
         front: score for a front of acceptance rate and cost ratio: no mask is given up, and both figures are those of
             drafts of one fixed length, so that they can be compared.
 
@@ -42,9 +37,9 @@ class Scorer:
         checked: of masks scored whole in any case, tokens per second at every stage, the whole last.
     """
 
-    def __init__(self, replay: Replay, point: Point, first: int = 6, front: bool = False) -> None:
-        self.replay, self.point, self.first, self.front = replay, point, first, front
-        self.samples = [replay.sample(segments) for segments, _ in PARTS]
+    def __init__(self, windows: Windows, point: Point, front: bool = False) -> None:
+        self.windows, self.point, self.front = windows, point, front
+        self.parts = [windows.part(share) for _, share, _ in STAGES]
         self.checked: list[tuple[float, ...]] = []
         self.best: Score | None = None
         self.best_stages: list[float] = []  # its tokens per second at each of them
@@ -63,31 +58,25 @@ class Scorer:
         return found
 
     def _score(self, mask: SkipMask) -> Score:
-        drafts, best = MaskReplay(self.replay, mask), self.best
-        longest = DraftPolicy(max_length=self.replay.max_length)
+        drafts, best = WindowReplay(self.windows, mask), self.best
         if self.front:
-            fixed = throughput(drafts.walk(longest), mask, longest, self.point)
-            return replace(
-                estimate_drafts(drafts, self.point), acceptance_rate=fixed.acceptance_rate, cost_ratio=fixed.cost_ratio
-            )
+            found = score(drafts, self.point)
+            lengths = [self.windows.replay.max_length]
+            fixed = estimate(drafts.outcomes(), mask, self.point, lengths, [None])
+            return replace(found, acceptance_rate=fixed.acceptance_rate, cost_ratio=fixed.cost_ratio)
         done = self.counts.total()
         check = done < CHECK_FIRST or done % CHECKED == 0
         stages: list[float] = []
-        for number, near in enumerate((FAR_BEHIND, *(near for _, near in PARTS))):
-            if number == 0:
-                found = throughput(drafts.walk(longest, self.first, self.samples[0], LEAST), mask, longest, self.point)
-            else:
-                drafts.walk(longest, None, self.samples[number - 1], LEAST)
-                found = estimate_drafts(drafts, self.point, self.samples[number - 1])
+        for number, (fidelity, _, near) in enumerate(STAGES):
+            found = score(drafts, self.point, self.parts[number])
             stages.append(found.tokens_per_second)
             behind = best is not None and stages[-1] < near * self.best_stages[number]
             if behind and not check and self.agreement(number) >= AGREEMENT:
                 assert best is not None
                 # Never above what it was given up for, however lucky the best was at this stage.
                 scale = min(near * best.tokens_per_second / stages[-1], self._scale(number))
-                return _scaled(found, scale, "first" if number == 0 else "part")
-        drafts.walk(longest, None, None, LEAST)
-        whole = estimate_drafts(drafts, self.point)
+                return _scaled(found, scale, fidelity)
+        whole = score(drafts, self.point)
         if check:
             self.checked.append((*stages, whole.tokens_per_second))
         if best is None or whole.tokens_per_second > best.tokens_per_second:

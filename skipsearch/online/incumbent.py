@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from skipsearch.evaluate.cost import Point
-from skipsearch.evaluate.mask_replay import PositionOutcomes
 from skipsearch.evaluate.objective import Score
+from skipsearch.evaluate.windows import PositionOutcomes
 from skipsearch.mask import SkipMask
 from skipsearch.online.candidates import Candidates
 from skipsearch.online.window import EXIT, LENGTH, score

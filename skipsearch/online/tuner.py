@@ -23,8 +23,8 @@ from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import Block
 from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendWarning, DecodingError
-from skipsearch.evaluate.mask_replay import PositionOutcomes
 from skipsearch.evaluate.objective import Score
+from skipsearch.evaluate.windows import PositionOutcomes
 from skipsearch.mask import KINDS, SkipMask
 from skipsearch.maskfile import MaskFile, Provenance
 from skipsearch.model.load import model_card

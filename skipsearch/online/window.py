@@ -12,10 +12,11 @@ import torch
 
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.evaluate.cost import Point
-from skipsearch.evaluate.mask_replay import MaskReplay, PositionOutcomes
+from skipsearch.evaluate.mask_replay import MaskReplay
 from skipsearch.evaluate.objective import Score, estimate
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.trace import Trace
+from skipsearch.evaluate.windows import PositionOutcomes
 from skipsearch.mask import SkipMask
 
 LENGTH = 8  # tokens that each draft of a window runs; then the next one begins
@@ -45,7 +46,7 @@ class Window:
         self.starts = [(0, t) for t in range(first, len(text), LENGTH)]
         room = len(self.starts) * LENGTH
         reference = sequences.cache.keys_and_values(len(text) + room)
-        self.replay = Replay(sequences.target, trace, LENGTH, segments=len(self.starts), reference=reference)
+        self.replay = Replay(sequences.target, trace, LENGTH, side=len(self.starts), reference=reference)
         if temperature:
             self._read_target()
 

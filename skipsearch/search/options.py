@@ -11,7 +11,7 @@ from skipsearch.evaluate.prompts import PromptSource
 from skipsearch.evaluate.trace import DecodeSettings
 
 MAX_LENGTH = 12  # the longest draft that a policy may have
-TRIAL_LENGTH, TRIAL_SEGMENTS = 6, 5  # in a trial: the longest draft; parts of a continuation replayed in parallel
+TRIAL_LENGTH, SIDE = 6, 16  # in a trial: tokens of a draft; drafts of one prompt side by side
 SAMPLERS = ("trust-region", "gp", "tpe", "nsga2", "random")
 NGRAM = 10  # the most tokens that prompt lookup proposes
 

@@ -13,13 +13,15 @@ from skipsearch.errors import PromptError
 from skipsearch.evaluate.cost import Costs, Point, set_up
 from skipsearch.evaluate.profile import profile_or_load
 from skipsearch.evaluate.prompts import Prompts, fingerprint, lengthened, load_prompts
+from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.trace import Trace, record_or_load
+from skipsearch.evaluate.windows import Windows
 from skipsearch.mask import SkipMask
 from skipsearch.model.load import Loaded, model_card
 from skipsearch.model.preset import read_space
 from skipsearch.model.space import Space
 from skipsearch.model.target import Target
-from skipsearch.search.options import MAX_LENGTH, SearchOptions
+from skipsearch.search.options import MAX_LENGTH, SIDE, TRIAL_LENGTH, SearchOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +30,7 @@ class Prepared:
 
     Attributes:
         target: the model with the backend that will serve the mask.
-        prompts, trace, costs, space: see their classes.
+        prompts, trace, costs, space, windows: see their classes.
         identity: everything that scores depend on, by name.
         contexts: context lengths that the mask will serve, in tokens; empty: those of the calibration prompts.
     """
@@ -38,6 +40,7 @@ class Prepared:
     trace: Trace
     costs: Costs
     space: Space
+    windows: Windows
     identity: dict[str, str]
     contexts: tuple[int, ...] = ()
 
@@ -114,9 +117,11 @@ def prepare(loaded: Loaded, folder: Path, options: SearchOptions, progress: Prog
         folder / "costs.json", target, made_with, contexts=sorted(contexts), max_length=MAX_LENGTH, progress=progress,
         temperature=options.temperature,
     )  # fmt: skip
+    side = min(SIDE, -(-options.new_tokens // TRIAL_LENGTH))
+    replay = Replay(target, trace, TRIAL_LENGTH, memory=options.memory, side=side, states=True)
     return Prepared(
-        target=target, prompts=prompts, trace=trace, costs=costs, space=space, identity=identity,
-        contexts=options.contexts,
+        target=target, prompts=prompts, trace=trace, costs=costs, space=space, windows=Windows(replay),
+        identity=identity, contexts=options.contexts,
     )  # fmt: skip
 
 

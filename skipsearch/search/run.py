@@ -20,17 +20,17 @@ from skipsearch.compiled.backend import Progress, warm_mask
 from skipsearch.errors import MaskError, ModelLoadError, ResultsError, SkipsearchError
 from skipsearch.evaluate.cost import Costs, draft_step
 from skipsearch.evaluate.mask_replay import MaskReplay
-from skipsearch.evaluate.objective import Score, score, standard_error
+from skipsearch.evaluate.objective import Score, best_policy, score_policy, standard_error
 from skipsearch.evaluate.prompts import PromptSource
-from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.scorer import Scorer
 from skipsearch.evaluate.validate import Measured, evidence, measure
+from skipsearch.evaluate.windows import WindowReplay
 from skipsearch.files import write_json
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import MaskFile, Provenance, load_mask
 from skipsearch.model.load import Loaded, check_mask_belongs, model_card
 from skipsearch.policy import DraftPolicy
-from skipsearch.search.options import MAX_LENGTH, NGRAM, TRIAL_LENGTH, TRIAL_SEGMENTS, SearchOptions
+from skipsearch.search.options import NGRAM, SearchOptions
 from skipsearch.search.prepare import Prepared, prepare
 from skipsearch.search.seeds import all_seeds
 from skipsearch.search.study import Study, storage_url
@@ -103,7 +103,7 @@ def search(
         study = search_trials(loaded, prepared, folder, options, progress, report)
         study.export_csv(folder / "trials.csv")
         write_json(folder / "front.json", {"front": study.front()})
-        predicted, trial, error = rescore(prepared, study, progress, options.memory)
+        predicted, trial, error = rescore(prepared, study, progress)
     with _clocked(seconds, "validate"):
         measured, policy = _measure(prepared, predicted, options, progress)
         provenance = Provenance(
@@ -171,16 +171,15 @@ def search_trials(
     report: Callable[[int, float], None] = lambda done, best: None,
 ) -> Study:  # fmt: skip
     """Open or resume the study, enqueue the seeds, and run trials."""
-    target, space, url = prepared.target, prepared.space, options.storage or storage_url(folder)
+    space, url = prepared.space, options.storage or storage_url(folder)
     study = Study(url, options.study, space, prepared.identity, options.sampler, options.seed, options.pareto)
     # All trials of a study are scored with the same costs: those of the worker that created it.
     prepared = replace(prepared, costs=Costs.of(study.shared("costs", asdict(prepared.costs))))
     if len(study.finished()) < options.trials:
-        few = prepared.trace.head(8, options.trial_tokens)
-        earlier = _earlier_mask(loaded, folder)
-        study.enqueue(all_seeds(target, few, space, prepared.point, progress, loaded.preset, earlier))
-        replay = Replay(target, prepared.trace, TRIAL_LENGTH, memory=options.memory, segments=TRIAL_SEGMENTS)
-        scorer = Scorer(replay, prepared.point, front=options.pareto)
+        windows, earlier = prepared.windows, _earlier_mask(loaded, folder)
+        few = windows.few(8, options.trial_tokens)
+        study.enqueue(all_seeds(windows, few, space, prepared.point, progress, loaded.preset, earlier))
+        scorer = Scorer(windows, prepared.point, front=options.pareto)
         study.optimize(scorer, trials=options.trials, time_budget=options.time_budget, report=report)
     if not study.best(1):
         raise SkipsearchError("no trial has finished within the time budget; raise --time-budget")
@@ -213,18 +212,22 @@ def _measure(
     return measured, served if measured.served > measured.speedup else replace(served, ngram=0)
 
 
-def rescore(
-    prepared: Prepared, study: Study, progress: Progress, memory: float | None = None
-) -> tuple[Score, int, float]:
-    """Score the study's six best masks again: the best score, its trial, and the standard error of its speed-up."""
-    replay, point = Replay(prepared.target, prepared.trace, MAX_LENGTH, memory=memory), prepared.point
-    finalists = study.best(6)
+def rescore(prepared: Prepared, study: Study, progress: Progress) -> tuple[Score, int, float]:
+    """The best of the study's six best masks with the best policy: its exact score, its trial, its standard error.
+
+    All policies are compared on windows of the whole trace; then the best is replayed block by block.
+    """
+    windows, point, finalists = prepared.windows, prepared.point, study.best(6)
     scored = []
     for number, (mask, trial) in enumerate(finalists):
-        scored.append((score(replay, mask, point, thorough=True), trial))
-        progress("finalists", number + 1, len(finalists))
+        outcomes = WindowReplay(windows, mask).outcomes()
+        scored.append((best_policy(outcomes, mask, point), trial))
+        progress("finalists", number + 1, len(finalists) + 1)
     best, trial = max(scored, key=lambda pair: pair[0].tokens_per_second)
-    return best, trial, standard_error(MaskReplay(replay, best.mask), best.policy, point)
+    drafts = MaskReplay(windows.replay.with_length(best.policy.max_length), best.mask)
+    exact = score_policy(drafts, best.policy, point)
+    progress("finalists", len(finalists) + 1, len(finalists) + 1)
+    return exact, trial, standard_error(drafts, best.policy, point)
 
 
 def summary(result: SearchResult) -> dict[str, object]:

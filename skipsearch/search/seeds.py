@@ -6,17 +6,14 @@ import math
 from collections.abc import Collection, Sequence
 
 import numpy as np
-import torch
 
 from skipsearch.compiled.backend import Progress
-from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.cost import Point
-from skipsearch.evaluate.hidden_states import HiddenStates, layer_states, nearest
-from skipsearch.evaluate.trace import Trace
+from skipsearch.evaluate.hidden_states import HiddenStates, draft_states, nearest
+from skipsearch.evaluate.windows import Part, WindowReplay, Windows
 from skipsearch.mask import SkipMask, Sublayer
 from skipsearch.model.preset import Preset
 from skipsearch.model.space import Space
-from skipsearch.model.target import Target
 
 Seed = tuple[str, SkipMask]
 SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8)  # one seed for each: the share of layers to skip, or of all harm to allow
@@ -24,13 +21,18 @@ LEVELS = 256  # of harm, in the knapsack
 
 
 def all_seeds(
-    target: Target, trace: Trace, space: Space, point: Point, progress: Progress, preset: Preset | None,
+    windows: Windows, part: Part, space: Space, point: Point, progress: Progress, preset: Preset | None,
     earlier: SkipMask | None,
 ) -> list[Seed]:  # fmt: skip
-    """What a study tries first. The most promising seeds lead: a good first score lets the scorer abort more masks."""
-    loss = single_skip_loss(target, trace, space, progress)
+    """What a study tries first. The most promising seeds lead: a good first score lets the scorer abort more masks.
+
+    Args:
+        part: the windows on which sublayers are skipped one at a time.
+    """
+    loss = single_skip_loss(windows, part, space, progress)
     before = [] if earlier is None else [("earlier", earlier)]
-    states = layer_states(target, *trace.padded(target.device))
+    starts = max(windows.replay.passes(windows.starts(part)), key=len)
+    states = draft_states(windows.replay, starts)
     return [
         ("empty", SkipMask(num_layers=space.num_layers)), *before, *published(preset, space),
         *by_sensitivity(space, loss, point), *knapsack(space, loss, point), *nearest_states(space, states),
@@ -51,19 +53,16 @@ def uniform(space: Space) -> list[Seed]:
     return [*seeds, ("uniform:attention", attention - space.fixed)]
 
 
-@torch.no_grad()
-def single_skip_loss(target: Target, trace: Trace, space: Space, progress: Progress) -> dict[Sublayer, float]:
-    """For each free sublayer: the share of trace tokens whose argmax changes when only this sublayer is skipped.
+def single_skip_loss(windows: Windows, part: Part, space: Space, progress: Progress) -> dict[Sublayer, float]:
+    """For each free sublayer: the share of a trace's tokens that drafts without this sublayer alone get wrong.
 
-    One teacher-forced pass over prompts and continuations for each sublayer.
+    Drafts begin behind the reference keys of the full model, and at the layer that holds the sublayer.
     """
-    ids, generated = trace.padded(target.device)
-    wanted, predicted_here = target.model(input_ids=ids[:, :-1], use_cache=False).logits.argmax(-1), generated[:, 1:]
     loss = {}
-    for number, (kind, layer) in enumerate(space.free):
-        view = draft_view(target.model, SkipMask.from_sublayers([(kind, layer)], space.num_layers))
-        same = view(input_ids=ids[:, :-1], use_cache=False).logits.argmax(-1) == wanted
-        loss[kind, layer] = 1 - float(same[predicted_here].float().mean())
+    for number, sub in enumerate(space.free):
+        replayed = WindowReplay(windows, SkipMask.from_sublayers([sub], space.num_layers))
+        correct = [right for found in replayed.outcomes(part) for right in found.correct]
+        loss[sub] = 1 - sum(correct) / len(correct)
         progress("sensitivity", number + 1, len(space.free))
     return loss
 

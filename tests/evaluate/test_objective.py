@@ -16,11 +16,21 @@ from traces import POINT, make_trace
 
 from skipsearch import SkipMask
 from skipsearch.evaluate.cost import Point, draft_step
-from skipsearch.evaluate.mask_replay import MaskReplay, PositionOutcomes
-from skipsearch.evaluate.objective import calibrated, estimate, score, standard_error, throughput
+from skipsearch.evaluate.mask_replay import MaskReplay
+from skipsearch.evaluate.objective import (
+    best_policy,
+    calibrated,
+    estimate,
+    follow,
+    score,
+    score_policy,
+    standard_error,
+    throughput,
+)
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.scorer import Scorer
 from skipsearch.evaluate.trace import DecodeSettings, record
+from skipsearch.evaluate.windows import PositionOutcomes, WindowReplay, Windows
 from skipsearch.model.target import Target
 from skipsearch.policy import DraftPolicy
 
@@ -30,12 +40,11 @@ def test_score_picks_a_policy_no_worse_than_any_fixed_one(tiny: Any) -> None:
     model = tiny("gemma2")
     trace, mask = make_trace(model, prompts=6), SkipMask(mlp=[3], num_layers=4)
     replay = Replay(Target.of(model), trace, 8)
-    best = score(replay, mask, POINT, thorough=True)
+    best = best_policy(WindowReplay(Windows(replay), mask).outcomes(), mask, POINT)
     drafts = MaskReplay(replay, mask)
     fixed = [DraftPolicy(max_length=k) for k in range(1, 9)]
-    assert best.tokens_per_second >= 0.95 * max(
-        throughput(drafts.walk(p), mask, p, POINT).tokens_per_second for p in fixed
-    )
+    exact = score_policy(drafts, best.policy, POINT).tokens_per_second
+    assert exact >= 0.95 * max(throughput(drafts.walk(p), mask, p, POINT).tokens_per_second for p in fixed)
 
 
 @given(st.lists(st.lists(st.tuples(st.booleans(), st.floats(0, 1)), min_size=2, max_size=12), min_size=1, max_size=4),
@@ -57,6 +66,7 @@ def test_an_estimate_is_a_walk(stretches: list[list[tuple[bool, float]]], thresh
             blocks[drafted, accepted] += 1
             at += accepted + 1
     mask, policy = SkipMask(attention=[0], num_layers=4), DraftPolicy(max_length=length, exit_threshold=threshold)
+    assert follow(outcomes, policy) == blocks
     found, known = estimate(outcomes, mask, POINT, [length], [threshold]), throughput(blocks, mask, policy, POINT)
     assert found.policy == policy and found.tau == known.tau and found.acceptance_rate == known.acceptance_rate
     assert found.tokens_per_second == pytest.approx(known.tokens_per_second)
@@ -83,34 +93,34 @@ def test_giving_up_early_needs_evidence_and_keeps_the_best(tiny: Any, monkeypatc
     from skipsearch.evaluate import scorer as module
 
     model, rng = tiny("gpt2"), random.Random(0)
-    replay = Replay(Target.of(model), make_trace(model, prompts=8, new_tokens=60), 6, segments=5)
-    masks = [SkipMask.from_bits([rng.random() < p for _ in range(8)]) for p in [k / 100 for k in range(5, 80)]]
-    assert 12 <= len(replay.sample()) <= 16 and len({segment.prompt for segment in replay.sample()}) >= 7
-    scorer, plain = Scorer(replay, POINT, first=5), [score(replay, mask, POINT) for mask in masks]
+    windows = Windows(Replay(Target.of(model), make_trace(model, prompts=8, new_tokens=60), 6, side=10, states=True))
+    shares = rng.sample([k / 100 for k in range(5, 80)], 75)
+    masks = [SkipMask.from_bits([rng.random() < share for _ in range(8)]) for share in shares]
+    scorer, plain = Scorer(windows, POINT), [score(WindowReplay(windows, mask), POINT) for mask in masks]
     found = [scorer(mask) for mask in masks]
     for a, b in zip(found, plain, strict=True):
         assert a.fidelity != "whole" or a.tokens_per_second == pytest.approx(b.tokens_per_second, rel=0.03)
     first = module.CHECK_FIRST
     assert all(f.fidelity == "whole" for f in [*found[:first], *found[:: module.CHECKED]])
-    for stage in range(3):
+    for stage in range(2):
         said, whole = zip(*((row[stage], row[-1]) for row in scorer.checked), strict=True)
         assert scorer.agreement(stage) == pytest.approx(spearmanr(said, whole).statistic)
     best = max(found, key=lambda f: f.tokens_per_second)
     assert best.fidelity == "whole"
     assert best.tokens_per_second > 0.9 * max(p.tokens_per_second for p in plain)
-    assert sum(scorer.counts.values()) == len(masks) and scorer.counts["part"] > 10
+    assert sum(scorer.counts.values()) == len(masks) and scorer.counts["first"] + scorer.counts["part"] > 10
     monkeypatch.setattr(module, "AGREEMENT", 1.1)
-    never = Scorer(replay, POINT, first=5)
+    never = Scorer(windows, POINT)
     assert all(never(mask).fidelity == "whole" for mask in masks)
 
 
 def test_a_front_holds_masks_to_one_measure(tiny: Any) -> None:
     """Prevents acceptance rates of drafts of different lengths from being compared on a front."""
     model = tiny("llama")
-    replay = Replay(Target.of(model), make_trace(model, prompts=4, new_tokens=30), 4, segments=3)
-    scorer, longest = Scorer(replay, POINT, front=True), DraftPolicy(max_length=4)
+    windows = Windows(Replay(Target.of(model), make_trace(model, prompts=4, new_tokens=30), 4, side=8))
+    scorer, longest = Scorer(windows, POINT, front=True), DraftPolicy(max_length=4)
     for mask in (SkipMask(mlp=[1], num_layers=4), SkipMask(attention=[1, 2], mlp=[1, 2, 3], num_layers=4)):
-        found, blocks = scorer(mask), MaskReplay(replay, mask).walk(longest)
+        found, blocks = scorer(mask), follow(WindowReplay(windows, mask).outcomes(), longest)
         drafted, accepted = (sum(pair[i] * count for pair, count in blocks.items()) for i in (0, 1))
         assert found.fidelity == "whole" and found.acceptance_rate == pytest.approx(accepted / drafted)
 
@@ -135,12 +145,12 @@ def test_calibrated_exit_is_chosen_by_replay(demo: Any) -> None:
     mask = SkipMask(attention=range(2, 20, 2), mlp=range(1, 20, 2), num_layers=20)
     point = Point(context=40, attention=(0.02,) * 20, mlp=(0.02,) * 20, rest=0.05, exit_check=0.001,
                   verify=tuple(1 + 0.05 * k for k in range(7)))  # fmt: skip
-    drafts = MaskReplay(replay, mask)
-    drafts.walk(DraftPolicy(max_length=6))
-    cheap, dear = (calibrated(drafts, rate, point) for rate in (0.5, 5.0))
+    outcomes = WindowReplay(Windows(replay), mask).outcomes()
+    cheap, dear = (calibrated(outcomes, mask, rate, point) for rate in (0.5, 5.0))
     assert list(cheap.curve) == sorted(cheap.curve)
     assert all(a < b for a, b in zip(cheap.prices, dear.prices, strict=True))
-    best = score(replay, mask, point, thorough=True)
-    assert best.tokens_per_second >= throughput(drafts.walk(cheap), mask, cheap, point).tokens_per_second * 0.9
+    best = best_policy(outcomes, mask, point)
+    assert best.tokens_per_second >= throughput(follow(outcomes, cheap), mask, cheap, point).tokens_per_second
+    drafts = MaskReplay(replay, mask)
     mean = [sum(k * n for (k, _), n in drafts.walk(p).items()) / sum(drafts.walk(p).values()) for p in (cheap, dear)]
     assert mean[0] > mean[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import warnings
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SUPPORTED, quiet
+from conftest import SUPPORTED, make_tiny, quiet
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -23,8 +24,10 @@ from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.mask_replay import MaskReplay
+from skipsearch.evaluate.reference import GROUP_COST, group_by_length
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.trace import DecodeSettings, record
+from skipsearch.evaluate.windows import WindowReplay, Windows
 from skipsearch.model.target import Target
 from skipsearch.policy import DraftPolicy
 
@@ -128,7 +131,7 @@ def test_drafts_side_by_side_are_those_run_alone(tiny: Any, data: Any) -> None:
     """Prevents drafts of one prompt, laid out in one row, from seeing each other."""
     model = tiny("llama")
     trace = make_trace(model)
-    together, alone = Replay(Target.of(model), trace, 4, segments=5), Replay(Target.of(model), trace, 4)
+    together, alone = Replay(Target.of(model), trace, 4, side=5), Replay(Target.of(model), trace, 4)
     alone.together, alone.rows = False, 1
     bits = data.draw(st.lists(st.booleans(), min_size=8, max_size=8))
     every = [(p, t) for p, row in enumerate(trace.prompts) for t in range(len(row) + 1, together.lengths[p])]
@@ -147,22 +150,94 @@ def test_one_prompt_alone_leaves_the_reference_as_it_is(tiny: Any) -> None:
     model = tiny("llama")
     replay = Replay(Target.of(model), make_trace(model, prompts=1), 4)
     replay.together, replay.rows = False, 1
-    before = [(keys.clone(), values.clone()) for keys, values in replay.reference]
+    (group,) = replay.groups
+    before = [tuple(part.clone() for part in layer.reference) for layer in group.layers]
     MaskReplay(replay, SkipMask(mlp=[1], num_layers=4)).walk(DraftPolicy(max_length=4))
-    for old, new in zip(before, replay.reference, strict=True):
-        assert all(
-            torch.equal(a[:, :, : replay.longest], b[:, :, : replay.longest]) for a, b in zip(old, new, strict=True)
-        )
+    for old, layer in zip(before, group.layers, strict=True):
+        pairs = zip(old, layer.reference, strict=True)
+        assert all(torch.equal(a[:, :, : group.longest], b[:, :, : group.longest]) for a, b in pairs)
 
 
-def test_segments_cover_the_trace_once(tiny: Any) -> None:
-    """Prevents tokens between segments from being scored twice or never; one segment is real decoding."""
+def uneven_trace(model: Any, short: int = 5, long: int = 3) -> Any:
+    """Prompts of very different lengths, so that they fall into two groups."""
+    prompts = tuple(tuple(3 + (7 * i + j) % 90 for j in range(6 + i)) for i in range(short))
+    prompts += tuple(tuple(3 + (5 * i + j) % 90 for j in range(900 + 40 * i)) for i in range(long))
+    return record(Target.of(model), prompts, DecodeSettings(new_tokens=18), quiet)
+
+
+@pytest.fixture(scope="module")
+def long_context() -> Any:
+    return make_tiny("llama", max_position_embeddings=2048)
+
+
+def test_prompts_of_all_lengths_are_replayed_as_decoded(long_context: Any) -> None:
+    """Prevents groups of prompts from reading each other's reference, and drafts of the longest from losing keys."""
+    trace, policy = uneven_trace(long_context), DraftPolicy(max_length=5)
+    replay = Replay(Target.of(long_context), trace, 6, side=4, states=True)
+    assert len(replay.groups) > 1 and replay.resumes
+    for mask in (SkipMask(mlp=[2], num_layers=4), SkipMask(attention=[1], mlp=[3], num_layers=4)):
+        real = really_decode(long_context, trace, mask, policy)
+        assert MaskReplay(replay, mask).walk(policy) == MaskReplay(replay.with_length(5), mask).walk(policy) == real
+
+
+@given(lengths=st.lists(st.integers(1, 3000), min_size=1, max_size=9))
+def test_groups_by_length_cost_least(lengths: list[int]) -> None:
+    """Prevents a dynamic programme that pads more than it must: with few prompts, the test tries every grouping."""
+    groups = group_by_length(lengths)
+    assert sorted(p for group in groups for p in group) == list(range(len(lengths)))
+
+    def cost(sizes: Any) -> float:
+        return sum(len(some) * max(some) + GROUP_COST for some in sizes)
+
+    order = sorted(lengths)
+    every = (
+        [order[a:b] for a, b in itertools.pairwise((0, *cuts, len(order)))]
+        for n in range(len(order))
+        for cuts in itertools.combinations(range(1, len(order)), n)
+    )
+    assert cost([[lengths[p] for p in group] for group in groups]) == min(map(cost, every))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_neox", "mixtral"])
+def test_a_pass_may_begin_where_the_draft_first_differs(family: str, tiny: Any) -> None:
+    """Prevents stored hidden states from being those of another position, row or layer."""
+    model, rng = tiny(family), random.Random(1)
+    trace = make_trace(model, prompts=5, new_tokens=23)
+    kept, whole = (Replay(Target.of(model), trace, 4, side=6, states=states) for states in (True, False))
+    assert kept.resumes and not whole.resumes
+    for first in range(4):
+        mask = SkipMask.from_bits([i % 4 >= first and (i == first or rng.random() < 0.3) for i in range(8)])
+        parts = [WindowReplay(Windows(replay), mask).outcomes() for replay in (kept, whole)]
+        for a, b in zip(*parts, strict=True):
+            assert a.correct == b.correct and a.confidence == pytest.approx(b.confidence, abs=1e-4)
+
+
+@given(share=st.floats(0, 1), more=st.floats(0, 1))
+def test_windows_cover_each_position_once(tiny: Any, share: float, more: float) -> None:
+    """Prevents positions from being scored twice or never, and a larger part that lacks what a smaller one has."""
     model = tiny("llama")
-    trace = make_trace(model, prompts=3, new_tokens=23)
-    replay = Replay(Target.of(model), trace, 4, segments=5)
-    for p, (prompt, continuation) in enumerate(zip(trace.prompts, trace.continuations, strict=True)):
-        mine = [(segment.start, segment.stop) for segment in replay.segments if segment.prompt == p]
-        assert mine[0][0] == len(prompt) + 1 and mine[-1][1] == len(prompt) + len(continuation)
-        assert all(a[1] == b[0] for a, b in itertools.pairwise(mine))
-    blocks = MaskReplay(replay, SkipMask(num_layers=4)).walk(DraftPolicy(max_length=4))
-    assert all(n == k for k, n in blocks)
+    replay = shared_replay(model)
+    windows = Windows(replay)
+    small, large = (windows.part(s) for s in sorted((share, more)))
+    for some, all_ in zip(small, large, strict=True):
+        assert set(some) <= set(all_)
+    places = [(p, t + j) for p, t in windows.starts(windows.part(1)) for j in range(4)]
+    wanted = {
+        (p, t)
+        for p, prompt in enumerate(replay.trace.prompts)
+        for t in range(len(prompt) + 1, len(prompt) + len(replay.trace.continuations[p]))
+    }
+    assert len(places) == len(set(places)) and wanted <= set(places)
+    mask = SkipMask(mlp=[1, 2], num_layers=4)
+    alone = MaskReplay(replay, mask)
+    alone.run(windows.starts(small))
+    drafts = WindowReplay(windows, mask)
+    drafts.outcomes(small)
+    for start, (correct, confidence) in drafts.known.items():
+        assert next((j for j in range(4) if not correct[j]), 4) == alone.drafts[start].matches
+        assert tuple(confidence) == pytest.approx(alone.drafts[start].confidence, abs=1e-4)
+
+
+@functools.cache
+def shared_replay(model: Any) -> Replay:
+    return Replay(Target.of(model), make_trace(model, prompts=3, new_tokens=23), 4, side=6, states=True)

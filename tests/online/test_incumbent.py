@@ -10,8 +10,8 @@ from online_parts import POLICY, free_of
 
 from skipsearch import SkipMask
 from skipsearch.evaluate.cost import Point
-from skipsearch.evaluate.mask_replay import PositionOutcomes
 from skipsearch.evaluate.objective import throughput
+from skipsearch.evaluate.windows import PositionOutcomes
 from skipsearch.online.candidates import Candidates, opening
 from skipsearch.online.incumbent import KEPT, Incumbent
 from skipsearch.online.window import LENGTH

@@ -34,9 +34,10 @@ from skipsearch.bench.bench import BenchOptions, bench, step_costs, weight_bytes
 from skipsearch.bench.groups import prompt_groups
 from skipsearch.bench.machine import copy_bandwidth, read_bandwidth
 from skipsearch.compiled.backend import warm_mask, with_backend
+from skipsearch.evaluate.clock import sequence_at, timed
 from skipsearch.evaluate.cost import Costs, Point
 from skipsearch.evaluate.objective import best_policy
-from skipsearch.evaluate.profile import profile, sequence_at, timed
+from skipsearch.evaluate.profile import profile
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.timing import our_arm
 from skipsearch.evaluate.trace import DecodeSettings, record
@@ -137,7 +138,7 @@ def widened_row(times: int, device: torch.device, folder: Path, per_group: int, 
     wide = wide.to(device, torch.bfloat16)
     narrow.model.to(device)
     target = with_backend(Target.of(wide), "auto")
-    (point,) = profile(target, contexts=[112], max_length=MAX_LENGTH, progress=quiet, repeats=5)
+    (point,) = profile(target, contexts=[112], max_length=MAX_LENGTH, progress=quiet)
     row |= {"verify": point.verify, "attention": point.attention[-1], "mlp": point.mlp[-1], "rest": point.rest}
     mask, policy, how = _search(narrow, point, folder, tokens)
     warm_mask(target, mask)

@@ -93,7 +93,7 @@ def search_wide(narrow: Any, wide: Any, folder: Path, trials: int, new_tokens: i
     prepared = prepare(narrow, folder, replace(options, backend="eager"), progress)
     target = with_backend(wide.target, "auto", progress)
     context = round(prepared.trace.mean_context)
-    (point,) = profile(target, contexts=[context], max_length=MAX_LENGTH, progress=progress, repeats=5)
+    (point,) = profile(target, contexts=[context], max_length=MAX_LENGTH, progress=progress)
     prepared = replace(prepared, costs=Costs(identity="wide", points=(point,)))
     study = search_trials(narrow, prepared, folder, options, progress)
     found, trial, _ = rescore(prepared, study, progress)

@@ -24,7 +24,7 @@ from skipsearch.bench.rows import group_rows, joined
 from skipsearch.compiled.backend import Backend, Progress, warm_mask, with_backend
 from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendWarning, SkipsearchError
-from skipsearch.evaluate.profile import sequence_at, timed
+from skipsearch.evaluate.clock import sequence_at, timed
 from skipsearch.evaluate.prompts import Ids
 from skipsearch.evaluate.timing import Arm, Run, time_interleaved
 from skipsearch.evaluate.trace import DecodeSettings

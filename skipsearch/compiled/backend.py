@@ -58,7 +58,7 @@ def with_backend(target: Target, backend: Backend, progress: Progress | None = N
         if known == state and isinstance(found, str):
             return replace(target, compiled=None)
         try:
-            if known != state or isinstance(found, str):
+            if known != state or isinstance(found, str) or not found.fits():
                 found = compile_and_prove(target, progress)
             else:
                 found.warm(found.layers_of(model), widths_of(found), progress)

@@ -14,6 +14,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from skipsearch.compiled.packing import packed_lowerings
+
 Piece = Callable[..., Sequence[Tensor]]
 
 
@@ -45,7 +47,7 @@ def compile_piece(
     """
     keep_compiled()
     # Slow to import, and eager decoding needs none of it.
-    from torch._inductor import config, standalone_compile
+    from torch._inductor import config, lowering, standalone_compile
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -61,9 +63,10 @@ def compile_piece(
         fakes.append(fakes_of.from_tensor(example, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
     # On a CPU the kernel of transformers' choice for grouped heads copies all keys for a few tokens.
     grouped = patch.dict(os.environ, {"TRANSFORMERS_SDPA_FORCE_GQA": "1"} if on_cpu else {})
+    packed = patch.dict(lowering.lowerings, packed_lowerings() if on_cpu else {})
     log = logging.getLogger("torch")
     level = log.level
-    with settings, grouped, warnings.catch_warnings():
+    with settings, grouped, packed, warnings.catch_warnings():
         # The compiler warns of its own deprecated parts, and logs what it then raises.
         warnings.simplefilter("ignore")
         log.setLevel(logging.CRITICAL)

@@ -124,6 +124,15 @@ class CompiledModel:
         """The layers that the model, or a draft view of it, runs."""
         return self.pieces.layers_of(model)
 
+    @property
+    def packs(self) -> bool:
+        """Whether products use packed copies of the weights."""
+        return self.pieces.packed is not None
+
+    def fits(self) -> bool:
+        """Whether the model's weights are still those that were packed, if any were."""
+        return self.pieces.packed is None or self.pieces.packed.fits()
+
     # -- pieces ------------------------------------------------------------------------------------------------
 
     def width_for(self, tokens: int) -> int:

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from transformers import DynamicCache, PreTrainedModel
 
 from skipsearch.compiled.compile import Piece, compile_piece
+from skipsearch.compiled.packing import pack
 from skipsearch.compiled.tracing import (
     EXAMPLE_SLOTS,
     Call,
@@ -46,8 +47,12 @@ EXAMPLE_IDS, EXAMPLE_POSITIONS = 331, 359
 
 @dataclass(slots=True, eq=False)
 class Layer:
-    """A layer to be run: its tensors, its build, which selects the piece, and its place in the cache."""
+    """A layer to be run: its tensors, its build, which selects the piece, and its place in the cache.
 
+    `source` is the model's own layer, `module` the same or a copy with packed weights.
+    """
+
+    source: nn.Module
     module: nn.Module
     names: list[str]
     tensors: list[Tensor]
@@ -74,7 +79,8 @@ class Pieces:
         self.num_layers = len(layers)
         self.calls: list[Any] = []
         recorders = [Recorder(layer, self.as_tuple, self.calls) for layer in layers]
-        self._outside = copy_sharing_tensors(with_layers(target.model, self.path, recorders))
+        self.packed = pack(target.model)
+        self._outside = self._copy(with_layers(target.model, self.path, recorders))
         self.outside = tensors_of(self._outside)
         self.shapes = cache_shapes(target)
         self._layers: dict[int, Layer] = {}
@@ -89,10 +95,15 @@ class Pieces:
             if isinstance(module, RemovedLayer):
                 continue
             if id(module) not in self._layers:
-                names, tensors = tensors_of(module)
-                self._layers[id(module)] = Layer(module, names, tensors, build_of(module, names, tensors), index)
+                copied = self._copy(module)
+                names, tensors = tensors_of(copied)
+                build = build_of(copied, names, tensors)
+                self._layers[id(module)] = Layer(module, copied, names, tensors, build, index)
             found.append(self._layers[id(module)])
         return found
+
+    def _copy(self, module: nn.Module) -> nn.Module:
+        return copy_sharing_tensors(module) if self.packed is None else self.packed.module(module)
 
     def head(self, width: int) -> Piece:
         """(*tensors outside of layers, ids [1, C], positions [N], slots [T], at [2]) -> hidden, slots [Q], extras.

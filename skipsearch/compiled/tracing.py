@@ -99,7 +99,10 @@ def tensors_of(module: nn.Module) -> tuple[list[str], list[Tensor]]:
 
 def build_of(module: nn.Module, names: list[str], tensors: list[Tensor]) -> str:
     """How a layer is built, its number left out. Layers of equal builds compute the same function of their tensors."""
-    parts: list[Any] = [(n, tuple(t.shape), t.stride(), t.dtype, t.device) for n, t in zip(names, tensors, strict=True)]
+    parts: list[Any] = [
+        (n, tuple(t.shape), None if t.is_mkldnn else t.stride(), t.dtype, t.device)
+        for n, t in zip(names, tensors, strict=True)
+    ]
     ignored = ("layer_idx", "training", "config")
     for name, part in module.named_modules():
         plain = {

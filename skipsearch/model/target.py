@@ -30,6 +30,10 @@ class CompiledForwards(Protocol):
 
     chunk: int  # tokens of one forward of the prefill
 
+    @property
+    def packs(self) -> bool:
+        """Whether products use packed copies of the weights."""
+
     def acquire(self, capacity: int, owner: object) -> Any:
         """Buffers for `capacity` tokens. The backend takes them back when `owner` is garbage-collected."""
 
@@ -40,6 +44,9 @@ class CompiledForwards(Protocol):
         self, layers: Sequence[Any], buffers: Any, start: int, place: int, tokens: int, keep_last: bool = False
     ) -> Any:
         """Run one forward of `tokens` tokens."""
+
+    def width_for(self, tokens: int) -> int:
+        """The width that a forward of so many tokens is padded to."""
 
     def draft(self, layers: Sequence[Any], buffers: Any, start: int, place: int, steps: int) -> None:
         """Draft `steps` tokens greedily, without synchronisation with the host."""

@@ -11,8 +11,8 @@ import torch
 from skipsearch.decoding.scheduler import Scheduler
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.draft.view import draft_view
+from skipsearch.evaluate.clock import timed
 from skipsearch.evaluate.cost import Point
-from skipsearch.evaluate.profile import timed
 from skipsearch.mask import SkipMask
 from skipsearch.model.target import Target
 

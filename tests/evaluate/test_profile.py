@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from traces import POINT
 from skipsearch import SkipMask
 from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.cost import draft_step
-from skipsearch.evaluate.profile import build_groups, profile, profile_or_load
+from skipsearch.evaluate.design import Arm, build_groups
+from skipsearch.evaluate.profile import profile, profile_or_load
 from skipsearch.model.target import Target
 
 
@@ -31,13 +33,13 @@ def test_profile_is_kept_and_made_anew_for_another_set_up(tiny: Any, tmp_path: P
 
 def test_profile_of_prompts_shorter_than_a_draft(tiny: Any) -> None:
     """Prevents very short prompts from ending a search before it begins."""
-    points = profile(Target.of(tiny("llama")), contexts=[5], max_length=12, progress=quiet, repeats=1)
+    points = profile(Target.of(tiny("llama")), contexts=[5], max_length=12, progress=quiet)
     assert len(points[0].verify) == 13
 
 
 def test_profile_prices_every_part(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents a part from being priced at nothing, or another's seconds from being charged to it."""
-    true = replace(POINT, context=16, verify=(15.0, 16.0, 16.5, 18.0, 18.5), first=0.3, crowding=4.0)
+    true = replace(POINT, context=16, verify=(15.0, 16.0, 16.5, 17.25, 18.0), first=0.3, crowding=4.0)
     masks: dict[int, SkipMask] = {}
 
     def remember(model: Any, mask: SkipMask) -> Any:
@@ -45,26 +47,46 @@ def test_profile_prices_every_part(tiny: Any, monkeypatch: pytest.MonkeyPatch) -
         masks[id(view)] = mask
         return view
 
-    def seconds(sequence: Any, run: Any, _before: Any = None) -> float:
+    def seconds(sequence: Any, arm: Arm | None) -> list[tuple[float, float]]:
         """As if all took exactly what the model of costs says."""
-        mask, what = masks[id(sequence.draft_model)], run.func.__name__
-        if what == "verify":
-            return true.verify[0]
-        length = run.args[0][0] if what == "draft" else run.args[1].max_length
-        confident = what != "draft" and run.args[1].uses_confidence
-        verify = 0.0 if what == "draft" else true.verify[length]
-        return (length + true.first) * draft_step(true, mask, confident) + verify
+        if arm is None:
+            return [(0.0, true.verify[0])]
+        step = draft_step(true, masks[id(sequence.draft_model)], arm.with_confidence)
+        return [((arm.drafted + true.first) * step, true.verify[arm.verified])]
 
     monkeypatch.setattr("skipsearch.evaluate.profile.draft_view", remember)
-    monkeypatch.setattr("skipsearch.evaluate.profile.timed", seconds)
-    (found,) = profile(Target.of(tiny("llama")), contexts=[16], max_length=4, progress=quiet, repeats=1)
-    for name in ("attention", "mlp", "rest", "exit_check", "verify", "first", "crowding"):
+    monkeypatch.setattr("skipsearch.evaluate.profile.timed_arm", seconds)
+    names = ("attention", "mlp", "rest", "exit_check", "verify", "first", "crowding")
+    (found,) = profile(Target.of(tiny("llama")), contexts=[16], max_length=4, progress=quiet)
+    for name in names:
         np.testing.assert_allclose(getattr(found, name), getattr(true, name), rtol=1e-6, err_msg=name)
+    turns: list[int] = []
+    monkeypatch.setattr("skipsearch.evaluate.profile.timed_arm", lambda s, a: turns.append(a is None) or seconds(s, a))
+    near, far = profile(Target.of(tiny("llama")), contexts=[16, 24], max_length=4, progress=quiet)
+    assert sum(turns) == 2 * (1 + 3)  # without noise the fewest turns suffice
+    for name in names:  # at the second context few arms are timed
+        np.testing.assert_allclose(getattr(far, name), getattr(near, name), rtol=1e-6, err_msg=name)
+
+
+def test_a_profile_ends_when_its_seconds_are_spent(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a noisy machine from being timed for ever, and a profile of fewer turns than a median needs."""
+    noise, turns = random.Random(0), list[bool]()
+
+    def seconds(_sequence: Any, arm: Arm | None) -> list[tuple[float, float]]:
+        turns.append(arm is None)
+        return [(noise.uniform(1, 2), noise.uniform(1, 2))]
+
+    monkeypatch.setattr("skipsearch.evaluate.profile.timed_arm", seconds)
+    profile(Target.of(tiny("llama")), contexts=[16], max_length=4, progress=quiet, seconds=0)
+    assert sum(turns) == 1 + 3
+    turns.clear()
+    profile(Target.of(tiny("llama")), contexts=[16], max_length=4, progress=quiet, seconds=100)
+    assert sum(turns) == 1 + 12
 
 
 def test_a_profile_of_this_machine_is_made_of_seconds(tiny: Any) -> None:
     """Prevents prices that are not seconds of this machine; which part is dear is not told by a busy one."""
-    (point,) = profile(Target.of(tiny("llama")), contexts=[16], max_length=2, progress=quiet, repeats=3)
+    (point,) = profile(Target.of(tiny("llama")), contexts=[16], max_length=2, progress=quiet)
     assert min(point.verify) > 0 and draft_step(point, SkipMask(num_layers=4), False) > 0
     assert len(set(point.attention)) == len(set(point.mlp)) == 1
 
@@ -76,7 +98,7 @@ def test_unequal_sublayers_are_priced_apart(tiny: Any) -> None:
     assert len(mlp) == 2 and sorted(i for group in mlp for _, i in group) == [0, 1, 2, 3]
     attention = [group for group in build_groups(Target.of(tiny("gemma2"))) if group[0][0] == "attention"]
     assert len(attention) == 2
-    point = profile(Target.of(tiny("deepseek_v3")), contexts=[16], max_length=1, progress=quiet, repeats=3)[0]
+    point = profile(Target.of(tiny("deepseek_v3")), contexts=[16], max_length=1, progress=quiet)[0]
     assert point.mlp[0] != point.mlp[-1]
 
 
@@ -86,5 +108,5 @@ def test_attention_grows_dear_with_the_context() -> None:
         "llama", max_position_embeddings=4096, hidden_size=256, num_attention_heads=16, num_key_value_heads=16,
         intermediate_size=256,
     )  # fmt: skip
-    short, long = profile(Target.of(model), contexts=[8, 3000], max_length=2, progress=quiet, repeats=5)
+    short, long = profile(Target.of(model), contexts=[8, 3000], max_length=2, progress=quiet)
     assert long.attention[0] > 1.5 * short.attention[0]

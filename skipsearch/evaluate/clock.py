@@ -1,0 +1,47 @@
+"""Clock: seconds of parts of a block, on a sequence that is left as it was."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from transformers import PreTrainedModel
+
+from skipsearch.decoding.processors import TokenSelection
+from skipsearch.decoding.sequences import Sequences
+from skipsearch.model.device import synchronize
+from skipsearch.model.target import Target
+
+
+def sequence_at(
+    target: Target, draft: PreTrainedModel | None, context: int, max_length: int, temperature: float = 0.0
+) -> Sequences:
+    """A sequence of random tokens, its prompt processed, to time blocks on."""
+    sequence = Sequences(
+        target, target.random_ids(context), capacity=context + max_length + 4, draft=draft,
+        selection=TokenSelection.at_temperature(temperature, 0, target.device),
+    )  # fmt: skip
+    sequence.verify([0])
+    return sequence
+
+
+def timed(sequence: Sequences, run: Callable[[], object], before: Callable[[], object] | None = None) -> float:
+    """Seconds that `run` takes on a sequence, which is put back to its length afterwards.
+
+    Args:
+        before: what is done just before it, as in decoding; by default the same.
+    """
+    clock(sequence, before or run)
+    return clock(sequence, run)
+
+
+def clock(sequence: Sequences, run: Callable[[], object]) -> float:
+    """Seconds that `run` takes, once."""
+    length = sequence.lengths[0]
+    synchronize(sequence.target.device)
+    start = time.perf_counter()
+    run()
+    synchronize(sequence.target.device)
+    seconds = time.perf_counter() - start
+    sequence.truncate(0, length)
+    return seconds

@@ -38,6 +38,7 @@ from skipsearch.evaluate.cost import Point, combine_points
 from skipsearch.evaluate.mask_replay import MaskReplay
 from skipsearch.evaluate.objective import best_policy, score, throughput
 from skipsearch.evaluate.profile import profile
+from skipsearch.evaluate.prompts import PromptSource
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.scorer import Scorer
 from skipsearch.evaluate.timing import Arm, Timing, our_arm, time_interleaved
@@ -233,10 +234,14 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of each arm's evaluations: less for a slower model")
     for name in ("prompts", "held_out", "new_tokens"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(SearchOptions(), name))
+    parser.add_argument("--prompts-from", default="builtin", help="as --prompts of `skipsearch run`")
     parser.add_argument("--validate-only", action="store_true", help="run no arm; decode and draw what is there")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    options = SearchOptions(prompts=args.prompts, held_out=args.held_out, new_tokens=args.new_tokens)
+    options = SearchOptions(
+        prompts=args.prompts, held_out=args.held_out, new_tokens=args.new_tokens,
+        source=PromptSource(name=args.prompts_from),
+    )  # fmt: skip
     path = args.out / "runs.jsonl"
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(args.model, args.dtype, options, Path(scratch))
@@ -281,7 +286,7 @@ def summary(bench: Bench, runs: list[dict[str, Any]]) -> tuple[pd.DataFrame, dic
         arms[str(key)] = our_arm(bench.target, mask, DraftPolicy(**step["policy"]))
     profiles = [bench.profile() for _ in range(PROFILES)]
     settings = DecodeSettings(new_tokens=bench.options.new_tokens, rounds=1)
-    timed = time_interleaved(arms, bench.prepared.prompts.held_out, settings, lambda *_: None)
+    timed = time_interleaved(arms, bench.prepared.prompts.held_out, settings, lambda *_: None, "validate")
     point = combine_points(profiles + [bench.profile() for _ in range(PROFILES)], statistics.median)
     for run in runs:
         for step in run["steps"]:

@@ -29,10 +29,11 @@ from skipsearch.compiled.backend import warm_mask, with_backend
 from skipsearch.evaluate.cost import Costs, draft_step
 from skipsearch.evaluate.profile import profile
 from skipsearch.evaluate.trace import DecodeSettings
-from skipsearch.evaluate.validate import evidence, measure
+from skipsearch.evaluate.validate import MASK, SERVED, Validation, evidence
 from skipsearch.maskfile import MaskFile, Provenance
 from skipsearch.model.load import load_model, model_card
-from skipsearch.search.options import MAX_LENGTH, NGRAM, SearchOptions
+from skipsearch.policy import NGRAM
+from skipsearch.search.options import MAX_LENGTH, SearchOptions
 from skipsearch.search.prepare import prepare
 from skipsearch.search.run import rescore, search_trials
 
@@ -101,15 +102,17 @@ def search_wide(narrow: Any, wide: Any, folder: Path, trials: int, new_tokens: i
     step = draft_step(point, found.mask, found.policy.uses_confidence)
     served = replace(found.policy, ngram=NGRAM, never_slower=True, costs=(step, *point.verify))
     settings = DecodeSettings(new_tokens=new_tokens, rounds=1)
-    measured = measure(target, prepared.prompts.held_out, found.mask, found.policy, settings, progress, served)
+    plans = {MASK: (found.mask, found.policy), SERVED: (found.mask, served)}
+    measured = Validation(target, prepared.prompts.held_out, dict(plans), settings).run(progress)
     MaskFile.of(
         found.mask, model=model_card(target, folder.name), draft=served,
         evidence=evidence(target, prepared.prompts.held_out, measured, found.cost_ratio),
         provenance=Provenance(torch=torch.__version__, transformers=transformers.__version__, trial=trial),
     ).save(folder / "mask.json")  # fmt: skip
     return {
-        "mask": found.mask.to_dict(), "policy": str(served), "predicted": found.speedup, "speedup": measured.speedup,
-        "speedup_ci": measured.speedup_ci, "served": measured.served, "cost_ratio": found.cost_ratio,
+        "mask": found.mask.to_dict(), "policy": str(served), "predicted": found.speedup,
+        "speedup": measured.arms[MASK].speedup, "speedup_ci": measured.arms[MASK].speedup_ci,
+        "served": measured.arms[SERVED].speedup, "cost_ratio": found.cost_ratio,
         "verify": [seconds / point.verify[0] for seconds in point.verify],
     }  # fmt: skip
 

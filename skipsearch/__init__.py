@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from skipsearch.maskfile import MaskFile, load_mask
     from skipsearch.model.load import load_model
     from skipsearch.online.self_speculative import self_speculative
-    from skipsearch.search.run import SearchResult, search
+    from skipsearch.search.result import SearchResult
+    from skipsearch.search.run import search
 
 __all__ = [
     "MaskFile", "SearchResult", "SkipMask", "draft_view", "load_mask", "load_model", "search", "self_speculative",
@@ -19,7 +20,7 @@ __all__ = [
 
 _HOMES = {
     "SkipMask": "mask", "MaskFile": "maskfile", "load_mask": "maskfile", "load_model": "model.load",
-    "draft_view": "draft.view", "self_speculative": "online.self_speculative", "SearchResult": "search.run",
+    "draft_view": "draft.view", "self_speculative": "online.self_speculative", "SearchResult": "search.result",
 }  # fmt: skip
 
 

@@ -109,6 +109,11 @@ class MaskFile(_Part):
         """`skip` and `model.num_layers` as one value."""
         return SkipMask(attention=self.skip.attention, mlp=self.skip.mlp, num_layers=self.model.num_layers)
 
+    @property
+    def drafting_mask(self) -> SkipMask | None:
+        """The mask that drafts; None in a file that serves n-grams alone, which skips nothing."""
+        return self.mask if len(self.mask) or not self.draft.ngram else None
+
     @classmethod
     def of(cls, mask: SkipMask, *, model: ModelCard, **parts: Any) -> MaskFile:
         """A mask as a file for this model; `parts` are the other fields."""

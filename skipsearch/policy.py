@@ -10,6 +10,8 @@ from pydantic import ConfigDict, StrictInt
 
 from skipsearch.errors import MaskError
 
+NGRAM = 10  # the most tokens that prompt lookup proposes, where nothing else is said
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftPolicy:
@@ -82,6 +84,11 @@ class DraftPolicy:
                 f"draft.costs must hold seconds of a draft step and of verifying 0, 1, ... tokens, got {self.costs!r}; "
                 f"leave it out"
             )
+
+    @classmethod
+    def ngrams_alone(cls, costs: tuple[float, ...] = ()) -> DraftPolicy:
+        """N-grams with fallback to plain steps, for decoding without a mask."""
+        return cls(max_length=1, ngram=NGRAM, never_slower=True, costs=costs)
 
     def mask_alone(self) -> DraftPolicy:
         """The same without other sources of drafts, and without fallback to plain steps."""

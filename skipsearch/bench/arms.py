@@ -19,8 +19,7 @@ from skipsearch.evaluate.timing import Arm, Run, our_arm
 from skipsearch.mask import SkipMask
 from skipsearch.model.device import synchronize
 from skipsearch.model.target import Target
-from skipsearch.policy import DraftPolicy
-from skipsearch.search.options import NGRAM
+from skipsearch.policy import NGRAM, DraftPolicy
 
 HF_EAGER, HF_STATIC = "HF eager", "HF static compiled"
 HF_LOOKUP, HF_ASSISTED = "HF prompt lookup", "HF assisted by view"
@@ -116,7 +115,7 @@ def arms(target: Target, mask: SkipMask | None, policy: DraftPolicy, longest: in
     if target.compiled is not None:
         found[EAGER] = our_arm(dataclasses.replace(target, compiled=None))
     found |= {PLAIN: our_arm(target), AGAIN: our_arm(target)}
-    lookup = DraftPolicy(max_length=1, ngram=NGRAM, never_slower=True, costs=policy.costs)
+    lookup = DraftPolicy.ngrams_alone(policy.costs)
     found[LOOKUP] = our_arm(target, None, lookup)
     if mask is not None:
         found[MASK] = our_arm(target, mask, policy.mask_alone())

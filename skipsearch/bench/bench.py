@@ -191,7 +191,7 @@ def bench_file(loaded: Loaded, file: MaskFile | None, options: BenchOptions, pro
     mask, policy = None, DraftPolicy()
     if file is not None:
         check_mask_belongs(file, loaded.target)
-        mask, policy = file.mask, file.draft
+        mask, policy = file.drafting_mask, file.draft
         tuned = file.evidence.backend if file.evidence is not None else None
         now = with_backend(loaded.target, options.backend, progress).backend
         if tuned is not None and tuned != now:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +16,9 @@ from skipsearch.cli import options as opt
 def run(
     model: opt.Model,
     trials: Annotated[int, typer.Option(min=1, help="number of finished trials in the study")] = 200,
-    time_budget: Annotated[float | None, typer.Option(min=0, help="seconds that the trials may take")] = None,
+    time_budget: Annotated[
+        float, typer.Option(min=0, help="seconds for the run; the first compilation comes on top; 0: no limit")
+    ] = 330,
     sampler: Annotated[
         Literal["trust-region", "gp", "tpe", "nsga2", "random"] | None,
         typer.Option(help="what proposes masks (default: trust-region; with --pareto nsga2)"),
@@ -36,8 +40,9 @@ def run(
     as_json: opt.Json = False, debug: opt.Debug = False,
 ) -> None:  # fmt: skip
     """Search a mask, validate it on held-out prompts, and write mask.json. Run it again to continue."""
+    begin = time.monotonic()
     options = opt.search_options(
-        prompts, prompt_column, prompt_config, prompt_split, chat, trials=trials, time_budget=time_budget,
+        prompts, prompt_column, prompt_config, prompt_split, chat, trials=trials, time_budget=time_budget or None,
         sampler=sampler or ("nsga2" if pareto else "trust-region"), prompts=num_prompts, held_out=num_held_out,
         prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds, seed=seed, storage=storage, study=study,
         backend=backend, pareto=pareto, space=space, contexts=tuple(context or ()), temperature=temperature,
@@ -46,19 +51,25 @@ def run(
     from skipsearch.report.progress import stages
 
     loaded = opt.load(model, dtype, device, revision, trust)
-    from skipsearch.report.tables import front_table, summary_table
-    from skipsearch.search.run import search, summary
+    if options.time_budget is not None:  # loading counts
+        options = replace(options, time_budget=max(1.0, options.time_budget - (time.monotonic() - begin)))
+    from skipsearch.report.tables import front_table, summary_table, verdict_line
+    from skipsearch.search.result import summary
+    from skipsearch.search.run import search
 
     with stages(opt.err, quiet=as_json) as progress:
         result = search(loaded, out=folder, options=options, progress=progress.stage, report=progress.trials(trials))
     data = summary(result)
     fronts = [front_table(result.front, result.file.provenance.trial)] if pareto else []
-    next_step = f"\nNext: {_next_step(model, result.folder, data)}"
-    opt.print_result(data, as_json, *fronts, summary_table(data), str(result.mask), next_step)
+    chat = chat and bool(loaded.tokenizer.chat_template)
+    next_step = f"\nNext: {_next_step(model, result.folder, data, chat)}"
+    opt.print_result(data, as_json, verdict_line(data), *fronts, summary_table(data), str(result.mask), next_step)
     raise typer.Exit(0 if result.file.evidence and result.file.evidence.verdict == "use" else 1)
 
 
-def _next_step(model: str, folder: Path, data: dict[str, Any]) -> str:
+def _next_step(model: str, folder: Path, data: dict[str, Any], chat: bool) -> str:
     if data["evidence"]["verdict"] != "use":
-        return "this mask does not pay here; try more --trials, other --prompts, or a model that tolerates skipping"
-    return f"skipsearch generate --model {model} --mask {folder / 'mask.json'} --prompt 'def read_config(path):'"
+        more = "a longer --time-budget" if data["cut_short"] else "more --trials"
+        return f"try {more}, other --prompts, or a model that tolerates skipping"
+    prompt = "What is a hash table?" if chat else "def read_config(path):"
+    return f"skipsearch generate --model {model} --mask {folder / 'mask.json'} --prompt '{prompt}'"

@@ -68,7 +68,7 @@ class Audit:
 
 
 def audit(
-    target: Target, prompts: tuple[Ids, ...], mask: SkipMask, policy: DraftPolicy, *, new_tokens: int,
+    target: Target, prompts: tuple[Ids, ...], mask: SkipMask | None, policy: DraftPolicy, *, new_tokens: int,
     progress: Progress,
 ) -> Audit:  # fmt: skip
     """Decode every prompt plainly and with the mask, and explain each difference.
@@ -76,7 +76,7 @@ def audit(
     Holds a full-precision copy of the model while it explains one.
     """
     target = replace(target, compiled=None)
-    draft = draft_view(target.model, mask)
+    draft = None if mask is None else draft_view(target.model, mask)
     exact: PreTrainedModel | None = None
     found, tokens = [], 0
     for number, prompt in enumerate(prompts):

@@ -40,7 +40,7 @@ Times = dict[Arm | None, list[list[tuple[float, float]]]]
 
 def profile(
     target: Target, *, contexts: list[int], max_length: int, progress: Progress, seconds: float = 60,
-    temperature: float = 0.0,
+    temperature: float = 0.0, known: Sequence[Point] = (), keep: Callable[[list[Point]], None] = lambda points: None,
 ) -> tuple[Point, ...]:  # fmt: skip
     """Measure whole blocks at each context length, as decoding runs them, and separate their parts by difference.
 
@@ -55,12 +55,14 @@ def profile(
 
     Args:
         seconds: the most that timing may take.
+        known: points of the first contexts, which are not measured again.
+        keep: called with all points so far after each context.
     """
     design = choose_design(target, max_length)
     views = [draft_view(target.model, mask) for mask in design.masks]
-    points: list[Point] = []
+    points = list(known)
     begin = time.perf_counter()
-    for number, context in enumerate(contexts):
+    for number, context in enumerate(contexts[len(points) :], len(points)):
         share = FIRST_CONTEXT + (1 - FIRST_CONTEXT) * number / max(1, len(contexts) - 1) if len(contexts) > 1 else 1.0
         sequence = sequence_at(target, views[0], context, max_length, temperature)  # one cache for all masks
         solve = partial(_solve, design=design, context=context, known=points[0] if points else None)
@@ -71,6 +73,7 @@ def profile(
         arms = design.again if points else design.arms
         times = _take_turns(sequence, [None, *arms], views, solve, begin + share * seconds, turned)
         points.append(solve(times))
+        keep(points)
     return tuple(points)
 
 
@@ -152,18 +155,22 @@ def profile_or_load(
     path: Path, target: Target, identity: str, *, contexts: list[int], max_length: int, progress: Progress,
     temperature: float = 0.0, seconds: float = 60,
 ) -> Costs:  # fmt: skip
-    """The costs in `path` if they were measured for this model and set-up at these lengths; else new ones, saved."""
+    """The costs in `path` if they were measured for this model and set-up at these lengths; else new ones, saved.
+
+    They are saved context by context, and a profile that was stopped goes on behind the last one.
+    """
     key = f"{identity} | contexts {contexts} | K <= {max_length} | drafts and verifies apart, rising, crowding"
     key += f" | temperature {temperature}" * bool(temperature)
+    known: tuple[Point, ...] = ()
     try:
-        known = Costs.of(json.loads(path.read_text()))
-        if known.identity == key:
-            return known
+        found = Costs.of(json.loads(path.read_text()))
+        known = found.points if found.identity == key else ()
     except (OSError, ValueError, KeyError, TypeError):
         pass  # there are none yet, or they are another one's: measure anew
-    points = profile(
-        target, contexts=contexts, max_length=max_length, progress=progress, seconds=seconds, temperature=temperature
-    )  # fmt: skip
-    costs = Costs(identity=key, points=points)
-    write_json(path, asdict(costs))
-    return costs
+    if len(known) < len(contexts):
+        known = profile(
+            target, contexts=contexts, max_length=max_length, progress=progress, seconds=seconds,
+            temperature=temperature, known=known,
+            keep=lambda points: write_json(path, asdict(Costs(identity=key, points=tuple(points)))),
+        )  # fmt: skip
+    return Costs(identity=key, points=known)

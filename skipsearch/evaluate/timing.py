@@ -24,6 +24,7 @@ from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.decoding.tuner import Tuner
 from skipsearch.draft.view import draft_view
+from skipsearch.evaluate.looks import ratio_interval
 from skipsearch.evaluate.prompts import Ids
 from skipsearch.evaluate.trace import DecodeSettings
 from skipsearch.mask import SkipMask
@@ -143,42 +144,75 @@ class Timing:
 
     def speedup(self, baseline: Timing, seed: int = 0) -> tuple[float, tuple[float, float]]:
         """Tokens per second over those of another arm, with a 95 % interval (percentile bootstrap over prompts)."""
-        mine, other = (t.seconds / np.array([max(1, r.tokens) for r in t.runs]) for t in (self, baseline))
+        return self.speedup_over(baseline), interval(*self._seconds_for_same_tokens(baseline), seed)
+
+    def speedup_over(self, baseline: Timing) -> float:
+        """Tokens per second over those of another arm."""
+        other, mine = self._seconds_for_same_tokens(baseline)
+        return float(other.sum() / mine.sum())
+
+    def speedup_interval(self, baseline: Timing, miss: float) -> tuple[float, float]:
+        """An interval that misses the true speed-up with this chance; see `looks.ratio_interval`."""
+        return ratio_interval(*self._seconds_for_same_tokens(baseline), miss)
+
+    def _seconds_for_same_tokens(self, baseline: Timing) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds of the other arm and of this one for the other's tokens of each prompt: sampled texts differ."""
         weights = np.array([max(1, run.tokens) for run in baseline.runs])
-        return float((other * weights).sum() / (mine * weights).sum()), interval(other * weights, mine * weights, seed)
+        mine, other = (t.seconds / np.array([max(1, r.tokens) for r in t.runs]) * weights for t in (self, baseline))
+        return other, mine
+
+
+class Interleaved:
+    """Arms timed prompt by prompt, in random order within each prompt and round.
+
+    Attributes:
+        measured: of each arm, runs of each prompt, one a round.
+    """
+
+    def __init__(self, arms: dict[str, Arm], prompts: Sequence[Ids], settings: DecodeSettings) -> None:
+        self.arms, self.prompts, self.settings = arms, prompts, settings
+        self.measured: dict[str, list[list[Run]]] = {name: [[] for _ in prompts] for name in arms}
+
+    def warm_up(self) -> None:
+        """First calls choose kernels and fill caches; on a GPU each length captures graphs."""
+        new_tokens = self.settings.new_tokens
+        for arm in self.arms.values():
+            if torch.cuda.is_available():
+                for prompt in self.prompts:
+                    arm(prompt, new_tokens)
+            arm(self.prompts[0], min(16, new_tokens))
+
+    def turn(self, round_: int, i: int) -> None:
+        """Run every arm on prompt i; a round that is known already is not repeated."""
+        rng = random.Random(f"{self.settings.seed} {round_} {i}")
+        for name in rng.sample(sorted(self.arms), len(self.arms)):
+            if len(self.measured[name][i]) <= round_:
+                self.measured[name][i].append(self.arms[name](self.prompts[i], self.settings.new_tokens))
+
+    def timings(self) -> dict[str, Timing]:
+        """Of the prompts that every arm has run."""
+        done = [i for i in range(len(self.prompts)) if all(runs[i] for runs in self.measured.values())]
+        return {
+            name: Timing(
+                seconds=np.array([statistics.median(run.seconds for run in runs[i]) for i in done]),
+                prefill=np.array([statistics.median(run.prefill for run in runs[i]) for i in done]),
+                runs=tuple(runs[i][-1] for i in done),
+            )
+            for name, runs in self.measured.items()
+        }
 
 
 def time_interleaved(
-    arms: dict[str, Arm], prompts: Sequence[Ids], settings: DecodeSettings, progress: Progress,
-    stage: str = "validate",
-) -> dict[str, Timing]:  # fmt: skip
-    """Time arms prompt by prompt, in random order within each prompt and round, after a warm-up of each."""
-    new_tokens, rounds = settings.new_tokens, settings.rounds
-    rng = random.Random(settings.seed)
-    for arm in arms.values():  # first calls choose kernels and fill caches; on a GPU each length captures graphs
-        if torch.cuda.is_available():
-            for prompt in prompts:
-                arm(prompt, new_tokens)
-        arm(prompts[0], min(16, new_tokens))
-    seconds: dict[str, list[list[float]]] = {name: [[] for _ in prompts] for name in arms}
-    prefill: dict[str, list[list[float]]] = {name: [[] for _ in prompts] for name in arms}
-    runs: dict[tuple[str, int], Run] = {}
-    for turn in range(rounds):
-        for i, prompt in enumerate(prompts):
-            for name in rng.sample(sorted(arms), len(arms)):
-                run = arms[name](prompt, new_tokens)
-                seconds[name][i].append(run.seconds)
-                prefill[name][i].append(run.prefill)
-                runs[name, i] = run
-            progress(stage, turn * len(prompts) + i + 1, rounds * len(prompts))
-    return {
-        name: Timing(
-            seconds=np.array([statistics.median(s) for s in seconds[name]]),
-            prefill=np.array([statistics.median(s) for s in prefill[name]]),
-            runs=tuple(runs[name, i] for i in range(len(prompts))),
-        )
-        for name in arms
-    }
+    arms: dict[str, Arm], prompts: Sequence[Ids], settings: DecodeSettings, progress: Progress, stage: str
+) -> dict[str, Timing]:
+    """Time arms on every prompt and in every round, after a warm-up of each."""
+    timing = Interleaved(arms, prompts, settings)
+    timing.warm_up()
+    for turn in range(settings.rounds):
+        for i in range(len(prompts)):
+            timing.turn(turn, i)
+            progress(stage, turn * len(prompts) + i + 1, settings.rounds * len(prompts))
+    return timing.timings()
 
 
 def interval(plain: np.ndarray, masked: np.ndarray, seed: int) -> tuple[float, float]:

@@ -6,6 +6,9 @@ Every mask is scored against it, so it is made once and kept.
 from __future__ import annotations
 
 import json
+import math
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +18,14 @@ from torch import Tensor
 from skipsearch.compiled.backend import Progress
 from skipsearch.decoding.loop import Ending, decode
 from skipsearch.decoding.processors import TokenSelection
+from skipsearch.decoding.scheduler import Scheduler
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.evaluate.prompts import Ids, fingerprint
 from skipsearch.files import write_json
 from skipsearch.model.target import Target
+from skipsearch.policy import DraftPolicy
+
+LEAST = 4  # prompts of a recording that ends early
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,35 +91,64 @@ class Trace:
         return sum((len(p) + len(c) / 2) * len(c) for p, c in pairs) / max(1, self.tokens)
 
 
-def record(target: Target, prompts: tuple[Ids, ...], settings: DecodeSettings, progress: Progress) -> Trace:
-    """Decode every prompt plainly: greedily, or sampling at a temperature."""
-    rows, temperature = [], settings.temperature
-    for i, prompt in enumerate(prompts):
+def record(
+    target: Target, prompts: tuple[Ids, ...], settings: DecodeSettings, progress: Progress, *,
+    known: Sequence[Ids] = (), seconds: float = math.inf, keep: Callable[[list[Ids]], None] = lambda rows: None,
+) -> Trace:  # fmt: skip
+    """Decode every prompt: greedily, with n-grams as drafts, which change no token; or sampling at a temperature.
+
+    Args:
+        known: continuations of the first prompts, from a recording that was stopped.
+        seconds: stop recording once they are spent, with the prompts so far, `LEAST` at least.
+        keep: called with all continuations so far after each prompt.
+    """
+    rows, temperature = list(known), settings.temperature
+    policy = None if temperature else DraftPolicy.ngrams_alone()
+    scheduler, begin = Scheduler(), time.monotonic()
+    for i, prompt in enumerate(prompts[len(rows) :], len(rows)):
+        spent = time.monotonic() - begin
+        if len(rows) >= LEAST and spent * (1 + 1 / max(1, len(rows) - len(known))) > seconds:
+            break
         ending = Ending(max_length=len(prompt) + settings.new_tokens, eos_ids=target.eos_ids)
         selection = TokenSelection.at_temperature(temperature, settings.seed + 2 * i, target.device)
         sequences = Sequences(target, target.ids(prompt), capacity=ending.max_length, selection=selection)
-        rows.append(tuple(token for block in decode(sequences, ending) for token in block.tokens))
+        blocks = decode(sequences, ending, policy=policy, scheduler=scheduler)
+        rows.append(tuple(token for block in blocks for token in block.tokens))
+        keep(rows)
         progress("record", i + 1, len(prompts))
     return Trace(
-        prompts=prompts, continuations=tuple(rows), new_tokens=settings.new_tokens, temperature=temperature
+        prompts=prompts[: len(rows)], continuations=tuple(rows), new_tokens=settings.new_tokens, temperature=temperature
     )  # fmt: skip
 
 
 def record_or_load(
-    path: Path, target: Target, prompts: tuple[Ids, ...], settings: DecodeSettings, identity: str, progress: Progress
-) -> Trace:
-    """The trace in `path` if it was made for this identity (model, dtype) and these prompts; else a new one, saved."""
+    path: Path, target: Target, prompts: tuple[Ids, ...], settings: DecodeSettings, identity: str, progress: Progress,
+    seconds: float = math.inf,
+) -> Trace:  # fmt: skip
+    """The trace in `path` if it was made for this identity (model, dtype) and these prompts; else a new one, saved.
+
+    A recording that was stopped goes on behind its last prompt; one that has ended, for lack of time too, is final.
+    """
     new_tokens, temperature = settings.new_tokens, settings.temperature
     key = {"identity": identity, "prompts_sha256": fingerprint(prompts), "new_tokens": new_tokens}
     if temperature:
         key |= {"temperature": temperature, "seed": settings.seed}
+    known: list[Ids] = []
     try:
         data = json.loads(path.read_text())
         if data["key"] == key:
-            rows = tuple(tuple(row) for row in data["continuations"])
-            return Trace(prompts=prompts, continuations=rows, new_tokens=new_tokens, temperature=temperature)
+            known = [tuple(row) for row in data["continuations"]]
+            if data.get("whole", True):
+                return Trace(
+                    prompts=prompts[: len(known)], continuations=tuple(known), new_tokens=new_tokens,
+                    temperature=temperature,
+                )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # there is none yet, or it is another one's: record anew
-    trace = record(target, prompts, settings, progress)
-    write_json(path, {"key": key, "prompts": trace.prompts, "continuations": trace.continuations})
+        known = []  # there is none yet, or it is another one's: record anew
+
+    def keep(rows: list[Ids], whole: bool = False) -> None:
+        write_json(path, {"key": key, "whole": whole, "prompts": prompts[: len(rows)], "continuations": rows})
+
+    trace = record(target, prompts, settings, progress, known=known, seconds=seconds, keep=keep)
+    keep(list(trace.continuations), whole=True)
     return trace

@@ -1,80 +1,187 @@
-"""Validation: a mask against plain decoding, really decoded and timed, on prompts that no search saw.
+"""Validation: ways to draft against plain decoding, really decoded and timed, on prompts that no search saw.
 
-Promises equal tokens (checked), an interval, and a verdict that may be no. `timing` interleaves the arms.
+Promises equal tokens (checked), intervals, and a verdict that may be no. `timing` interleaves the arms; `looks` says
+when enough prompts are timed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from skipsearch.compiled.backend import Progress
 from skipsearch.decoding.stats import DecodeStats
+from skipsearch.evaluate.looks import LAST_LOOK, LEAST, decides, look_after
 from skipsearch.evaluate.prompts import Ids, fingerprint
-from skipsearch.evaluate.timing import Arm, our_arm, time_interleaved
+from skipsearch.evaluate.timing import Interleaved, Run, Timing, our_arm
 from skipsearch.evaluate.trace import DecodeSettings
+from skipsearch.files import write_json
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import Evidence
 from skipsearch.model.device import device_name
 from skipsearch.model.target import Target
 from skipsearch.policy import DraftPolicy
 
+PLAIN, MASK, SERVED, NGRAMS = "plain", "mask", "served", "n-grams"
+Plans = dict[str, tuple[SkipMask | None, DraftPolicy]]  # by name of the arm: what drafts, and how
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """Plain decoding, the mask with its policy alone, and as it is served, on the same prompts.
-
-    Attributes:
-        served, served_ci: speed-up with n-grams and fallback to plain steps; None if that is not asked for.
-    """
+class ArmResult:
+    """One way to draft against plain decoding on the same prompts; the interval is a 95 % one."""
 
     speedup: float
     speedup_ci: tuple[float, float]
     tokens_per_second: float
-    plain_tokens_per_second: float
-    greedy_equal: bool | None
     stats: DecodeStats
+
+    @property
+    def pays(self) -> bool:
+        return self.speedup_ci[0] > 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What was timed.
+
+    Attributes:
+        arms: by name: "mask" (with its exit rule alone), "served" (with n-grams and fallback), "n-grams" (no mask).
+        prompts, tokens: that were decoded; fewer than there are if the timing ended early.
+        greedy_equal: whether all arms gave the same tokens; None with sampling.
+        decided: whether the timing ended because all was timed or decided, and not for lack of time.
+    """
+
+    arms: dict[str, ArmResult]
+    plain_tokens_per_second: float
+    prompts: int
     tokens: int
-    served: float | None = None
-    served_ci: tuple[float, float] | None = None
+    greedy_equal: bool | None
+    decided: bool = True
 
 
-def measure(
-    target: Target, prompts: tuple[Ids, ...], mask: SkipMask, policy: DraftPolicy, settings: DecodeSettings,
-    progress: Progress, served: DraftPolicy | None = None,
-) -> Measured:  # fmt: skip
-    """Time plain decoding, the mask with `policy`, and with the policy `served` if there is one."""
-    temperature, seed = settings.temperature, settings.seed
-    arms: dict[str, Arm] = {
-        "plain": our_arm(target, temperature=temperature), "mask": our_arm(target, mask, policy, temperature),
-    }  # fmt: skip
-    if served is not None:
-        arms["served"] = our_arm(target, mask, served, temperature)
-    timed = time_interleaved(arms, prompts, settings, progress)
-    plain, masked = timed["plain"], timed["mask"]
-    speedup, low_high = masked.speedup(plain, seed)
-    as_served = timed["served"].speedup(plain, seed) if served is not None else (None, None)
-    return Measured(
-        speedup=speedup, speedup_ci=low_high, tokens_per_second=masked.tokens_per_second,
-        plain_tokens_per_second=plain.tokens_per_second,
-        greedy_equal=None if temperature else all(timing.ids() == plain.ids() for timing in timed.values()),
-        stats=masked.stats, tokens=masked.tokens, served=as_served[0], served_ci=as_served[1],
+class Validation:
+    """Arms on held-out prompts.
+
+    Args:
+        plans: the arms beside plain decoding.
+        path: where runs are kept, so that a validation that is stopped goes on; None keeps none.
+    """
+
+    def __init__(
+        self, target: Target, prompts: tuple[Ids, ...], plans: Plans, settings: DecodeSettings, path: Path | None = None
+    ) -> None:  # fmt: skip
+        arms = {PLAIN: our_arm(target, temperature=settings.temperature)}
+        arms |= {name: our_arm(target, mask, policy, settings.temperature) for name, (mask, policy) in plans.items()}
+        self.timing, self.settings, self.path = Interleaved(dict(arms), prompts, settings), settings, path
+        key = [fingerprint(prompts), repr(plans), repr(settings), target.backend, device_name(target.device)]
+        self.key = " | ".join(key)
+        if path is not None:
+            _read(path, self.key, self.timing)
+
+    def run(self, progress: Progress, seconds: float = math.inf) -> Measured:
+        """Time prompt after prompt until the intervals of all arms decide, or the seconds are spent."""
+        timing, settings, prompts = self.timing, self.settings, len(self.timing.prompts)
+        timing.warm_up()
+        miss, decided, begin = LAST_LOOK, True, time.monotonic()
+        steps = settings.rounds * prompts
+        for step in range(steps):
+            turn, i = divmod(step, prompts)
+            timing.turn(turn, i)
+            if self.path is not None:
+                _write(self.path, self.key, timing)
+            progress("validate", step + 1, steps)
+            look = look_after(i + 1, prompts) if turn == 0 and step + 1 < steps else None
+            if look is not None and all(map(decides, self._intervals(look).values())):
+                miss = look
+                break
+            spent = time.monotonic() - begin
+            if step + 1 >= LEAST and step + 1 < steps and spent * (1 + 1 / (step + 1)) > seconds:
+                decided = step + 1 >= prompts  # then each prompt is timed, if only once
+                break
+        progress("validate", steps, steps)
+        return self._measured(miss, decided)
+
+    def _intervals(self, miss: float) -> dict[str, tuple[float, float]]:
+        timed = self.timing.timings()
+        plain = timed.pop(PLAIN)
+        return {name: found.speedup_interval(plain, miss) for name, found in timed.items()}
+
+    def _measured(self, miss: float, decided: bool) -> Measured:
+        timed, intervals = self.timing.timings(), self._intervals(miss)
+        plain = timed.pop(PLAIN)
+        equal = None if self.settings.temperature else all(found.ids() == plain.ids() for found in timed.values())
+        return Measured(
+            arms={name: _result(found, plain, intervals[name]) for name, found in timed.items()},
+            plain_tokens_per_second=plain.tokens_per_second, prompts=len(plain.runs), tokens=plain.tokens,
+            greedy_equal=equal, decided=decided,
+        )  # fmt: skip
+
+
+def _result(found: Timing, plain: Timing, interval: tuple[float, float]) -> ArmResult:
+    return ArmResult(
+        speedup=found.speedup_over(plain), speedup_ci=interval, tokens_per_second=found.tokens_per_second,
+        stats=found.stats,
     )  # fmt: skip
+
+
+def _write(path: Path, key: str, timing: Interleaved) -> None:
+    """Keep all runs so far."""
+
+    def row(run: Run) -> dict[str, Any]:
+        counts = {name: list(getattr(run.stats, name).items()) for name in ("blocks", "accepted_from", "blocks_from")}
+        return {**asdict(run), "stats": {**counts, "committed": run.stats.committed}}
+
+    write_json(path, {"key": key, "measured": {
+        name: [[row(run) for run in runs] for runs in prompts] for name, prompts in timing.measured.items()
+    }})  # fmt: skip
+
+
+def _read(path: Path, key: str, timing: Interleaved) -> None:
+    """Take over the runs of a validation of the same arms that was stopped."""
+
+    def run(row: dict[str, Any]) -> Run:
+        stats = row["stats"]
+        blocks = Counter({(int(k), int(n)): count for (k, n), count in stats["blocks"]})
+        accepted, begun = (Counter(dict(stats[name])) for name in ("accepted_from", "blocks_from"))
+        counts = DecodeStats(
+            blocks=blocks, committed=stats["committed"], accepted_from=accepted, blocks_from=begun
+        )  # fmt: skip
+        return Run(**{**row, "ids": tuple(row["ids"]), "stats": counts})
+
+    try:
+        data = json.loads(path.read_text())
+        if data["key"] == key:
+            found = {name: [[run(row) for row in runs] for runs in data["measured"][name]] for name in timing.measured}
+            if all(len(prompts) == len(timing.prompts) for prompts in found.values()):
+                timing.measured = found
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # there is none, or it is another one's
 
 
 def evidence(
-    target: Target, prompts: tuple[Ids, ...], measured: Measured, cost_ratio: float, temperature: float = 0.0
+    target: Target, prompts: tuple[Ids, ...], measured: Measured, cost_ratio: float, temperature: float = 0.0,
+    arm: str = MASK,
 ) -> Evidence:  # fmt: skip
-    """What goes into mask.json. The verdict is "use" only if the whole interval lies above 1."""
-    low, high = measured.speedup_ci
+    """What goes into mask.json about an arm. The verdict is "use" only if the whole interval lies above 1."""
+    found, served = measured.arms[arm], measured.arms.get(SERVED)
     return Evidence(
-        acceptance_rate=round(measured.stats.acceptance_rate, 4), tau=round(measured.stats.tau, 4),
-        cost_ratio=round(cost_ratio, 4), speedup=round(measured.speedup, 4),
-        speedup_ci=(round(low, 4), round(high, 4)), baseline="plain decoding in the same runtime",
-        tokens_per_second=round(measured.tokens_per_second, 2),
+        acceptance_rate=round(found.stats.acceptance_rate, 4), tau=round(found.stats.tau, 4),
+        cost_ratio=round(cost_ratio, 4), speedup=round(found.speedup, 4), speedup_ci=_rounded(found.speedup_ci),
+        baseline="plain decoding in the same runtime",
+        tokens_per_second=round(found.tokens_per_second, 2),
         baseline_tokens_per_second=round(measured.plain_tokens_per_second, 2), greedy_equal=measured.greedy_equal,
         backend=target.backend, dtype=str(target.dtype).removeprefix("torch."), device=device_name(target.device),
-        prompts=len(prompts), tokens=measured.tokens, prompts_sha256=fingerprint(prompts),
-        temperature=temperature or None,
-        verdict="use" if low > 1.0 else "do not use", served_speedup=measured.served and round(measured.served, 4),
-        served_speedup_ci=measured.served_ci and (round(measured.served_ci[0], 4), round(measured.served_ci[1], 4)),
+        prompts=measured.prompts, tokens=measured.tokens, prompts_sha256=fingerprint(prompts[: measured.prompts]),
+        temperature=temperature or None, verdict="use" if found.pays else "do not use",
+        served_speedup=round(served.speedup, 4) if served is not None and arm == MASK else None,
+        served_speedup_ci=_rounded(served.speedup_ci) if served is not None and arm == MASK else None,
     )  # fmt: skip
+
+
+def _rounded(interval: tuple[float, float]) -> tuple[float, float]:
+    return round(interval[0], 4), round(min(interval[1], 1e6), 4)

@@ -122,6 +122,8 @@ class SelfSpeculative:
 
     def _draft_for(self, target: Target) -> PreTrainedModel | None:
         if self.mask is None:
+            if self._file is not None:
+                check_mask_belongs(self._file, target)
             return None
         model, state = target.model, state_of(target.model)
         if model not in self._drafts or self._drafts[model][0] != state:

@@ -18,7 +18,7 @@ from skipsearch.mask import SkipMask
 from skipsearch.maskfile import MaskFile, load_mask
 from skipsearch.online.auto import make_tuner
 from skipsearch.online.tuner import SHARE
-from skipsearch.search.options import NGRAM
+from skipsearch.policy import NGRAM
 
 Masked = SkipMask | MaskFile | str | Path | None
 
@@ -129,7 +129,7 @@ def _drafting(mask_or_path: Masked, changes: dict[str, Any]) -> Drafting:
         if not isinstance(file, MaskFile):
             got = type(mask_or_path).__name__
             raise MaskError(f"mask_or_path must be a SkipMask, a MaskFile or a path, got {got}")
-        found = Drafting(mask=file.mask, file=file, policy=file.draft)
+        found = Drafting(mask=file.drafting_mask, file=file, policy=file.draft)
     changes = {name: value for name, value in changes.items() if value is not None}
     if found.policy.curve and changes.keys() & {"max_length", "exit_threshold", "adaptive"}:
         changes |= {"curve": (), "prices": ()}  # in place of the calibrated exit

@@ -7,13 +7,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 _WHAT = {
     "compile": "compile: about a minute once, then read from the disk",
     "warm-up": "warm-up: each arm once",
     "record": "record: output of the full model",
-    "profile": "profile: seconds of each sublayer",
+    "profile": "profile: seconds of each sublayer, in percent",
+    "reference": "search: keys and values of the recorded text",
     "sensitivity": "search: one sublayer skipped at a time",
     "trials": "search: trials",
     "finalists": "search: finalists on the whole trace",
@@ -29,6 +38,7 @@ class Stages:
     def __init__(self, bars: Progress | None = None, console: Console | None = None) -> None:
         self.bars, self.console = bars, console
         self.tasks: dict[str, TaskID] = {}
+        self.begun: dict[str, tuple[float, int]] = {}  # when a stage was first heard of, and where it was then
         self.last = time.monotonic()
 
     def stage(self, name: str, done: int, total: int, note: str = "") -> None:
@@ -37,9 +47,18 @@ class Stages:
             if name not in self.tasks:
                 self.tasks[name] = self.bars.add_task(_WHAT.get(name, name), total=total, note="")
             self.bars.update(self.tasks[name], completed=done, total=total, note=note)
-        elif self.console is not None and (done >= total or time.monotonic() - self.last > 10):
-            self.last = time.monotonic()  # few lines, so that a log file stays readable
-            self.console.print(f"{_WHAT.get(name, name)} {done}/{total} {note}".rstrip(), highlight=False)
+        elif self.console is not None:
+            left = self._left(name, done, total)
+            if done >= total or time.monotonic() - self.last > 10:
+                self.last = time.monotonic()  # few lines, so that a log file stays readable
+                self.console.print(f"{_WHAT.get(name, name)} {done}/{total}{left} {note}".rstrip(), highlight=False)
+
+    def _left(self, name: str, done: int, total: int) -> str:
+        """What is left of a stage at its pace so far, in words."""
+        at, before = self.begun.setdefault(name, (time.monotonic(), done))
+        if done >= total or done <= before:
+            return ""
+        return f", about {(time.monotonic() - at) / (done - before) * (total - done):.0f} s left"
 
     def trials(self, total: int) -> Callable[[int, float], None]:
         """A function that reports finished trials and the best predicted tokens per second."""
@@ -53,8 +72,8 @@ def stages(console: Console, quiet: bool) -> Iterator[Stages]:
         yield Stages(console=None if quiet else console)
         return
     columns = (
-        TextColumn("{task.description:<46}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.description:<48}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
     with Progress(*columns, console=console) as bars:
         yield Stages(bars)

@@ -41,7 +41,7 @@ def _listing(
 def _evidence_rows(proof: dict[str, Any]) -> list[tuple[str, Any]]:
     """The evidence of a mask file, as JSON, in words."""
     low, high = proof["speedup_ci"]
-    bound = 1 / proof["cost_ratio"] if proof["cost_ratio"] else float("nan")
+    bound = 1 / proof["cost_ratio"] if proof["cost_ratio"] else float("inf")
     if proof["greedy_equal"] is None:
         equal = f"same distribution; measured at temperature {proof['temperature']:g}"
     else:
@@ -51,11 +51,12 @@ def _evidence_rows(proof: dict[str, Any]) -> list[tuple[str, Any]]:
         ("against", proof["baseline"]),
         (
             "tokens/s",
-            f"{proof['tokens_per_second']:.1f} with the mask, {proof['baseline_tokens_per_second']:.1f} without",
+            f"{proof['tokens_per_second']:.1f} drafting, {proof['baseline_tokens_per_second']:.1f} plain",
         ),
         ("acceptance rate, tau", f"{proof['acceptance_rate']:.3f}, {proof['tau']:.2f} tokens a verify"),
-        ("cost ratio c, bound 1/c", f"{proof['cost_ratio']:.3f}, {bound:.2f}x"),
     ]
+    if proof["cost_ratio"]:  # n-grams cost nothing to draft
+        rows.append(("cost ratio c, bound 1/c", f"{proof['cost_ratio']:.3f}, {bound:.2f}x"))
     if proof.get("served_speedup") is not None:
         low, high = proof["served_speedup_ci"]
         served = f"{proof['served_speedup']:.2f}x  ({low:.2f} to {high:.2f}) with the whole draft policy"
@@ -116,22 +117,50 @@ def mask_table(file: MaskFile) -> Panel:
     return Panel(grid, title=Text(f"{file.model.id}, {file.model.num_layers} layers"), title_align="left", expand=False)
 
 
+def verdict_line(data: dict[str, Any]) -> str:
+    """What a run found, in one sentence; `data` comes from `search.result.summary`."""
+    arms = {name: _times(arm) for name, arm in data["measured"].items()}
+    if data["serves"] == "n-grams":
+        return (
+            f"No mask pays on this model ({arms['mask']} over plain decoding), but n-grams do: {arms['n-grams']}. "
+            f"The file serves n-grams and no mask."
+        )
+    served = f"; as served, with n-grams: {arms['served']}" if "served" in arms else ""
+    if data["evidence"]["verdict"] == "use":
+        return f"The mask pays: {arms['mask']} over plain decoding{served}."
+    found = f"the mask {arms['mask']} over plain decoding, n-grams {arms['n-grams']}"
+    return f"Nothing is proven to pay on this model: {found}."
+
+
+def _times(arm: dict[str, Any]) -> str:
+    low, high = arm["speedup_ci"]
+    return f"{arm['speedup']:.2f}x ({low:.2f} to {high:.2f})"
+
+
 def summary_table(data: dict[str, Any]) -> Table:
-    """The end of a run; `data` comes from `search.run.summary`."""
-    mask, predicted = data["mask"], data["predicted"]
+    """The end of a run; `data` comes from `search.result.summary`."""
+    mask, predicted, seconds = data["mask"], data["predicted"], data["seconds"]
     few = f", fewer than {ENOUGH:,}: raise --num-prompts" if predicted["tokens"] < ENOUGH else ""
     rows: list[tuple[str, Any]] = [
         ("model", data["model"]),
-        ("skipped", f"{len(mask['attention'])} attention, {len(mask['mlp'])} MLP of {mask['num_layers']} layers"),
+        (
+            "best mask", f"skips {len(mask['attention'])} attention, {len(mask['mlp'])} MLP of {mask['num_layers']} "
+            f"layers: {_times(data['measured']['mask'])}",
+        ),
+        ("the file serves", "the mask" if data["serves"] == "mask" else "n-grams, without a mask"),
         ("draft", policy_line(data["draft"])),
         *_evidence_rows(data["evidence"]),
         (
             "predicted", f"{predicted['speedup']:.2f}x (standard error {predicted['standard_error']:.2f}), "
             f"{predicted['tokens_per_second']:.1f} tokens/s; scored on {predicted['tokens']:,} tokens{few}",
         ),
-        ("trials", f"{data['trials']} ({', '.join(f'{k} {v:.0f} s' for k, v in data['seconds'].items())})"),
+        ("n-grams, no mask", _times(data["measured"]["n-grams"])),
+        ("trials", data["trials"]),
+        ("seconds", f"{sum(seconds.values()):.0f}: {', '.join(f'{k} {v:.0f}' for k, v in seconds.items())}"),
         ("mask file", data["files"]["mask.json"]),
     ]  # fmt: skip
+    if data["cut_short"]:
+        rows.insert(-1, ("cut short", f"{'; '.join(data['cut_short'])}: a longer --time-budget takes all"))
     return _pairs("summary", rows)
 
 

@@ -12,8 +12,8 @@ from skipsearch.evaluate.trace import DecodeSettings
 
 MAX_LENGTH = 12  # the longest draft that a policy may have
 TRIAL_LENGTH, SIDE = 6, 16  # in a trial: tokens of a draft; drafts of one prompt side by side
+TIME_BUDGET = 330.0
 SAMPLERS = ("trust-region", "gp", "tpe", "nsga2", "random")
-NGRAM = 10  # the most tokens that prompt lookup proposes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +22,8 @@ class SearchOptions:
 
     Attributes:
         trials: finished trials in the study at which the search stops.
-        time_budget: seconds for trials; None: no limit.
+        time_budget: seconds for the run, shared out over its stages; the first compilation on a machine comes on top.
+            None: no limit.
         sampler: one of SAMPLERS.
         source: where prompts come from.
         prompts, held_out: number of prompts to search with, and to validate on.
@@ -45,7 +46,7 @@ class SearchOptions:
     """
 
     trials: int = 200
-    time_budget: float | None = None
+    time_budget: float | None = TIME_BUDGET
     sampler: str = "trust-region"
     source: PromptSource = field(default_factory=PromptSource)
     prompts: int = 24

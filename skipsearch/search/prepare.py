@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from skipsearch.compiled.backend import Progress, with_backend
-from skipsearch.errors import PromptError
+from skipsearch.errors import BackendWarning, PromptError
 from skipsearch.evaluate.cost import Costs, Point, set_up
 from skipsearch.evaluate.profile import profile_or_load
 from skipsearch.evaluate.prompts import Prompts, fingerprint, lengthened, load_prompts
@@ -21,7 +23,12 @@ from skipsearch.model.load import Loaded, model_card
 from skipsearch.model.preset import read_space
 from skipsearch.model.space import Space
 from skipsearch.model.target import Target
+from skipsearch.search.budget import Budget
 from skipsearch.search.options import MAX_LENGTH, SIDE, TRIAL_LENGTH, SearchOptions
+
+RECORD, PROFILE = 0.2, 0.2  # shares of what is left of the budget
+MOST_PROFILE = 60  # seconds
+SLOW_VERIFY = 2.5  # plain steps that a verify of 5 tokens may take before a user is told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +89,11 @@ def _longest_profiled(target: Target) -> int:
     return target.context - MAX_LENGTH - 4
 
 
-def prepare(loaded: Loaded, folder: Path, options: SearchOptions, progress: Progress) -> Prepared:
+def prepare(
+    loaded: Loaded, folder: Path, options: SearchOptions, progress: Progress, budget: Budget | None = None
+) -> Prepared:
     """Choose prompts, record the trace and profile the model; trace and costs are kept in the results folder."""
+    budget = budget or Budget()
     target = loaded.target
     prompts = chosen_prompts(target, loaded.tokenizer, options)
     if options.space is not None:
@@ -92,37 +102,56 @@ def prepare(loaded: Loaded, folder: Path, options: SearchOptions, progress: Prog
         space = loaded.preset.space
     else:
         space = Space(num_layers=target.num_layers, fixed=SkipMask(num_layers=target.num_layers))
-    target = with_backend(target, options.backend, progress)  # slow, so the options are checked first
+    with budget.stage("compile", on_top=True):
+        target = with_backend(target, options.backend, progress)  # slow, so the options are checked first
     # Weights and not only the config: a fine-tuned model must not continue the study of its base model.
     identity = {
         "model": str(model_card(target, loaded.name).config_sha256),
         "weights": _weights_fingerprint(target.model),
         "set_up": set_up(target),
-        "prompts": fingerprint(prompts.calibration),
         "space": str(space),
         "tokens": f"{options.new_tokens} recorded",
         "context": ", ".join(map(str, options.contexts)) or "as the prompts",
         "temperature": str(options.temperature),
     }
     made_with = f"{identity['model']} {identity['weights']} {identity['set_up']}"
-    trace = record_or_load(
-        folder / "trace.json", target, prompts.calibration, options.decoding, made_with, progress
-    )  # fmt: skip
+    with budget.stage("record"):
+        trace = record_or_load(
+            folder / "trace.json", target, prompts.calibration, options.decoding, made_with, progress,
+            budget.share(RECORD),
+        )  # fmt: skip
     if not trace.tokens:
         raise PromptError("the model ends every calibration prompt at once; choose other prompts with --prompts")
+    identity["prompts"] = fingerprint(trace.prompts)
     mean = trace.mean_context
-    longest = max(map(len, prompts.calibration)) + options.new_tokens
+    longest = max(map(len, trace.prompts)) + options.new_tokens
     contexts = {round(mean), max(round(mean) + 1, min(longest, _longest_profiled(target))), *options.contexts}
-    costs = profile_or_load(
-        folder / "costs.json", target, made_with, contexts=sorted(contexts), max_length=MAX_LENGTH, progress=progress,
-        temperature=options.temperature,
-    )  # fmt: skip
+    with budget.stage("profile"):
+        costs = profile_or_load(
+            folder / "costs.json", target, made_with, contexts=sorted(contexts), max_length=MAX_LENGTH,
+            progress=progress, temperature=options.temperature, seconds=min(MOST_PROFILE, budget.share(PROFILE)),
+        )  # fmt: skip
+    _warn_of_slow_verifies(target, costs)
     side = min(SIDE, -(-options.new_tokens // TRIAL_LENGTH))
-    replay = Replay(target, trace, TRIAL_LENGTH, memory=options.memory, side=side, states=True)
+    progress("reference", 0, 1)
+    with budget.stage("reference"):
+        replay = Replay(target, trace, TRIAL_LENGTH, memory=options.memory, side=side, states=True)
+    progress("reference", 1, 1)
     return Prepared(
         target=target, prompts=prompts, trace=trace, costs=costs, space=space, windows=Windows(replay),
         identity=identity, contexts=options.contexts,
     )  # fmt: skip
+
+
+def _warn_of_slow_verifies(target: Target, costs: Costs) -> None:
+    """Some processors have no fast products of several rows in half precision."""
+    verify = costs.points[0].verify
+    if target.device.type == "cpu" and target.dtype != torch.float32 and verify[5] > SLOW_VERIFY * verify[0]:
+        name = str(target.dtype).removeprefix("torch.")
+        warnings.warn(
+            f"verifying 5 tokens in {name} takes {verify[5] / verify[0]:.1f} plain steps on this processor; "
+            f"--dtype float32 serves better here", BackendWarning, stacklevel=2,
+        )  # fmt: skip
 
 
 def _weights_fingerprint(model: PreTrainedModel) -> str:

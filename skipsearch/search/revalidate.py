@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from skipsearch.compiled.backend import Progress, warm_mask, with_backend
 from skipsearch.evaluate.audit import Audit, audit
-from skipsearch.evaluate.validate import evidence, measure
+from skipsearch.evaluate.validate import MASK, NGRAMS, SERVED, Plans, Validation, evidence
 from skipsearch.maskfile import MaskFile
 from skipsearch.model.load import Loaded
 from skipsearch.search.options import SearchOptions
@@ -15,17 +15,23 @@ def validate_file(loaded: Loaded, file: MaskFile, options: SearchOptions, progre
     """Time a mask file again, and return the file with the new evidence."""
     prompts = chosen_prompts(loaded.target, loaded.tokenizer, options).held_out
     target = with_backend(loaded.target, options.backend, progress)
-    policy = file.draft
-    warm_mask(target, file.mask, progress)
-    measured = measure(
-        target, prompts, file.mask, policy.mask_alone(), options.decoding, progress,
-        served=policy if policy.ngram or policy.never_slower else None,
-    )  # fmt: skip
+    policy, mask = file.draft, file.drafting_mask
+    plans: Plans = {NGRAMS: (None, policy)}
+    if mask is not None:
+        warm_mask(target, mask, progress)
+        plans = {MASK: (mask, policy.mask_alone())}
+        if policy.ngram or policy.never_slower:
+            plans[SERVED] = (mask, policy)
+    measured = Validation(target, prompts, plans, options.decoding).run(progress)
     known = file.evidence.cost_ratio if file.evidence else 0.0
-    return file.model_copy(update={"evidence": evidence(target, prompts, measured, known, options.temperature)})
+    arm = NGRAMS if mask is None else MASK
+    proof = evidence(target, prompts, measured, known, options.temperature, arm)
+    return file.model_copy(update={"evidence": proof})
 
 
 def audit_file(loaded: Loaded, file: MaskFile, options: SearchOptions, progress: Progress) -> Audit:
     """Compare a mask file's output with plain decoding, and explain each difference."""
     prompts = chosen_prompts(loaded.target, loaded.tokenizer, options).held_out
-    return audit(loaded.target, prompts, file.mask, file.draft, new_tokens=options.new_tokens, progress=progress)
+    return audit(
+        loaded.target, prompts, file.drafting_mask, file.draft, new_tokens=options.new_tokens, progress=progress
+    )  # fmt: skip

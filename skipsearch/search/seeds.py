@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from skipsearch.compiled.backend import Progress
 from skipsearch.evaluate.cost import Point
-from skipsearch.evaluate.hidden_states import HiddenStates, draft_states, nearest
+from skipsearch.evaluate.hidden_states import HiddenStates, nearest
 from skipsearch.evaluate.windows import Part, WindowReplay, Windows
-from skipsearch.mask import SkipMask, Sublayer
+from skipsearch.files import write_json
+from skipsearch.mask import KINDS, SkipMask, Sublayer
 from skipsearch.model.preset import Preset
 from skipsearch.model.space import Space
 
@@ -21,18 +24,17 @@ LEVELS = 256  # of harm, in the knapsack
 
 
 def all_seeds(
-    windows: Windows, part: Part, space: Space, point: Point, progress: Progress, preset: Preset | None,
+    space: Space, loss: dict[Sublayer, float], states: HiddenStates, point: Point, preset: Preset | None,
     earlier: SkipMask | None,
 ) -> list[Seed]:  # fmt: skip
     """What a study tries first. The most promising seeds lead: a good first score lets the scorer abort more masks.
 
     Args:
-        part: the windows on which sublayers are skipped one at a time.
+        loss: of `single_skip_loss`.
+        states: of the layers.
+        earlier: the mask of an earlier run.
     """
-    loss = single_skip_loss(windows, part, space, progress)
     before = [] if earlier is None else [("earlier", earlier)]
-    starts = max(windows.replay.passes(windows.starts(part)), key=len)
-    states = draft_states(windows.replay, starts)
     return [
         ("empty", SkipMask(num_layers=space.num_layers)), *before, *published(preset, space),
         *by_sensitivity(space, loss, point), *knapsack(space, loss, point), *nearest_states(space, states),
@@ -53,18 +55,48 @@ def uniform(space: Space) -> list[Seed]:
     return [*seeds, ("uniform:attention", attention - space.fixed)]
 
 
-def single_skip_loss(windows: Windows, part: Part, space: Space, progress: Progress) -> dict[Sublayer, float]:
+def single_skip_loss(
+    windows: Windows, part: Part, space: Space, progress: Progress, *, known: dict[Sublayer, float] | None = None,
+    keep: Callable[[dict[Sublayer, float]], None] = lambda loss: None,
+) -> dict[Sublayer, float]:  # fmt: skip
     """For each free sublayer: the share of a trace's tokens that drafts without this sublayer alone get wrong.
 
     Drafts begin behind the reference keys of the full model, and at the layer that holds the sublayer.
+
+    Args:
+        part: the windows to draft.
+        known: losses that need not be computed again.
+        keep: called with all losses so far.
     """
-    loss = {}
+    loss = dict(known or {})
     for number, sub in enumerate(space.free):
-        replayed = WindowReplay(windows, SkipMask.from_sublayers([sub], space.num_layers))
-        correct = [right for found in replayed.outcomes(part) for right in found.correct]
-        loss[sub] = 1 - sum(correct) / len(correct)
+        if sub not in loss:
+            replayed = WindowReplay(windows, SkipMask.from_sublayers([sub], space.num_layers))
+            correct = [right for found in replayed.outcomes(part) for right in found.correct]
+            loss[sub] = 1 - sum(correct) / len(correct)
+            keep(loss)
         progress("sensitivity", number + 1, len(space.free))
     return loss
+
+
+def sensitivity_or_load(
+    path: Path, identity: str, windows: Windows, part: Part, space: Space, progress: Progress
+) -> dict[Sublayer, float]:
+    """The losses in `path` if they are of this trace and model; else new ones. Each is saved when it is known."""
+    key = {"identity": identity, "windows": [[p, len(some)] for p, some in enumerate(part) if some]}
+    known: dict[Sublayer, float] = {}
+    try:
+        data = json.loads(path.read_text())
+        if data["key"] == key:
+            known = {(kind, int(i)): float(loss) for kind in KINDS for i, loss in data["loss"][kind].items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # there are none yet, or they are another trace's
+
+    def keep(loss: dict[Sublayer, float]) -> None:
+        by_kind = {kind: {str(i): round(loss[kind, i], 4) for k, i in loss if k == kind} for kind in KINDS}
+        write_json(path, {"key": key, "loss": by_kind})
+
+    return single_skip_loss(windows, part, space, progress, known=known, keep=keep)
 
 
 def seconds_saved(point: Point, sub: Sublayer) -> float:

@@ -221,10 +221,13 @@ class Study:
         return [t for t in self.finished() if t.user_attrs.get("fidelity") == "whole"]
 
     def best(self, count: int) -> list[tuple[SkipMask, int]]:
-        """The best different masks with their trial numbers, best first."""
+        """The best different masks with their trial numbers, best first; the empty one only if there is no other."""
         found: dict[SkipMask, int] = {}
         for trial in sorted(self._scored(), key=lambda t: -t.user_attrs["tokens_per_second"]):
             found.setdefault(self.mask_of(trial), trial.number)
+        empty = SkipMask(num_layers=self.space.num_layers)
+        if len(found) > 1:
+            found.pop(empty, None)
         return list(found.items())[:count]
 
     def front(self) -> list[dict[str, Any]]:

@@ -66,7 +66,7 @@ def test_packing_is_taken_only_where_it_pays(monkeypatch: pytest.MonkeyPatch, fa
 
 @needs_onednn
 def test_changed_weights_are_noticed(faster: None) -> None:
-    """Prevents decoding with a copy of weights that were edited in place since, by training or by merging an adapter."""
+    """Prevents decoding with a copy of weights that were edited in place, by training or by merging an adapter."""
     for edit in (lambda w: w.mul_(1.01), lambda w: w[3].zero_(), lambda w: w[:, 5].add_(1)):
         model = nn.Linear(48, 32).requires_grad_(False)
         packed = pack(model)

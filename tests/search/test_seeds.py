@@ -130,7 +130,9 @@ def test_every_seed_is_a_mask_of_the_space(tiny: Any) -> None:
     model, fixed = tiny("llama"), SkipMask(attention=[0], mlp=[1], num_layers=4)
     space, earlier = Space(num_layers=4, fixed=fixed), SkipMask(attention=[2, 3], num_layers=4)
     windows = windows_of(model)
-    seeds = all_seeds(windows, windows.few(2, 12), space, POINT, quiet, None, earlier)
+    states = draft_states(windows.replay, windows.starts(windows.few(2, 12)))
+    loss = single_skip_loss(windows, windows.few(2, 12), space, quiet)
+    seeds = all_seeds(space, loss, states, POINT, None, earlier)
     assert dict(seeds)["earlier"] == earlier
     assert all(not mask & fixed for _, mask in seeds)
     assert {name.split(":")[0] for name, _ in seeds} == {

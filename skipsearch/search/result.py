@@ -1,0 +1,69 @@
+"""SearchResult: what a run found, and its summary."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from skipsearch.evaluate.objective import Score
+from skipsearch.evaluate.validate import Measured
+from skipsearch.mask import SkipMask
+from skipsearch.maskfile import MaskFile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchResult:
+    """What a run found.
+
+    Attributes:
+        mask: the best mask.
+        file: mask.json as written, with evidence and verdict: of the mask, or of n-grams alone where no mask pays.
+        predicted: the mask's score on the whole trace.
+        standard_error: of the predicted speed-up, over prompts.
+        scored_tokens: tokens of the trace.
+        front: trials that no other trial beats in both acceptance rate and cost ratio.
+        measured: the mask's validation.
+        folder: the results folder.
+        trials: finished trials in the study.
+        seconds: wall-clock time by stage.
+        cut_short: what the time budget did not suffice for.
+    """
+
+    mask: SkipMask
+    file: MaskFile
+    predicted: Score
+    standard_error: float
+    scored_tokens: int
+    front: list[dict[str, Any]]
+    measured: Measured
+    folder: Path
+    trials: int
+    seconds: dict[str, float]
+    cut_short: tuple[str, ...] = ()
+
+
+def summary(result: SearchResult) -> dict[str, object]:
+    """The result as plain JSON, for the CLI and for summary.json."""
+    assert result.file.evidence is not None
+    return {
+        "model": result.file.model.id, "mask": result.mask.to_dict(), "draft": asdict(result.file.draft),
+        "evidence": result.file.evidence.model_dump(mode="json"),
+        "predicted": {
+            "standard_error": round(result.standard_error, 4), "tokens": result.scored_tokens,
+        } | {
+            k: round(getattr(result.predicted, k), 4)
+            for k in ("tokens_per_second", "speedup", "acceptance_rate", "tau", "cost_ratio")
+        },
+        "measured": {
+            name: {
+                "speedup": round(arm.speedup, 4), "speedup_ci": [round(bound, 4) for bound in arm.speedup_ci],
+                "tokens_per_second": round(arm.tokens_per_second, 2),
+            }
+            for name, arm in result.measured.arms.items()
+        },
+        "serves": "mask" if result.file.drafting_mask is not None else "n-grams",
+        "cut_short": list(result.cut_short),
+        "trials": result.trials, "seconds": {k: round(v, 1) for k, v in result.seconds.items()},
+        "files": {name: str(result.folder / name) for name in ("mask.json", "trials.csv")},
+    }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,7 @@ def run(
     loaded = opt.load(model, dtype, device, revision, trust)
     if options.time_budget is not None:  # loading counts
         options = replace(options, time_budget=max(1.0, options.time_budget - (time.monotonic() - begin)))
+    from skipsearch.report.cells import draw_mask, draw_sensitivity
     from skipsearch.report.tables import front_table, summary_table, verdict_line
     from skipsearch.search.result import summary
     from skipsearch.search.run import search
@@ -63,7 +65,13 @@ def run(
     fronts = [front_table(result.front, result.file.provenance.trial)] if pareto else []
     chat = chat and bool(loaded.tokenizer.chat_template)
     next_step = f"\nNext: {_next_step(model, result.folder, data, chat)}"
-    opt.print_result(data, as_json, verdict_line(data), *fronts, summary_table(data), str(result.mask), next_step)
+    cells = draw_mask(result.mask)
+    try:
+        loss = json.loads((result.folder / "sensitivity.json").read_text())["loss"]
+        cells.append("\n").append_text(draw_sensitivity(loss, result.mask.num_layers))
+    except OSError:
+        pass  # of a study that was finished elsewhere
+    opt.print_result(data, as_json, verdict_line(data), *fronts, summary_table(data), cells, next_step)
     raise typer.Exit(0 if result.file.evidence and result.file.evidence.verdict == "use" else 1)
 
 

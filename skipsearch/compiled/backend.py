@@ -115,6 +115,7 @@ def compile_and_prove(target: Target, progress: Progress | None) -> CompiledMode
         error = float((logits - expected[place]).abs().max() / expected[place].abs().max())
         if not error < TOLERANCE.get(target.dtype, 0.1):
             raise BackendError(f"compiled logits differ from the model's by {error:.2g} of the largest")
+    compiled.choose_widths(layers, buffers)
     return compiled
 
 
@@ -129,4 +130,5 @@ def warm_draft(target: Target, draft: PreTrainedModel, progress: Progress | None
     if target.compiled is not None:
         compiled = cast(CompiledModel, target.compiled)
         with _lock:
-            compiled.warm(compiled.layers_of(draft), [1, compiled.width_for(1 + GUESS)], progress)
+            widths = sorted({compiled.width_for(1), compiled.width_for(1 + GUESS)})
+            compiled.warm(compiled.layers_of(draft), widths, progress)

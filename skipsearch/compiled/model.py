@@ -7,16 +7,17 @@ Shapes: Q tokens of a forward, T slots that attention reads, V vocabulary.
 
 from __future__ import annotations
 
-import logging
+import math
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from skipsearch.compiled.buffers import Buffers, Scores
 from skipsearch.compiled.compile import Piece, compiler
 from skipsearch.compiled.pieces import EXAMPLE_IDS, EXAMPLE_POSITIONS, Layer, Pieces
 from skipsearch.compiled.tracing import EXAMPLE_SLOTS, make_buffer
@@ -27,47 +28,8 @@ WIDTHS = (1, 2, 4, 6, 9, 13)  # forwards of a block: a plain step, and drafts wi
 GUESS = 3  # tokens that a draft reads in one forward beside its own last one
 CHUNK = {"cpu": 64, "cuda": 256}  # tokens of a forward of the prefill
 STEP = {"cpu": 64, "cuda": 256}  # attention reads slots in multiples of this; on a GPU each multiple is a graph
+TIMED, FASTER = 5, 0.93  # runs of each width, of which the fastest counts; seconds over those of a narrower one
 SLACK = 320  # slots behind the longest sequence, for the padding of a forward
-log = logging.getLogger("skipsearch")
-
-
-@dataclass(slots=True, eq=False)
-class Buffers:
-    """The tensors of one sequence, at fixed addresses.
-
-    Attributes:
-        ids [1, C], positions [C], slots [C]: tokens; the position of each slot; 0, 1, 2, ...
-        at [2]: slot of a forward's first token, and its place in ids.
-        layers: keys and values [1, H, C, D].
-    """
-
-    ids: Tensor
-    positions: Tensor
-    slots: Tensor
-    at: Tensor
-    layers: list[tuple[Tensor, Tensor]]
-    slices: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    graphs: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
-    pool: Any = None  # memory of the graphs; each overwrites the output of the others
-
-    def first(self, slots: int) -> list[tuple[Tensor, Tensor]]:
-        """The first slots of each layer's buffers."""
-        if slots not in self.slices:
-            self.slices[slots] = [(k[:, :, :slots], v[:, :, :slots]) for k, v in self.layers]
-        return self.slices[slots]
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """What a forward predicts behind each of its tokens.
-
-    Attributes:
-        logits: [1, Q, V].
-        top: [2, Q], as doubles: the likeliest token, and its probability.
-    """
-
-    logits: Tensor
-    top: Tensor
 
 
 class CompiledModel:
@@ -90,6 +52,7 @@ class CompiledModel:
         self._heads: dict[int, tuple[Piece, list[Tensor]]] = {}
         self._tails: dict[int, Piece] = {}
         self._programs: dict[Any, list[tuple[Piece, int, list[int], list[Tensor]]]] = {}
+        self._padded_to: dict[int, int] = {}
         self._free: list[Buffers] = []
         self._lock = threading.Lock()
 
@@ -126,7 +89,6 @@ class CompiledModel:
 
     @property
     def packs(self) -> bool:
-        """Whether products use packed copies of the weights."""
         return self.pieces.packed is not None
 
     def fits(self) -> bool:
@@ -137,7 +99,23 @@ class CompiledModel:
 
     def width_for(self, tokens: int) -> int:
         """The width of the forward that so many tokens take."""
-        return next((width for width in WIDTHS if width >= tokens), self.chunk)
+        width = next((w for w in WIDTHS if w >= tokens), self.chunk)
+        return self._padded_to.get(width, width)
+
+    def choose_widths(self, layers: Sequence[Layer], buffers: Buffers) -> None:
+        """Pad to a wider forward where that is faster: on CPUs, kernels for one or two rows can be the slowest."""
+        if self.device.type == "cuda":
+            return
+        at, slots = torch.zeros(2, dtype=torch.long), self.slots_for(max(WIDTHS))
+        seconds = {width: math.inf for width in WIDTHS}
+        for width in WIDTHS * TIMED:
+            begin = time.perf_counter()
+            self.run(layers, buffers, at, width, slots)
+            seconds[width] = min(seconds[width], time.perf_counter() - begin)
+        for width in WIDTHS:
+            best = min((w for w in WIDTHS if w >= width), key=seconds.__getitem__)
+            if seconds[best] < FASTER * seconds[width]:
+                self._padded_to[width] = best
 
     def _head(self, width: int) -> tuple[Piece, list[Tensor]]:
         if width not in self._heads:
@@ -211,15 +189,16 @@ class CompiledModel:
 
     def draft(self, layers: Sequence[Layer], buffers: Buffers, start: int, place: int, steps: int) -> None:
         """Draft greedily so many tokens behind the one at `start` into ids; the host is not waited for in between."""
-        slots = self.slots_for(start + steps)
+        width = self.width_for(1)
+        slots = self.slots_for(start + steps + width - 1)
         self.seek(buffers, start, place)
 
         def run() -> None:
             at = buffers.at
             for _ in range(steps):
-                top = self.run(layers, buffers, at, 1, slots).top
+                top = self.run(layers, buffers, at, width, slots).top
                 at = at + 1
-                buffers.ids.index_copy_(1, at[1:], top[:1].long())
+                buffers.ids.index_copy_(1, at[1:], top[:1, :1].long())
 
         self.graph(buffers, ("draft", steps, slots, *map(id, layers)), run)
 

@@ -50,13 +50,18 @@ class Packed:
                         for linear in linears}  # fmt: skip
         self._marks = self._read_marks()
 
+    def of(self, linear: nn.Linear) -> Tensor:
+        """The packed weights of a layer."""
+        found: Tensor = self._packed[id(linear.weight)]
+        return found
+
     def module(self, module: nn.Module) -> nn.Module:
         """A copy of a module tree that shares its tensors, with packed linear layers where there are packed weights."""
         copied: nn.Module = copy_sharing_tensors(module)
         for parent in list(copied.modules()):
             for name, child in parent.named_children():
                 if type(child) is nn.Linear and id(child.weight) in self._packed:
-                    parent._modules[name] = PackedLinear(child, self._packed[id(child.weight)])
+                    parent._modules[name] = PackedLinear(child, self.of(child))
         return copied
 
     def fits(self) -> bool:
@@ -78,7 +83,7 @@ class Packed:
         for rows in ROWS:
             inputs = {n: linears[0].weight.new_ones(1, rows, n) for n in {linear.in_features for linear in linears}}
             run: Callable[[nn.Linear], Any] = (
-                (lambda li: packed_product(inputs[li.in_features], self._packed[id(li.weight)], None))  # noqa: B023
+                (lambda li: packed_product(inputs[li.in_features], self.of(li), None))  # noqa: B023
                 if packed
                 else (lambda li: F.linear(inputs[li.in_features], li.weight))  # noqa: B023
             )

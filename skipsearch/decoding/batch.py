@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from skipsearch.compiled.model import Scores
+from skipsearch.compiled.buffers import Scores
 from skipsearch.decoding.processors import TokenSelection, process
 from skipsearch.errors import DecodingError
 from skipsearch.model.cache import SharedCache

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
+
+from skipsearch.draft.view import InPlaceOf
 
 Start = tuple[int, int]  # (prompt, committed tokens)
 COPIED = 8  # reference positions that are copied in the time that a draft runs one token
@@ -94,6 +96,30 @@ class ReferenceLayer(DynamicLayer):  # type: ignore[misc]
 
     def get_seq_length(self) -> int:
         return 0 if self.grid is None else self.grid.length
+
+
+class Keeping(InPlaceOf):
+    """A layer that keeps some of the hidden states that enter it."""
+
+    def __init__(self, layer: nn.Module, at_PC: Tensor) -> None:
+        super().__init__(layer)
+        self.layer, self.at_PC = layer, at_PC
+
+    def forward(self, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
+        rows = torch.arange(len(hidden_states), device=hidden_states.device)[:, None]
+        self.kept = hidden_states[rows, self.at_PC.to(hidden_states.device)]
+        return self.layer(hidden_states, *args, **named)
+
+
+class Resumed(InPlaceOf):
+    """A layer that is given stored hidden states, whatever reaches it."""
+
+    def __init__(self, layer: nn.Module, hidden_PQH: Tensor) -> None:
+        super().__init__(layer)
+        self.layer, self.hidden_PQH = layer, hidden_PQH
+
+    def forward(self, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
+        return self.layer(self.hidden_PQH, *args, **named)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,43 +25,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from skipsearch.decoding.rows import rows_may_differ
-from skipsearch.draft.view import InPlaceOf, RemovedLayer, with_layers
-from skipsearch.evaluate.reference import Grid, Group, ReferenceLayer, Start, group_by_length
+from skipsearch.draft.view import RemovedLayer, with_layers
+from skipsearch.evaluate.reference import Grid, Group, Keeping, ReferenceLayer, Resumed, Start, group_by_length
 from skipsearch.evaluate.trace import Trace
 from skipsearch.model.device import free_memory
 from skipsearch.model.target import Target
 
 PREFILL_TOKENS = 4096  # of prompts whose reference is made in one forward
 AHEAD = 16  # the longest draft that any replay of a reference may run
-
-
-class _Keeping(InPlaceOf):
-    """A layer that keeps some of the hidden states that enter it."""
-
-    def __init__(self, layer: nn.Module, at_PC: Tensor) -> None:
-        super().__init__(layer)
-        self.layer, self.at_PC = layer, at_PC
-
-    def forward(self, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
-        rows = torch.arange(len(hidden_states), device=hidden_states.device)[:, None]
-        self.kept = hidden_states[rows, self.at_PC.to(hidden_states.device)]
-        return self.layer(hidden_states, *args, **named)
-
-
-class _Resumed(InPlaceOf):
-    """A layer that is given stored hidden states, whatever reaches it."""
-
-    def __init__(self, layer: nn.Module, hidden_PQH: Tensor) -> None:
-        super().__init__(layer)
-        self.layer, self.hidden_PQH = layer, hidden_PQH
-
-    def forward(self, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
-        return self.layer(self.hidden_PQH, *args, **named)
 
 
 class Replay:
@@ -136,7 +112,7 @@ class Replay:
         for first in range(0, len(prompts), step):
             part = slice(first, first + step)
             cache = Cache(layers=[DynamicLayer() for _ in range(self.target.num_layers)])
-            layers = [_Keeping(layer, at_PC[part]) for layer in self.target.layers] if states else []
+            layers = [Keeping(layer, at_PC[part]) for layer in self.target.layers] if states else []
             model = with_layers(self.target.model, self.target.sublayers.path, layers) if states else self.target.model
             few = {} if self.temperature or not self.target.takes_logits_to_keep else {"logits_to_keep": 1}
             logits = model(input_ids=ids_PT[part], past_key_values=cache, use_cache=True, **few).logits
@@ -252,7 +228,7 @@ class Replay:
         layers = list(view.get_submodule(path).children())
         as_tuple = self.target.sublayers.layer_returns_tuple
         before = [RemovedLayer(layer, as_tuple) for layer in layers[:first]]
-        return with_layers(view, path, [*before, _Resumed(layers[first], hidden_PQH), *layers[first + 1 :]])
+        return with_layers(view, path, [*before, Resumed(layers[first], hidden_PQH), *layers[first + 1 :]])
 
     def log_probs(self, logits: Tensor, ids: Tensor) -> Tensor:
         """Log-probabilities [...] of ids [...] under logits [..., V] at the trace's temperature."""

@@ -10,8 +10,8 @@ from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
-from skipsearch.mask import KINDS, SkipMask
 from skipsearch.maskfile import MaskFile
+from skipsearch.report.cells import draw_mask
 
 FEW = ": few, the interval is rough; --num-held-out takes more"
 ENOUGH = 2000  # scored tokens; with fewer the standard error is too large to tell good masks apart
@@ -72,21 +72,6 @@ def _evidence_rows(proof: dict[str, Any]) -> list[tuple[str, Any]]:
     if proof["cost_ratio"] and proof["speedup"] > bound:
         rows.append(("warning", Text("faster than the bound 1/c: the baseline was slowed down", style="yellow")))
     return rows
-
-
-def draw_mask(mask: SkipMask) -> Text:
-    """One row of cells for each kind of sublayer, below a ruler that numbers every fifth layer."""
-    text = Text()
-    ruler = "".join(f"{i:<5}" for i in range(0, mask.num_layers, 5))[: mask.num_layers + 4]
-    text.append(f"{'layer':<10}{ruler}\n", style="dim")
-    for kind in KINDS:
-        text.append(f"{kind:<10}")
-        skipped = [mask.skips(kind, i) for i in range(mask.num_layers)]
-        for cell in skipped:
-            text.append("·" if cell else "█", style="red" if cell else "green")
-        text.append(f"  {sum(skipped)} of {mask.num_layers} skipped\n")
-    text.append("█ runs while drafting   · skipped", style="dim")
-    return text
 
 
 def policy_line(draft: dict[str, Any]) -> str:

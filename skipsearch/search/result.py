@@ -65,5 +65,5 @@ def summary(result: SearchResult) -> dict[str, object]:
         "serves": "mask" if result.file.drafting_mask is not None else "n-grams",
         "cut_short": list(result.cut_short),
         "trials": result.trials, "seconds": {k: round(v, 1) for k, v in result.seconds.items()},
-        "files": {name: str(result.folder / name) for name in ("mask.json", "trials.csv")},
+        "files": {name: str(result.folder / name) for name in ("mask.json", "trials.csv", "sensitivity.json")},
     }  # fmt: skip

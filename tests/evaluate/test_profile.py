@@ -110,3 +110,24 @@ def test_attention_grows_dear_with_the_context() -> None:
     )  # fmt: skip
     short, long = profile(Target.of(model), contexts=[8, 3000], max_length=2, progress=quiet)
     assert long.attention[0] > 1.5 * short.attention[0]
+
+
+def test_a_stopped_profile_goes_on(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents contexts from being timed again after a stop."""
+    path, target, turns = tmp_path / "costs.json", Target.of(tiny("llama")), list[bool]()
+    settings: dict[str, Any] = {"contexts": [8, 16], "max_length": 2, "seconds": 0}
+
+    def stop(_stage: str, done: int, _total: int) -> None:
+        if done > 50:
+            raise KeyboardInterrupt
+
+    def seconds(_sequence: Any, arm: Arm | None) -> list[tuple[float, float]]:
+        turns.append(arm is None)
+        return [(1.0, 2.0)]
+
+    monkeypatch.setattr("skipsearch.evaluate.profile.timed_arm", seconds)
+    with pytest.raises(KeyboardInterrupt):
+        profile_or_load(path, target, "here", progress=stop, **settings)
+    turns.clear()
+    assert [p.context for p in profile_or_load(path, target, "here", progress=quiet, **settings).points] == [8, 16]
+    assert sum(turns) == 1 + 3

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +34,7 @@ from skipsearch.search.seeds import (
     nearest_states,
     published,
     seconds_saved,
+    sensitivity_or_load,
     single_skip_loss,
     uniform,
 )
@@ -138,3 +141,24 @@ def test_every_seed_is_a_mask_of_the_space(tiny: Any) -> None:
     assert {name.split(":")[0] for name, _ in seeds} == {
         "empty", "earlier", "sensitivity", "knapsack", "states", "influence", "uniform"
     }  # fmt: skip
+
+
+def test_sensitivity_is_kept_sublayer_by_sublayer(tiny: Any, tmp_path: Path) -> None:
+    """Prevents sublayers from being run again after a stop, and losses of another trace from being taken."""
+    model, path = tiny("llama"), tmp_path / "sensitivity.json"
+    windows, space = windows_of(model), Space(num_layers=4, fixed=SkipMask(attention=[0], num_layers=4))
+    part = windows.few(3, 8)
+
+    def stop(_stage: str, done: int, _total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sensitivity_or_load(path, "a", windows, part, space, stop)
+    kept = json.loads(path.read_text())["loss"]
+    assert sum(map(len, kept.values())) == 3
+    kept["attention"]["1"] = 0.123  # so that it can be told from one that is computed
+    path.write_text(json.dumps({**json.loads(path.read_text()), "loss": kept}))
+    loss = sensitivity_or_load(path, "a", windows, part, space, quiet)
+    assert set(loss) == set(space.free) and loss["attention", 1] == 0.123
+    assert sensitivity_or_load(path, "b", windows, part, space, quiet)["attention", 1] != 0.123

@@ -1,0 +1,50 @@
+"""Buffers: the tensors of one sequence at fixed addresses; Scores: what a forward leaves.
+
+Shapes: C tokens of a buffer, H heads, D head size, Q tokens of a forward, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(slots=True, eq=False)
+class Buffers:
+    """The tensors of one sequence, at fixed addresses.
+
+    Attributes:
+        ids [1, C], positions [C], slots [C]: tokens; the position of each slot; 0, 1, 2, ...
+        at [2]: slot of a forward's first token, and its place in ids.
+        layers: keys and values [1, H, C, D].
+    """
+
+    ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    at: Tensor
+    layers: list[tuple[Tensor, Tensor]]
+    slices: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    graphs: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
+    pool: Any = None  # memory of the graphs; each overwrites the output of the others
+
+    def first(self, slots: int) -> list[tuple[Tensor, Tensor]]:
+        """The first slots of each layer's buffers."""
+        if slots not in self.slices:
+            self.slices[slots] = [(k[:, :, :slots], v[:, :, :slots]) for k, v in self.layers]
+        return self.slices[slots]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a forward predicts behind each of its tokens.
+
+    Attributes:
+        logits: [1, Q, V].
+        top: [2, Q], as doubles: the likeliest token, and its probability.
+    """
+
+    logits: Tensor
+    top: Tensor

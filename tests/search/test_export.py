@@ -82,7 +82,7 @@ def test_a_file_of_ngrams_decodes_with_them(demo: Any, ngram_file: Path, tiny: A
     options: dict[str, Any] = {"max_new_tokens": 32, "do_sample": False, "attention_mask": inputs.attention_mask}
     plain = demo.model.generate(inputs.input_ids, **options)
     assert torch.equal(demo.model.generate(inputs.input_ids, custom_generate=method, **options), plain)
-    assert method.stats.accepted_from["n-grams"] and not method.stats.accepted_from["mask"]
+    assert method.stats.accepted_from["ngram"] and not method.stats.accepted_from["mask"]
     with pytest.raises(MaskError, match="num_layers"):
         tiny("llama").generate(torch.tensor([[3, 4]]), custom_generate=method, max_new_tokens=4)
 

@@ -52,8 +52,9 @@ def run(
     from skipsearch.report.progress import stages
 
     loaded = opt.load(model, dtype, device, revision, trust)
-    if options.time_budget is not None:  # loading counts
-        options = replace(options, time_budget=max(1.0, options.time_budget - (time.monotonic() - begin)))
+    loading = time.monotonic() - begin
+    if options.time_budget is not None:
+        options = replace(options, time_budget=max(1.0, options.time_budget - loading))
     from skipsearch.report.cells import draw_mask, draw_sensitivity
     from skipsearch.report.tables import front_table, summary_table, verdict_line
     from skipsearch.search.result import summary
@@ -62,6 +63,7 @@ def run(
     with stages(opt.err, quiet=as_json) as progress:
         result = search(loaded, out=folder, options=options, progress=progress.stage, report=progress.trials(trials))
     data = summary(result)
+    data["seconds"] = {"load": round(loading, 1), **data["seconds"]}
     fronts = [front_table(result.front, result.file.provenance.trial)] if pareto else []
     chat = chat and bool(loaded.tokenizer.chat_template)
     next_step = f"\nNext: {_next_step(model, result.folder, data, chat)}"
@@ -69,7 +71,7 @@ def run(
     try:
         loss = json.loads((result.folder / "sensitivity.json").read_text())["loss"]
         cells.append("\n").append_text(draw_sensitivity(loss, result.mask.num_layers))
-    except OSError:
+    except (OSError, ValueError, KeyError):
         pass  # of a study that was finished elsewhere
     opt.print_result(data, as_json, verdict_line(data), *fronts, summary_table(data), cells, next_step)
     raise typer.Exit(0 if result.file.evidence and result.file.evidence.verdict == "use" else 1)

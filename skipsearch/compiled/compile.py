@@ -63,7 +63,9 @@ def compile_piece(
         fakes.append(fakes_of.from_tensor(example, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
     # On a CPU the kernel of transformers' choice for grouped heads copies all keys for a few tokens.
     grouped = patch.dict(os.environ, {"TRANSFORMERS_SDPA_FORCE_GQA": "1"} if on_cpu else {})
-    packed = patch.dict(lowering.lowerings, packed_lowerings() if on_cpu else {})
+    packed = patch.dict(
+        lowering.lowerings, packed_lowerings() if on_cpu and torch.backends.mkldnn.is_available() else {}
+    )
     log = logging.getLogger("torch")
     level = log.level
     with settings, grouped, packed, warnings.catch_warnings():

@@ -81,11 +81,11 @@ class Packed:
         """Of products of a few rows with every weight."""
         total = 0.0
         for rows in ROWS:
-            inputs = {n: linears[0].weight.new_ones(1, rows, n) for n in {linear.in_features for linear in linears}}
+            inputs = {_kind(li): li.weight.new_ones(1, rows, li.in_features) for li in linears}
             run: Callable[[nn.Linear], Any] = (
-                (lambda li: packed_product(inputs[li.in_features], self.of(li), None))  # noqa: B023
+                (lambda li: packed_product(inputs[_kind(li)], self.of(li), None))  # noqa: B023
                 if packed
-                else (lambda li: F.linear(inputs[li.in_features], li.weight))  # noqa: B023
+                else (lambda li: F.linear(inputs[_kind(li)], li.weight))  # noqa: B023
             )
             begin = time.perf_counter()
             for linear in linears:
@@ -102,6 +102,13 @@ def pack(model: nn.Module) -> Packed | None:
     size = sum(linear.weight.numel() * linear.weight.element_size() for linear in linears)
     if not linears or size > MOST_MEMORY * free_memory(torch.device("cpu")):
         return None
+    try:
+        return _where_faster(linears)
+    except RuntimeError:  # this processor's library cannot: what it can is asked of it by dtype alone
+        return None
+
+
+def _where_faster(linears: list[nn.Linear]) -> Packed | None:
     packed, sample, taken = Packed(linears), list[nn.Linear](), 0.0
     for linear in linears:
         if taken < SAMPLE:
@@ -110,6 +117,10 @@ def pack(model: nn.Module) -> Packed | None:
     turns = [(packed.seconds(True, sample), packed.seconds(False, sample)) for _ in range(3)]
     ours, plain = (min(turn[which] for turn in turns) for which in (0, 1))
     return packed if ours < GAIN * plain else None
+
+
+def _kind(linear: nn.Linear) -> tuple[int, torch.dtype]:
+    return linear.in_features, linear.weight.dtype
 
 
 def _can_pack(weight: Tensor) -> bool:

@@ -49,7 +49,8 @@ EXAMPLE_IDS, EXAMPLE_POSITIONS = 331, 359
 class Layer:
     """A layer to be run: its tensors, its build, which selects the piece, and its place in the cache.
 
-    `source` is the model's own layer, `module` the same or a copy with packed weights.
+    `module` is a copy, with packed weights where there are some; `source` is the layer itself, kept alive because its
+    id is the key of this layer.
     """
 
     source: nn.Module

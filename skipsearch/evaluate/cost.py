@@ -100,5 +100,4 @@ def crowding_factor(mask: SkipMask) -> float:
 
 def set_up(target: Target) -> str:
     """What measured seconds depend on beside the model: device, dtype, backend, library version."""
-    packed = " | packed weights" if target.compiled is not None and target.compiled.packs else ""
-    return f"{device_name(target.device)} | {target.dtype} | {target.backend} | torch {torch.__version__}{packed}"
+    return f"{device_name(target.device)} | {target.dtype} | {target.backend} | torch {torch.__version__}"

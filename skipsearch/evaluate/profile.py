@@ -161,6 +161,7 @@ def profile_or_load(
     """
     key = f"{identity} | contexts {contexts} | K <= {max_length} | drafts and verifies apart, rising, crowding"
     key += f" | temperature {temperature}" * bool(temperature)
+    key += " | packed weights" * (target.compiled is not None and target.compiled.packs)
     known: tuple[Point, ...] = ()
     try:
         found = Costs.of(json.loads(path.read_text()))

@@ -93,6 +93,7 @@ class Replay:
         assert max_length <= AHEAD
         other = copy.copy(self)
         other.max_length, other.side = max_length, 1
+        other.rows = max(1, self.rows * self.max_length // max(max_length, self.max_length))
         return other
 
     def _layers(self, reference: list[tuple[Tensor, Tensor]]) -> list[ReferenceLayer]:

@@ -174,29 +174,28 @@ class Interleaved:
         self.measured: dict[str, list[list[Run]]] = {name: [[] for _ in prompts] for name in arms}
 
     def warm_up(self) -> None:
-        """First calls choose kernels and fill caches; on a GPU each length captures graphs."""
-        new_tokens = self.settings.new_tokens
+        """First calls choose kernels and fill caches."""
         for arm in self.arms.values():
-            if torch.cuda.is_available():
-                for prompt in self.prompts:
-                    arm(prompt, new_tokens)
-            arm(self.prompts[0], min(16, new_tokens))
+            arm(self.prompts[0], min(16, self.settings.new_tokens))
 
     def turn(self, round_: int, i: int) -> None:
         """Run every arm on prompt i; a round that is known already is not repeated."""
         rng = random.Random(f"{self.settings.seed} {round_} {i}")
+        if torch.cuda.is_available() and not any(runs[i] for runs in self.measured.values()):
+            for arm in self.arms.values():  # on a GPU each length captures graphs
+                arm(self.prompts[i], self.settings.new_tokens)
         for name in rng.sample(sorted(self.arms), len(self.arms)):
             if len(self.measured[name][i]) <= round_:
                 self.measured[name][i].append(self.arms[name](self.prompts[i], self.settings.new_tokens))
 
-    def timings(self) -> dict[str, Timing]:
-        """Of the prompts that every arm has run."""
-        done = [i for i in range(len(self.prompts)) if all(runs[i] for runs in self.measured.values())]
+    def timings(self, prompts: int | None = None, rounds: int | None = None) -> dict[str, Timing]:
+        """Of the prompts that every arm has run; of the first so many, and of so many of their rounds."""
+        done = [i for i in range(len(self.prompts))[:prompts] if all(runs[i] for runs in self.measured.values())]
         return {
             name: Timing(
-                seconds=np.array([statistics.median(run.seconds for run in runs[i]) for i in done]),
-                prefill=np.array([statistics.median(run.prefill for run in runs[i]) for i in done]),
-                runs=tuple(runs[i][-1] for i in done),
+                seconds=np.array([statistics.median(run.seconds for run in runs[i][:rounds]) for i in done]),
+                prefill=np.array([statistics.median(run.prefill for run in runs[i][:rounds]) for i in done]),
+                runs=tuple(runs[i][:rounds][-1] for i in done),
             )
             for name, runs in self.measured.items()
         }

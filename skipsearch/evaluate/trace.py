@@ -95,7 +95,9 @@ def record(
     target: Target, prompts: tuple[Ids, ...], settings: DecodeSettings, progress: Progress, *,
     known: Sequence[Ids] = (), seconds: float = math.inf, keep: Callable[[list[Ids]], None] = lambda rows: None,
 ) -> Trace:  # fmt: skip
-    """Decode every prompt: greedily, with n-grams as drafts, which change no token; or sampling at a temperature.
+    """Decode every prompt: greedily, or sampling at a temperature.
+
+    Greedily in fp32 n-grams draft, which change no token; in half precision they could, where two are nearly tied.
 
     Args:
         known: continuations of the first prompts, from a recording that was stopped.
@@ -103,7 +105,8 @@ def record(
         keep: called with all continuations so far after each prompt.
     """
     rows, temperature = list(known), settings.temperature
-    policy = None if temperature else DraftPolicy.ngrams_alone()
+    exact = not temperature and target.dtype == torch.float32
+    policy = DraftPolicy.ngrams_alone() if exact else None
     scheduler, begin = Scheduler(), time.monotonic()
     for i, prompt in enumerate(prompts[len(rows) :], len(rows)):
         spent = time.monotonic() - begin
@@ -123,11 +126,14 @@ def record(
 
 def record_or_load(
     path: Path, target: Target, prompts: tuple[Ids, ...], settings: DecodeSettings, identity: str, progress: Progress,
-    seconds: float = math.inf,
+    *, seconds: float = math.inf, may_grow: bool = True,
 ) -> Trace:  # fmt: skip
     """The trace in `path` if it was made for this identity (model, dtype) and these prompts; else a new one, saved.
 
-    A recording that was stopped goes on behind its last prompt; one that has ended, for lack of time too, is final.
+    A recording that was stopped, or that had too little time, goes on behind its last prompt.
+
+    Args:
+        may_grow: whether it may go on; not once masks are scored on it.
     """
     new_tokens, temperature = settings.new_tokens, settings.temperature
     key = {"identity": identity, "prompts_sha256": fingerprint(prompts), "new_tokens": new_tokens}
@@ -138,7 +144,7 @@ def record_or_load(
         data = json.loads(path.read_text())
         if data["key"] == key:
             known = [tuple(row) for row in data["continuations"]]
-            if data.get("whole", True):
+            if len(known) == len(prompts) or (known and not may_grow):
                 return Trace(
                     prompts=prompts[: len(known)], continuations=tuple(known), new_tokens=new_tokens,
                     temperature=temperature,
@@ -146,9 +152,7 @@ def record_or_load(
     except (OSError, ValueError, KeyError, TypeError):
         known = []  # there is none yet, or it is another one's: record anew
 
-    def keep(rows: list[Ids], whole: bool = False) -> None:
-        write_json(path, {"key": key, "whole": whole, "prompts": prompts[: len(rows)], "continuations": rows})
+    def keep(rows: list[Ids]) -> None:
+        write_json(path, {"key": key, "prompts": prompts[: len(rows)], "continuations": rows})
 
-    trace = record(target, prompts, settings, progress, known=known, seconds=seconds, keep=keep)
-    keep(list(trace.continuations), whole=True)
-    return trace
+    return record(target, prompts, settings, progress, known=known, seconds=seconds, keep=keep)

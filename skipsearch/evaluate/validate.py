@@ -16,6 +16,7 @@ from typing import Any
 
 from skipsearch.compiled.backend import Progress
 from skipsearch.decoding.stats import DecodeStats
+from skipsearch.evaluate.cost import set_up
 from skipsearch.evaluate.looks import LAST_LOOK, LEAST, decides, look_after
 from skipsearch.evaluate.prompts import Ids, fingerprint
 from skipsearch.evaluate.timing import Interleaved, Run, Timing, our_arm
@@ -53,7 +54,7 @@ class Measured:
         arms: by name: "mask" (with its exit rule alone), "served" (with n-grams and fallback), "n-grams" (no mask).
         prompts, tokens: that were decoded; fewer than there are if the timing ended early.
         greedy_equal: whether all arms gave the same tokens; None with sampling.
-        decided: whether the timing ended because all was timed or decided, and not for lack of time.
+        decided: whether the intervals decided, or each prompt was timed once at least; else time was lacking.
     """
 
     arms: dict[str, ArmResult]
@@ -70,15 +71,17 @@ class Validation:
     Args:
         plans: the arms beside plain decoding.
         path: where runs are kept, so that a validation that is stopped goes on; None keeps none.
+        identity: of the model, for the runs that are kept.
     """
 
     def __init__(
-        self, target: Target, prompts: tuple[Ids, ...], plans: Plans, settings: DecodeSettings, path: Path | None = None
+        self, target: Target, prompts: tuple[Ids, ...], plans: Plans, settings: DecodeSettings,
+        path: Path | None = None, identity: str = "",
     ) -> None:  # fmt: skip
         arms = {PLAIN: our_arm(target, temperature=settings.temperature)}
         arms |= {name: our_arm(target, mask, policy, settings.temperature) for name, (mask, policy) in plans.items()}
         self.timing, self.settings, self.path = Interleaved(dict(arms), prompts, settings), settings, path
-        key = [fingerprint(prompts), repr(plans), repr(settings), target.backend, device_name(target.device)]
+        key = [identity, fingerprint(prompts), repr(plans), repr(settings), set_up(target)]
         self.key = " | ".join(key)
         if path is not None:
             _read(path, self.key, self.timing)
@@ -88,6 +91,7 @@ class Validation:
         timing, settings, prompts = self.timing, self.settings, len(self.timing.prompts)
         timing.warm_up()
         miss, decided, begin = LAST_LOOK, True, time.monotonic()
+        seen: tuple[int | None, int | None] = None, None  # prompts and rounds that the interval is about
         steps = settings.rounds * prompts
         for step in range(steps):
             turn, i = divmod(step, prompts)
@@ -96,23 +100,26 @@ class Validation:
                 _write(self.path, self.key, timing)
             progress("validate", step + 1, steps)
             look = look_after(i + 1, prompts) if turn == 0 and step + 1 < steps else None
-            if look is not None and all(map(decides, self._intervals(look).values())):
-                miss = look
+            if look is not None and all(map(decides, self._intervals(look, i + 1, 1).values())):
+                miss, seen = look, (i + 1, 1)
                 break
             spent = time.monotonic() - begin
             if step + 1 >= LEAST and step + 1 < steps and spent * (1 + 1 / (step + 1)) > seconds:
                 decided = step + 1 >= prompts  # then each prompt is timed, if only once
                 break
         progress("validate", steps, steps)
-        return self._measured(miss, decided)
+        return self._measured(miss, decided, *seen)
 
-    def _intervals(self, miss: float) -> dict[str, tuple[float, float]]:
-        timed = self.timing.timings()
+    def _intervals(
+        self, miss: float, prompts: int | None = None, rounds: int | None = None
+    ) -> dict[str, tuple[float, float]]:
+        """Of the arms, over the first so many prompts and rounds."""
+        timed = self.timing.timings(prompts, rounds)
         plain = timed.pop(PLAIN)
         return {name: found.speedup_interval(plain, miss) for name, found in timed.items()}
 
-    def _measured(self, miss: float, decided: bool) -> Measured:
-        timed, intervals = self.timing.timings(), self._intervals(miss)
+    def _measured(self, miss: float, decided: bool, prompts: int | None, rounds: int | None) -> Measured:
+        timed, intervals = self.timing.timings(prompts, rounds), self._intervals(miss, prompts, rounds)
         plain = timed.pop(PLAIN)
         equal = None if self.settings.temperature else all(found.ids() == plain.ids() for found in timed.values())
         return Measured(

@@ -64,9 +64,9 @@ class Windows:
         return tuple(found)
 
     def few(self, prompts: int, tokens: int) -> Part:
-        """Windows of so many prompts, spread over all, and of so many tokens in each."""
-        stride, k = max(1, len(self.counts) // prompts), self.replay.max_length
-        chosen = range(0, stride * prompts, stride)
+        """Windows of so many prompts, spread over all that have some, and of so many tokens in each."""
+        some, k = [p for p, count in enumerate(self.counts) if count], self.replay.max_length
+        chosen = some[:: max(1, len(some) // prompts)][:prompts]
         return tuple(range(min(count, -(-tokens // k)) if p in chosen else 0) for p, count in enumerate(self.counts))
 
     def starts(self, part: Part) -> list[Start]:

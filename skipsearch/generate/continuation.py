@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import TextStreamer
 
 from skipsearch.compiled.backend import Progress
@@ -74,9 +75,12 @@ def encode(loaded: Loaded, prompt: str, settings: GenerateSettings) -> Any:
     """
     tokenizer, max_new_tokens = loaded.tokenizer, settings.max_new_tokens
     if settings.chat and tokenizer.chat_template and prompt.strip():
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
+        try:
+            inputs = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+        except TemplateError as error:
+            raise DecodingError(f"the chat template refuses the prompt ({error}); pass --no-chat") from error
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     length = inputs["input_ids"].shape[1]

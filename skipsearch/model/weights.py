@@ -59,7 +59,7 @@ def find_weights(name: str, preset: Preset | None) -> Weights:
     """
     if preset is not None:
         packed = packaged(preset)
-        return _gguf(packed) if packed else Weights(source=preset.model_id)
+        return _gguf(packed) if packed and find_spec("gguf") else Weights(source=preset.model_id)
     path = Path(name).expanduser()
     if path.suffix.lower() == GGUF:
         return _gguf(path)
@@ -96,8 +96,11 @@ def _gguf(path: Path) -> Weights:
 
 def explain_gguf(weights: Weights, error: Exception) -> str:
     """One sentence on why a GGUF file was not loaded. The library's readers raise whatever parsing gives."""
-    path, text = Path(weights.source) / str(weights.gguf_file), str(error).strip()
+    path = Path(weights.source) / str(weights.gguf_file)
+    text = str(error).replace(str(path), "it").strip()
     first = (text.splitlines() or [type(error).__name__])[0]
+    if isinstance(error, ImportError | MemoryError):
+        return f"model file {path} cannot be loaded ({first}); install or free what is missing"
     kinds: tuple[tuple[str, Callable[[], str]], ...] = (
         ("tokenizer", lambda: f"holds no tokenizer that can be read ({first}); convert the model again with its "
                               f"tokenizer"),

@@ -115,6 +115,8 @@ def _check_joint(mask_or_path: Masked, draft_model: PreTrainedModel | None, sett
 
 def _jointly(drafting: Drafting, beams: dict[str, Any], streamer: BaseStreamer | None) -> SelfSpeculative:
     """Joint decoding; trees of tokens have no compiled pieces, so it is eager."""
+    if drafting.mask is None and beams["draft_model"] is None:
+        raise DecodingError("the mask file serves n-grams alone, joint decoding needs a mask; pass another file")
     names = {"draft_model": "draft_model", "beam_width": "width", "threshold": "threshold"}
     chosen = {names[name]: value for name, value in beams.items() if value is not None}
     joint = Joint(length=drafting.policy.max_length, **chosen)

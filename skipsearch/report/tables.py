@@ -97,7 +97,8 @@ def mask_table(file: MaskFile) -> Panel:
     else:
         rows += _evidence_rows(file.evidence.model_dump())
     grid = Table.grid(padding=(1, 0))
-    grid.add_row(draw_mask(file.mask))
+    none = Text("no mask: n-grams alone, with plain steps where they do not pay")
+    grid.add_row(none if file.drafting_mask is None else draw_mask(file.mask))
     grid.add_row(_pairs("", rows))
     return Panel(grid, title=Text(f"{file.model.id}, {file.model.num_layers} layers"), title_align="left", expand=False)
 
@@ -105,7 +106,7 @@ def mask_table(file: MaskFile) -> Panel:
 def verdict_line(data: dict[str, Any]) -> str:
     """What a run found, in one sentence; `data` comes from `search.result.summary`."""
     arms = {name: _times(arm) for name, arm in data["measured"].items()}
-    if data["serves"] == "n-grams":
+    if data["serves"] == "n-grams" and data["evidence"]["verdict"] == "use":
         return (
             f"No mask pays on this model ({arms['mask']} over plain decoding), but n-grams do: {arms['n-grams']}. "
             f"The file serves n-grams and no mask."

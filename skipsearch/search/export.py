@@ -41,7 +41,12 @@ def validated(
     if found.speedup >= HOPELESS:
         plans[SERVED] = (found.mask, replace(found.policy, ngram=NGRAM, never_slower=True, costs=costs))
     validation = Validation(
-        prepared.target, prepared.prompts.held_out, plans, options.decoding, folder / "validation.json"
+        prepared.target,
+        prepared.prompts.held_out,
+        plans,
+        options.decoding,
+        folder / "validation.json",
+        f"{prepared.identity['model']} {prepared.identity['weights']}",
     )
     return validation.run(progress, seconds), {name: policy for name, (_, policy) in plans.items()}
 
@@ -53,7 +58,7 @@ def mask_file(
     """The mask as it is served best; n-grams alone if they pay and the mask by itself does not."""
     arms, temperature = measured.arms, prepared.trace.temperature
     served = arms.get(SERVED)
-    if not arms[MASK].pays and arms[NGRAMS].pays:
+    if not arms[MASK].pays and (arms[NGRAMS].pays or not found.mask):
         return MaskFile.of(
             SkipMask(num_layers=found.mask.num_layers), model=model, draft=policies[NGRAMS],
             evidence=evidence(prepared.target, prepared.prompts.held_out, measured, 0.0, temperature, NGRAMS),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from skipsearch.compiled.backend import Progress, with_backend
+from skipsearch.compiled.backend import Progress, warm_mask, with_backend
 from skipsearch.errors import BackendWarning, PromptError
 from skipsearch.evaluate.cost import Costs, Point, set_up
 from skipsearch.evaluate.profile import profile_or_load
@@ -18,7 +19,7 @@ from skipsearch.evaluate.prompts import Prompts, fingerprint, lengthened, load_p
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.trace import Trace, record_or_load
 from skipsearch.evaluate.windows import Windows
-from skipsearch.mask import SkipMask
+from skipsearch.mask import KINDS, SkipMask
 from skipsearch.model.load import Loaded, model_card
 from skipsearch.model.preset import read_space
 from skipsearch.model.space import Space
@@ -26,6 +27,7 @@ from skipsearch.model.target import Target
 from skipsearch.search.budget import Budget
 from skipsearch.search.options import MAX_LENGTH, SIDE, TRIAL_LENGTH, SearchOptions
 
+STUDY = "study.db"  # in the results folder
 RECORD, PROFILE = 0.2, 0.2  # shares of what is left of the budget
 MOST_PROFILE = 60  # seconds
 SLOW_VERIFY = 2.5  # plain steps that a verify of 5 tokens may take before a user is told
@@ -104,6 +106,9 @@ def prepare(
         space = Space(num_layers=target.num_layers, fixed=SkipMask(num_layers=target.num_layers))
     with budget.stage("compile", on_top=True):
         target = with_backend(target, options.backend, progress)  # slow, so the options are checked first
+        every = range(target.num_layers)
+        for kind in KINDS:  # layers that lack one sublayer are all that a mask needs beside
+            warm_mask(target, SkipMask.from_sublayers([(kind, i) for i in every], target.num_layers), progress)
     # Weights and not only the config: a fine-tuned model must not continue the study of its base model.
     identity = {
         "model": str(model_card(target, loaded.name).config_sha256),
@@ -115,12 +120,13 @@ def prepare(
         "temperature": str(options.temperature),
     }
     made_with = f"{identity['model']} {identity['weights']} {identity['set_up']}"
-    with budget.stage("record"):
+    with budget.stage("record"):  # workers that share a study must score on one trace, whatever time each has
+        seconds = math.inf if options.storage else budget.share(RECORD)
         trace = record_or_load(
             folder / "trace.json", target, prompts.calibration, options.decoding, made_with, progress,
-            budget.share(RECORD),
+            seconds=seconds, may_grow=not (folder / STUDY).exists(),
         )  # fmt: skip
-    if not trace.tokens:
+    if max(map(len, trace.continuations)) < 2:  # the first token is the prefill's: there is nothing to draft
         raise PromptError("the model ends every calibration prompt at once; choose other prompts with --prompts")
     identity["prompts"] = fingerprint(trace.prompts)
     mean = trace.mean_context
@@ -150,7 +156,7 @@ def _warn_of_slow_verifies(target: Target, costs: Costs) -> None:
         name = str(target.dtype).removeprefix("torch.")
         warnings.warn(
             f"verifying 5 tokens in {name} takes {verify[5] / verify[0]:.1f} plain steps on this processor; "
-            f"--dtype float32 serves better here", BackendWarning, stacklevel=2,
+            f"--dtype float32 probably serves better here", BackendWarning, stacklevel=2,
         )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from skipsearch.evaluate.objective import Score, best_policy, score_policy, stan
 from skipsearch.evaluate.prompts import PromptSource
 from skipsearch.evaluate.scorer import Scorer
 from skipsearch.evaluate.validate import Measured
-from skipsearch.evaluate.windows import WindowReplay
+from skipsearch.evaluate.windows import Part, WindowReplay
 from skipsearch.files import write_json
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import Provenance, load_mask
@@ -103,7 +103,7 @@ def _cut_short(prepared: Prepared, study: Study, options: SearchOptions, measure
     trials, prompts = len(study.finished()), len(prepared.prompts.calibration)
     found = []
     if len(prepared.trace.prompts) < prompts:
-        found.append(f"{len(prepared.trace.prompts)} of {prompts} prompts recorded")
+        found.append(f"{len(prepared.trace.prompts)} of {prompts} prompts recorded (another --out records anew)")
     if trials < options.trials:
         found.append(f"{trials} of {options.trials} trials")
     if not measured.decided:
@@ -170,14 +170,17 @@ def _seeds(
 ) -> list[Seed]:
     """The study's seeds; the fewer tokens, the less time is left for them."""
     windows, space = prepared.windows, prepared.space
-    few, layers = windows.few(SEED_PROMPTS, options.trial_tokens), space.num_layers
-    begin = time.monotonic()
-    WindowReplay(windows, SkipMask(mlp=[layers // 2], num_layers=layers)).outcomes(few)
-    share = budget.share(SEEDS) / ((time.monotonic() - begin) * max(1, len(space.free)))
-    if share < 1:
-        few = windows.few(max(2, round(SEED_PROMPTS * share)), options.trial_tokens)
+
+    def choose() -> Part:
+        few, layers = windows.few(SEED_PROMPTS, options.trial_tokens), space.num_layers
+        for _ in range(2):  # the first pass of a shape is slower
+            begin = time.monotonic()
+            WindowReplay(windows, SkipMask(mlp=[layers // 2], num_layers=layers)).outcomes(few)
+        share = budget.share(SEEDS) / ((time.monotonic() - begin) * max(1, len(space.free)))
+        return few if share >= 1 else windows.few(max(2, round(SEED_PROMPTS * share)), options.trial_tokens)
+
     identity = hashlib.sha256(repr(sorted(prepared.identity.items())).encode()).hexdigest()
-    loss = sensitivity_or_load(folder / "sensitivity.json", identity, windows, few, space, progress)
+    loss, few = sensitivity_or_load(folder / "sensitivity.json", identity, windows, choose, space, progress)
     states = draft_states(windows.replay, max(windows.replay.passes(windows.starts(few)), key=len))
     return all_seeds(space, loss, states, prepared.point, loaded.preset, _earlier_mask(loaded, folder))
 
@@ -189,7 +192,7 @@ def _earlier_mask(loaded: Loaded, folder: Path) -> SkipMask | None:
         check_mask_belongs(file, loaded.target)
     except MaskError:
         return None
-    return file.mask
+    return file.drafting_mask
 
 
 def rescore(

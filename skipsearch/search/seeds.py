@@ -80,23 +80,32 @@ def single_skip_loss(
 
 
 def sensitivity_or_load(
-    path: Path, identity: str, windows: Windows, part: Part, space: Space, progress: Progress
-) -> dict[Sublayer, float]:
-    """The losses in `path` if they are of this trace and model; else new ones. Each is saved when it is known."""
-    key = {"identity": identity, "windows": [[p, len(some)] for p, some in enumerate(part) if some]}
+    path: Path, identity: str, windows: Windows, choose: Callable[[], Part], space: Space, progress: Progress
+) -> tuple[dict[Sublayer, float], Part]:
+    """The losses in `path` if they are of this trace and model; else new ones. Each is saved when it is known.
+
+    Args:
+        choose: chooses the windows for new losses.
+
+    Returns:
+        the losses, and the windows that they were computed on.
+    """
     known: dict[Sublayer, float] = {}
+    part: Part | None = None
     try:
         data = json.loads(path.read_text())
-        if data["key"] == key:
+        if data["identity"] == identity and len(data["windows"]) == len(windows.counts):
+            part = tuple(range(min(int(n), most)) for n, most in zip(data["windows"], windows.counts, strict=True))
             known = {(kind, int(i)): float(loss) for kind in KINDS for i, loss in data["loss"][kind].items()}
     except (OSError, ValueError, KeyError, TypeError):
         pass  # there are none yet, or they are another trace's
+    chosen = choose() if part is None else part
 
     def keep(loss: dict[Sublayer, float]) -> None:
         by_kind = {kind: {str(i): round(loss[kind, i], 4) for k, i in loss if k == kind} for kind in KINDS}
-        write_json(path, {"key": key, "loss": by_kind})
+        write_json(path, {"identity": identity, "windows": [len(some) for some in chosen], "loss": by_kind})
 
-    return single_skip_loss(windows, part, space, progress, known=known, keep=keep)
+    return single_skip_loss(windows, chosen, space, progress, known=known, keep=keep), chosen
 
 
 def seconds_saved(point: Point, sub: Sublayer) -> float:

@@ -24,6 +24,7 @@ from skipsearch.evaluate.objective import Score
 from skipsearch.files import write_text
 from skipsearch.mask import SkipMask
 from skipsearch.model.space import Space
+from skipsearch.search.prepare import STUDY
 from skipsearch.search.sampler import TrustRegionSampler
 from skipsearch.search.seeds import Seed
 
@@ -47,7 +48,7 @@ def make_sampler(name: str, space: Space, seed: int) -> BaseSampler:
 
 def storage_url(folder: Path) -> str:
     """The URL of a results folder's own storage."""
-    return f"sqlite:///{(folder / 'study.db').resolve()}"
+    return f"sqlite:///{(folder / STUDY).resolve()}"
 
 
 def open_storage(url: str) -> RDBStorage:

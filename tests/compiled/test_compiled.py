@@ -259,3 +259,29 @@ def test_refused_by_generate_as_before(llama: Any, ids: Any) -> None:
     model = llama.model
     with pytest.raises(DecodingError, match="num_beams"):
         model.generate(ids, num_beams=2, max_new_tokens=4, custom_generate=self_speculative(MASK, backend="compiled"))
+
+
+@pytest.mark.parametrize("padded", [{1: 4, 2: 4}, {1: 13, 2: 6, 4: 6, 9: 13}], ids=str)
+def test_padded_forwards_give_the_same_tokens(tiny: Any, padded: dict[int, int], monkeypatch: Any) -> None:
+    """Prevents padding from being attended to, or drafted: at the ends of chunks and slot steps, and in drafts."""
+    model = tiny("llama")
+    target = with_backend(Target.of(model), "compiled")
+    compiled: Any = target.compiled
+    monkeypatch.setattr(compiled, "_padded_to", padded)
+    generator = torch.Generator().manual_seed(5)
+    for length in (3, 62, 63, 64, 65, 127):
+        ids = torch.randint(3, 97, (1, length), generator=generator)
+        for mask, policy in ((None, None), (MASK, DraftPolicy(max_length=5)), (MASK, POLICIES[1])):
+            assert decoded(target, ids, 12, mask, policy)[0] == greedy(model, ids, 12), (length, policy)
+
+
+def test_the_fastest_width_serves(tiny: Any, monkeypatch: Any) -> None:
+    """Prevents a width from being padded to a slower one, or for a gain that is noise."""
+    compiled: Any = with_backend(Target.of(tiny("llama")), "compiled").compiled
+    monkeypatch.setattr(compiled, "_padded_to", {})
+    now = [0.0]
+    took = {1: 3.0, 2: 4.0, 4: 2.0, 6: 1.95, 9: 5.0, 13: 4.9}
+    monkeypatch.setattr("skipsearch.compiled.model.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(compiled, "run", lambda _l, _b, _at, width, _s: now.__setitem__(0, now[0] + took[width]))
+    compiled.choose_widths([], None)
+    assert [compiled.width_for(n) for n in (1, 2, 3, 5, 7, 10)] == [6, 6, 4, 6, 9, 13]

@@ -11,23 +11,24 @@ from hypothesis import strategies as st
 
 from skipsearch.evaluate.looks import FIRST_LOOKS, LAST_LOOK, decides, look_after, ratio_interval
 
-PROMPTS = 20
+PROMPTS = 20  # timed in two rounds
 
 
 def timed(rng: np.random.Generator, speedup: float, spread: float) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds of prompts of uneven length, plain and drafted; prompts differ in how much they gain."""
+    """Seconds [2 rounds, P] of prompts of uneven length, plain and drafted; prompts differ in how much they gain."""
     plain = rng.uniform(0.3, 1.0, PROMPTS)
     gains = np.exp(rng.normal(-(spread**2) / 2, spread, PROMPTS))  # of mean 1
-    return plain, plain / speedup * gains
+    noise = rng.normal(1, 0.05, (2, 2, PROMPTS))
+    return plain * noise[0], plain / speedup * gains * noise[1]
 
 
 def validated(plain: np.ndarray, ours: np.ndarray) -> tuple[int, tuple[float, float]]:
-    """How many prompts a validation of one round times, and its interval: the rule of `Validation.run`."""
-    for done in range(1, PROMPTS):
+    """How many prompts a validation times, in its first round or in both, and its interval."""
+    for done in range(1, PROMPTS + 1):
         miss = look_after(done, PROMPTS)
-        if miss is not None and decides(found := ratio_interval(plain[:done], ours[:done], miss)):
+        if miss is not None and decides(found := ratio_interval(plain[0, :done], ours[0, :done], miss)):
             return done, found
-    return PROMPTS, ratio_interval(plain, ours, LAST_LOOK)
+    return 2 * PROMPTS, ratio_interval(np.median(plain, 0), np.median(ours, 0), LAST_LOOK)
 
 
 @pytest.mark.parametrize("speedup", [0.8, 1.0, 1.05, 1.3, 2.0])
@@ -43,7 +44,7 @@ def test_an_interval_that_ends_the_timing_keeps_its_coverage(speedup: float, spr
     if speedup in (0.8, 2.0) and spread == 0.1:  # far from 1 few prompts suffice
         assert np.mean([done for done, _ in found]) < 0.5 * PROMPTS
     if speedup == 1.0:  # nothing to decide
-        assert np.mean([done for done, _ in found]) > 0.9 * PROMPTS
+        assert np.mean([done for done, _ in found]) > 1.8 * PROMPTS
 
 
 def test_looks_spend_what_an_interval_may_miss() -> None:

@@ -47,6 +47,8 @@ def test_a_stopped_recording_goes_on(tiny: Any, tmp_path: Path) -> None:
         record_or_load(path, target, prompts, settings, "a", stop)
     assert record_or_load(path, target, prompts, settings, "a", stop) == whole
     assert done == [1, 2, 3, 4, 5, 6, 7, 8]
-    few = record_or_load(tmp_path / "few.json", target, prompts, settings, "a", quiet, seconds=0.0)
+    cut = tmp_path / "few.json"
+    few = record_or_load(cut, target, prompts, settings, "a", quiet, seconds=0.0)
     assert few.prompts == prompts[:LEAST] and few.continuations == whole.continuations[:LEAST]
-    assert record_or_load(tmp_path / "few.json", target, prompts, settings, "a", quiet) == few
+    assert record_or_load(cut, target, prompts, settings, "a", quiet, may_grow=False) == few
+    assert record_or_load(cut, target, prompts, settings, "a", quiet) == whole

@@ -81,6 +81,20 @@ def test_a_clear_result_ends_the_timing(validation: Any) -> None:
     assert found.prompts == 20 and len(calls) == 2 * 20 * 3 and found.decided
 
 
+def test_the_looks_are_those_that_are_simulated(validation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a look whose level was not counted: what is seen at each look, and at which level."""
+    make, _ = validation
+    seen: list[tuple[int, float]] = []
+
+    def note(plain: Any, ours: Any, miss: float) -> tuple[float, float]:
+        seen.append((len(plain), miss))
+        return 0.5, 2.0
+
+    monkeypatch.setattr("skipsearch.evaluate.timing.ratio_interval", note)
+    make({MASK: 1.0, NGRAMS: 1.0}, rounds=2).run(quiet)
+    assert list(dict.fromkeys(seen)) == [(8, 0.005), (14, 0.005), (20, 0.01), (20, 0.03)]
+
+
 def test_without_time_few_prompts_are_timed_and_told(validation: Any) -> None:
     """Prevents a budget from being exceeded, a verdict from one prompt, and a short timing that looks whole."""
     make, _ = validation

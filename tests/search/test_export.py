@@ -14,7 +14,7 @@ from conftest import quiet
 from skipsearch import SkipMask, load_mask, self_speculative
 from skipsearch.bench.bench import BenchOptions, bench_file
 from skipsearch.decoding.stats import DecodeStats
-from skipsearch.errors import MaskError
+from skipsearch.errors import DecodingError, MaskError
 from skipsearch.evaluate.objective import Score
 from skipsearch.evaluate.validate import MASK, NGRAMS, SERVED, ArmResult, Measured
 from skipsearch.maskfile import MaskFile, Provenance
@@ -99,6 +99,19 @@ def test_a_file_of_ngrams_is_shown_timed_and_audited(demo: Any, ngram_file: Path
     assert mask_table(fresh)
     settings = BenchOptions(new_tokens=8, rounds=1, backend="eager", hf=False, per_group=2)
     assert not any("mask" in row["arm"] for row in bench_file(demo, file, settings, quiet)["rows"])
+
+
+def test_joint_decoding_refuses_a_file_without_a_mask(ngram_file: Path) -> None:
+    """Prevents the whole model from drafting for itself under the name of joint decoding."""
+    with pytest.raises(DecodingError, match="serves n-grams alone"):
+        self_speculative(ngram_file, decoding="mtad")
+
+
+def test_nothing_that_pays_is_not_called_ngrams_that_do(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents an empty mask, the only one tried in a short run, from being served as n-grams with its own evidence."""
+    monkeypatch.setattr("test_export.FOUND", replace(FOUND, mask=SkipMask(num_layers=20)))
+    file = exported(demo, mask=(0.9, 0.8, 1.0), served=(1.1, 0.9, 1.3), ngrams=(1.05, 0.9, 1.2))
+    assert file.evidence is not None and file.evidence.speedup == 1.05 and file.evidence.verdict == "do not use"
 
 
 def test_the_first_line_says_what_pays() -> None:

@@ -13,6 +13,7 @@ from conftest import quiet
 
 from skipsearch import load_mask, search, self_speculative
 from skipsearch.errors import PromptError, ResultsError, SkipsearchError, StudyMismatch
+from skipsearch.evaluate.trace import Trace
 from skipsearch.search.options import MAX_LENGTH, SearchOptions
 from skipsearch.search.prepare import chosen_prompts
 from skipsearch.search.revalidate import validate_file
@@ -54,6 +55,28 @@ def test_running_again_continues(result: Any, demo: Any) -> None:
     stages: list[str] = []
     again = search(demo, out=result.folder, options=replace(SMALL, trials=15), progress=lambda s, *_: stages.append(s))
     assert again.trials == 15 and not {"record", "profile"} & set(stages)
+
+
+def test_a_run_cut_short_says_so_and_goes_on(demo: Any, tmp_path: Path) -> None:
+    """Prevents a budget that bounds the trials alone, results that hide it, and a second run that starts anew."""
+    small = replace(SMALL, prompts=6, trials=12, time_budget=0.1)
+    short = search(demo, out=tmp_path, options=small)
+    assert 1 <= short.trials < 12 and short.scored_tokens < 6 * 16
+    assert [part.split(" ")[0] for part in short.cut_short][:2] == ["4", str(short.trials)]
+    assert {"record", "profile", "seeds", "trials", "finalists", "validate"} <= set(short.seconds)
+    stages: list[str] = []
+    whole = search(
+        demo, out=tmp_path, options=replace(small, time_budget=None), progress=lambda stage, *_: stages.append(stage)
+    )  # fmt: skip
+    assert whole.trials == 12 and "record" not in stages  # what is scored on does not change
+
+
+def test_prompts_that_end_at_once_are_told(demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a division by zero deep inside where there is nothing to draft."""
+    ends = lambda target, prompts, *_, **__: Trace(prompts=prompts, continuations=((0,),) * len(prompts), new_tokens=16)
+    monkeypatch.setattr("skipsearch.evaluate.trace.record", ends)
+    with pytest.raises(PromptError, match="ends every calibration prompt at once"):
+        search(demo, out=tmp_path / "x", options=SMALL)
 
 
 def test_another_set_up_is_refused(result: Any, demo: Any) -> None:

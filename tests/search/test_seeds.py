@@ -154,11 +154,13 @@ def test_sensitivity_is_kept_sublayer_by_sublayer(tiny: Any, tmp_path: Path) -> 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sensitivity_or_load(path, "a", windows, part, space, stop)
+        sensitivity_or_load(path, "a", windows, lambda: part, space, stop)
     kept = json.loads(path.read_text())["loss"]
     assert sum(map(len, kept.values())) == 3
     kept["attention"]["1"] = 0.123  # so that it can be told from one that is computed
     path.write_text(json.dumps({**json.loads(path.read_text()), "loss": kept}))
-    loss = sensitivity_or_load(path, "a", windows, part, space, quiet)
+    never: Any = None  # the windows are those of the file
+    loss, kept_part = sensitivity_or_load(path, "a", windows, never, space, quiet)
+    assert kept_part == part
     assert set(loss) == set(space.free) and loss["attention", 1] == 0.123
-    assert sensitivity_or_load(path, "b", windows, part, space, quiet)["attention", 1] != 0.123
+    assert sensitivity_or_load(path, "b", windows, lambda: part, space, quiet)[0]["attention", 1] != 0.123

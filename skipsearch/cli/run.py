@@ -61,7 +61,7 @@ def run(
     from skipsearch.search.run import search
 
     with stages(opt.err, quiet=as_json) as progress:
-        result = search(loaded, out=folder, options=options, progress=progress.stage, report=progress.trials(trials))
+        result = search(loaded, out=folder, options=options, progress=progress.stage, report=progress.best)
     result.seconds["load"] = loading
     data = summary(result)
     fronts = [front_table(result.front, result.file.provenance.trial)] if pareto else []

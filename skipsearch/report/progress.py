@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -38,11 +38,13 @@ class Stages:
     def __init__(self, bars: Progress | None = None, console: Console | None = None) -> None:
         self.bars, self.console = bars, console
         self.tasks: dict[str, TaskID] = {}
+        self.notes: dict[str, str] = {}
         self.begun: dict[str, tuple[float, int]] = {}  # when a stage was first heard of, and where it was then
         self.last = time.monotonic()
 
-    def stage(self, name: str, done: int, total: int, note: str = "") -> None:
+    def stage(self, name: str, done: int, total: int) -> None:
         """Report that `done` of `total` steps of a stage are finished."""
+        done, note = min(done, total), self.notes.get(name, "")
         if self.bars is not None:
             if name not in self.tasks:
                 self.tasks[name] = self.bars.add_task(_WHAT.get(name, name), total=total, note="")
@@ -60,9 +62,9 @@ class Stages:
             return ""
         return f", about {(time.monotonic() - at) / (done - before) * (total - done):.0f} s left"
 
-    def trials(self, total: int) -> Callable[[int, float], None]:
-        """A function that reports finished trials and the best predicted tokens per second."""
-        return lambda done, best: self.stage("trials", min(done, total), total, f"best {best:.0f} tokens/s")
+    def best(self, _trials: int, best: float) -> None:
+        """Note the best predicted tokens per second, shown beside the trials."""
+        self.notes["trials"] = f"best {best:.0f} tokens/s"
 
 
 @contextmanager

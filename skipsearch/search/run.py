@@ -158,8 +158,16 @@ def search_trials(
         with budget.stage("seeds"):
             study.enqueue(_seeds(loaded, prepared, folder, options, progress, budget))
         with budget.stage("trials"):
-            scorer = Scorer(prepared.windows, prepared.point, front=options.pareto)
-            study.optimize(scorer, trials=options.trials, time_budget=budget.share(TRIALS), report=report)
+            scorer, seconds = Scorer(prepared.windows, prepared.point, front=options.pareto), budget.share(TRIALS)
+            begin, before = time.monotonic(), len(study.finished())
+
+            def told(done: int, best: float) -> None:
+                report(done, best)
+                pace = (time.monotonic() - begin) / max(1, done - before)
+                within = done + max(0.0, begin + seconds - time.monotonic()) / pace  # what the budget suffices for
+                progress("trials", done, round(min(options.trials, within)))
+
+            study.optimize(scorer, trials=options.trials, time_budget=seconds, report=told)
     if not study.best(1):
         raise SkipsearchError("no trial has finished within the time budget; raise --time-budget")
     return study

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -20,15 +21,17 @@ from typing import Any
 
 from skipsearch import SkipMask, load_model
 from skipsearch.compiled.backend import with_backend
+from skipsearch.evaluate.cost import draft_step
 from skipsearch.evaluate.mask_replay import MaskReplay
 from skipsearch.evaluate.objective import best_policy, score, score_policy
+from skipsearch.evaluate.profile import profile
 from skipsearch.evaluate.prompts import PromptSource
 from skipsearch.evaluate.scorer import Scorer
 from skipsearch.evaluate.windows import WindowReplay
 from skipsearch.model.device import device_name
 from skipsearch.search.budget import Budget
-from skipsearch.search.options import SearchOptions
-from skipsearch.search.prepare import prepare
+from skipsearch.search.options import MAX_LENGTH, SearchOptions
+from skipsearch.search.prepare import Prepared, prepare
 from skipsearch.search.seeds import single_skip_loss
 
 
@@ -36,11 +39,32 @@ def quiet(*_: Any) -> None:
     pass
 
 
+def profiles_apart(prepared: Prepared, count: int) -> list[dict[str, float]]:
+    """Of each of several profiles, how far its prices lie from the median of all, and the seconds it took."""
+    context, layers = round(prepared.trace.mean_context), prepared.space.num_layers
+    half, found, took = SkipMask(attention=range(0, layers, 2), mlp=range(1, layers, 2), num_layers=layers), [], []
+    for _ in range(count):
+        begin = time.perf_counter()
+        (point,) = profile(prepared.target, contexts=[context], max_length=MAX_LENGTH, progress=quiet)
+        took.append(time.perf_counter() - begin)
+        found.append([point.verify[0], draft_step(point, half, False), point.verify[5], point.verify[12]])
+    names, middle = (
+        ("plain", "half step", "verify 5", "verify 12"),
+        [statistics.median(c) for c in zip(*found, strict=True)],
+    )
+    return [
+        {name: round(value / of_all - 1, 4) for name, value, of_all in zip(names, prices, middle, strict=True)}
+        | {"seconds": round(seconds, 1)}
+        for prices, seconds in zip(found, took, strict=True)
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--prompts", default="builtin")
     parser.add_argument("--masks", type=int, default=40)
+    parser.add_argument("--profiles", type=int, default=0, help="profile so often, and say how far each is from all")
     args = parser.parse_args()
     loaded, budget = load_model(args.model), Budget()
     options = SearchOptions(prompts=16, held_out=4, source=PromptSource(name=args.prompts))
@@ -72,6 +96,7 @@ def main() -> None:
         seconds = time.perf_counter() - begin
         apart.append({"skipped": len(mask), "windows": round(found.speedup, 4), "walk": round(exact.speedup, 4),
                       "walk_s": round(seconds, 1)})  # fmt: skip
+    spread = profiles_apart(prepared, args.profiles)
     row = {
         "benchmark": "stage_speed", "model": args.model, "prompts": args.prompts,
         "device": device_name(loaded.target.device),
@@ -80,7 +105,7 @@ def main() -> None:
         "sensitivity_s_a_sublayer": round(budget.spent["sensitivity"] / len(loss), 3),
         "masks_a_minute_whole": round(600 / budget.spent["whole"], 1),
         "masks_a_minute": round(60 * len(masks) / budget.spent["trials"], 1), "fidelity": dict(scorer.counts),
-        "apart": apart,
+        "apart": apart, "profiles_apart": spread,
     }  # fmt: skip
     for name, value in row.items():
         print(f"{name}: {value}")

@@ -112,7 +112,10 @@ def timed_arm(sequence: Sequences, arm: Arm | None) -> list[tuple[float, float]]
 
 
 def _timed_block(sequence: Sequences, arm: Arm | None) -> tuple[float, float]:
-    """Draft, put other tokens behind, verify: the work of a block whatever is accepted."""
+    """Draft, put other tokens behind, verify: the work of a block whatever is accepted.
+
+    The device is waited for between the two; on a GPU serving does so only if an exit reads the draft's confidence.
+    """
     length, drafting, ahead = sequence.lengths[0], 0.0, 0
     probs: Tensor | None = None
     if arm is not None:

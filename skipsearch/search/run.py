@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from skipsearch.compiled.backend import Progress
 from skipsearch.errors import MaskError, ModelLoadError, ResultsError, SkipsearchError
 from skipsearch.evaluate.cost import Costs
-from skipsearch.evaluate.hidden_states import draft_states
+from skipsearch.evaluate.hidden_states import draft_states, layer_states
 from skipsearch.evaluate.mask_replay import MaskReplay
 from skipsearch.evaluate.objective import Score, best_policy, score_policy, standard_error
 from skipsearch.evaluate.prompts import PromptSource
@@ -189,7 +189,11 @@ def _seeds(
 
     identity = hashlib.sha256(repr(sorted(prepared.identity.items())).encode()).hexdigest()
     loss, few = sensitivity_or_load(folder / "sensitivity.json", identity, windows, choose, space, progress)
-    states = draft_states(windows.replay, max(windows.replay.passes(windows.starts(few)), key=len))
+    if windows.replay.together:
+        states = draft_states(windows.replay, max(windows.replay.passes(windows.starts(few)), key=len))
+    else:  # a pass is one draft, which says little
+        part = prepared.trace.head(SEED_PROMPTS, options.trial_tokens)
+        states = layer_states(prepared.target, *part.padded(prepared.target.device))
     return all_seeds(space, loss, states, prepared.point, loaded.preset, _earlier_mask(loaded, folder))
 
 

@@ -37,5 +37,6 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and stop.code != 130:  # typer makes 130 of an interruption
             raise
-        err.print("\ninterrupted; every finished trial is kept, run the same command again to continue", soft_wrap=True)
+        kept = "; what was done is kept, run the same command again to continue" if sys.argv[1:2] == ["run"] else ""
+        err.print(f"\ninterrupted{kept}", soft_wrap=True)
         sys.exit(130)

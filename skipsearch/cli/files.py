@@ -64,7 +64,12 @@ def models(
     from skipsearch.report.tables import preset_table
 
     data = {
-        name: {"id": preset.model_id, "num_layers": preset.num_layers, "masks": [mask.name for mask in preset.masks]}
+        name: {
+            "id": preset.model_id,
+            "package": preset.package,
+            "num_layers": preset.num_layers,
+            "masks": [mask.name for mask in preset.masks],
+        }
         for name, preset in presets().items()
     }
     opt.print_result(data, as_json, preset_table(data))

@@ -118,7 +118,9 @@ def record(
         blocks = decode(sequences, ending, policy=policy, scheduler=scheduler)
         rows.append(tuple(token for block in blocks for token in block.tokens))
         keep(rows)
-        progress("record", i + 1, len(prompts))
+        pace = (time.monotonic() - begin) / (len(rows) - len(known))
+        within = i + 1 + max(0.0, begin + seconds - time.monotonic()) / pace  # what the seconds suffice for
+        progress("record", i + 1, round(min(len(prompts), max(LEAST, within))))
     return Trace(
         prompts=prompts[: len(rows)], continuations=tuple(rows), new_tokens=settings.new_tokens, temperature=temperature
     )  # fmt: skip

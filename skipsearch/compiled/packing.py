@@ -104,7 +104,7 @@ def pack(model: nn.Module) -> Packed | None:
         return None
     try:
         return _where_faster(linears)
-    except RuntimeError:  # this processor's library cannot: what it can is asked of it by dtype alone
+    except RuntimeError:  # the library has no such product for these shapes or on this processor
         return None
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GgufConfig
 
 from skipsearch.errors import ModelLoadError
 from skipsearch.model.preset import Preset
@@ -47,6 +46,8 @@ class Weights:
         """A GGUF file is dequantised: its blocks are made into plain weights of this dtype."""
         if self.gguf_file is None:
             return {"dtype": dtype}
+        from transformers import GgufConfig  # older versions of the library lack it, and load everything else
+
         dense = torch.bfloat16 if dtype == "auto" else dtype  # the file's own types are those of its blocks
         return {"gguf_file": self.gguf_file, "dtype": dense, "quantization_config": GgufConfig(dequantize=True)}
 

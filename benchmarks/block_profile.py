@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from skipsearch.compiled.backend import warm_mask, with_backend
+from skipsearch.compiled.backend import warm_plan, with_backend
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.evaluate.timing import our_arm
 from skipsearch.maskfile import load_mask
@@ -42,7 +42,7 @@ def main() -> None:
     policy = file.draft
     start = time.perf_counter()
     target = with_backend(loaded.target, args.backend)
-    warm_mask(target, file.mask)
+    warm_plan(target, file.mask)
     compiling = time.perf_counter() - start
     print(f"compiled, or read back, in {compiling:.1f} s", flush=True)
     device = target.device

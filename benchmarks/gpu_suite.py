@@ -33,7 +33,7 @@ from skipsearch.bench.arms import hf_arm
 from skipsearch.bench.bench import BenchOptions, bench, step_costs, weight_bytes
 from skipsearch.bench.groups import prompt_groups
 from skipsearch.bench.machine import copy_bandwidth, read_bandwidth
-from skipsearch.compiled.backend import warm_mask, with_backend
+from skipsearch.compiled.backend import warm_plan, with_backend
 from skipsearch.evaluate.clock import sequence_at, timed
 from skipsearch.evaluate.cost import Costs, Point
 from skipsearch.evaluate.objective import best_policy
@@ -122,7 +122,7 @@ def shape_row(name: str, shape: tuple[int, ...], device: torch.device, bandwidth
         preset = presets().get(name)
         for seed in preset.masks if preset is not None else ():
             if seed.mask.num_layers == shape[2]:
-                warm_mask(target, seed.mask)
+                warm_plan(target, seed.mask)
                 draft, step = step_costs(target, seed.mask, 128, repeats=7)
                 row[f"c_{label}"][seed.name] = draft / step
     return row
@@ -141,7 +141,7 @@ def widened_row(times: int, device: torch.device, folder: Path, per_group: int, 
     (point,) = profile(target, contexts=[112], max_length=MAX_LENGTH, progress=quiet)
     row |= {"verify": point.verify, "attention": point.attention[-1], "mlp": point.mlp[-1], "rest": point.rest}
     mask, policy, how = _search(narrow, point, folder, tokens)
-    warm_mask(target, mask)
+    warm_plan(target, mask)
     policy = dataclasses.replace(policy, ngram=10, never_slower=True)
     groups = prompt_groups(
         ["builtin", "random"], narrow.tokenizer, per_group=per_group, room=300, seed=0,

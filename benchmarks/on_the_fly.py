@@ -23,7 +23,7 @@ import pandas as pd
 from rivals.swift_online import Swift
 
 from skipsearch import load_mask, load_model, self_speculative
-from skipsearch.compiled.backend import warm_mask, with_backend
+from skipsearch.compiled.backend import warm_plan, with_backend
 from skipsearch.evaluate.timing import Arm, OurArm, our_arm
 from skipsearch.files import write_json, write_text
 from skipsearch.mask import KINDS, SkipMask
@@ -71,7 +71,7 @@ def main() -> None:
     mask, target = file.mask, with_backend(loaded.target, "auto")
     layers = mask.num_layers
     for half in KINDS:
-        warm_mask(target, SkipMask(**{half: range(layers)}, num_layers=layers))  # type: ignore[arg-type]
+        warm_plan(target, SkipMask(**{half: range(layers)}, num_layers=layers))  # type: ignore[arg-type]
     served = file.draft
     alone = served.mask_alone()
     bare: dict[str, Any] = {"ngram": 0, "never_slower": False, "seed": args.seed}

@@ -33,7 +33,7 @@ from rivals import hidden, selfsd, swift
 from scipy.stats import bootstrap
 
 from skipsearch import SkipMask, load_model
-from skipsearch.compiled.backend import warm_mask, with_backend
+from skipsearch.compiled.backend import warm_plan, with_backend
 from skipsearch.evaluate.cost import Point, combine_points
 from skipsearch.evaluate.mask_replay import MaskReplay
 from skipsearch.evaluate.objective import best_policy, score, throughput
@@ -77,7 +77,7 @@ class Bench:
             SkipMask(attention=range(layers), num_layers=layers),
             SkipMask(mlp=range(layers), num_layers=layers),
         ):
-            warm_mask(self.target, mask)
+            warm_plan(self.target, mask)
         held_out = record(self.target, self.prepared.prompts.held_out, options.decoding, lambda *_: None)
         self.held_out = Replay(self.target, held_out, MAX_LENGTH)
         self.known: dict[SkipMask, dict[str, Any]] = {}
@@ -282,7 +282,7 @@ def summary(bench: Bench, runs: list[dict[str, Any]]) -> tuple[pd.DataFrame, dic
     arms: dict[str, Arm] = {"plain": our_arm(bench.target)}
     for key, step in finals.items():
         mask = SkipMask.from_bits(map(int, step["mask"]))
-        warm_mask(bench.target, mask)
+        warm_plan(bench.target, mask)
         arms[str(key)] = our_arm(bench.target, mask, DraftPolicy(**step["policy"]))
     profiles = [bench.profile() for _ in range(PROFILES)]
     settings = DecodeSettings(new_tokens=bench.options.new_tokens, rounds=1)

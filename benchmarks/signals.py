@@ -28,7 +28,7 @@ from scipy.stats import bootstrap, spearmanr
 from torch import Tensor
 
 from skipsearch import SkipMask, load_mask, load_model
-from skipsearch.compiled.backend import warm_mask
+from skipsearch.compiled.backend import warm_plan
 from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.cost import draft_step
 from skipsearch.evaluate.hidden_states import layer_states
@@ -107,7 +107,7 @@ def main() -> None:
             masks.append(mask)
     rows: list[dict[str, Any]] = []
     for mask in masks:
-        warm_mask(target, mask)
+        warm_plan(target, mask)
         joint, alone = passes.of(mask), [single[sub] for sub in mask.sublayers()]
         replayed = score_policy(MaskReplay(replay, mask), POLICY, point)
         rows.append({

@@ -25,7 +25,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from skipsearch.compiled.backend import warm_mask, with_backend
+from skipsearch.compiled.backend import warm_plan, with_backend
 from skipsearch.evaluate.cost import Costs, draft_step
 from skipsearch.evaluate.profile import profile
 from skipsearch.evaluate.trace import DecodeSettings
@@ -98,7 +98,7 @@ def search_wide(narrow: Any, wide: Any, folder: Path, trials: int, new_tokens: i
     prepared = replace(prepared, costs=Costs(identity="wide", points=(point,)))
     study = search_trials(narrow, prepared, folder, options, progress)
     found, trial, _ = rescore(prepared, study, progress)
-    warm_mask(target, found.mask)
+    warm_plan(target, found.mask)
     step = draft_step(point, found.mask, found.policy.uses_confidence)
     served = replace(found.policy, ngram=NGRAM, never_slower=True, costs=(step, *point.verify))
     settings = DecodeSettings(new_tokens=new_tokens, rounds=1)

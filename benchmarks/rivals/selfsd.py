@@ -13,7 +13,7 @@ from typing import Any
 
 import optuna
 
-from skipsearch.compiled.backend import warm_mask
+from skipsearch.compiled.backend import warm_plan
 from skipsearch.evaluate.timing import our_arm
 from skipsearch.mask import SkipMask
 from skipsearch.policy import DraftPolicy
@@ -32,7 +32,7 @@ def search(bench: Any, seed: int, evaluations: int) -> Iterator[tuple[int, SkipM
     for count in range(1, evaluations + 1):
         trial = study.ask(ask)
         mask = bench.space.mask(trial.params)
-        warm_mask(bench.target, mask)
+        warm_plan(bench.target, mask)
         start, tokens = time.perf_counter(), 0
         for prompt in bench.prepared.trace.prompts[:PROMPTS]:
             tokens += len(our_arm(bench.target, mask, POLICY)(prompt, TOKENS).ids)

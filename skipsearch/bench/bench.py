@@ -21,7 +21,7 @@ from skipsearch.bench.arms import HYBRID, MASK, NAMES, NEED_MASK, PLAIN, PREFIX,
 from skipsearch.bench.groups import prompt_groups
 from skipsearch.bench.machine import copy_bandwidth, energy_meter, peak_memory, read_bandwidth
 from skipsearch.bench.rows import group_rows, joined
-from skipsearch.compiled.backend import Backend, Progress, warm_mask, with_backend
+from skipsearch.compiled.backend import Backend, Progress, warm_plan, with_backend
 from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendWarning, SkipsearchError
 from skipsearch.evaluate.clock import sequence_at, timed
@@ -105,7 +105,7 @@ def bench(
     target = with_backend(target, options.backend, progress)
     if mask is not None:
         for drafted in (mask, prefix_mask(mask)):
-            warm_mask(target, drafted, progress)
+            warm_plan(target, drafted, progress)
     longest = max(len(prompt) for group in groups.values() for prompt in group) + options.new_tokens + MAX_LENGTH + 1
     every = arms(target, mask, policy, longest, options.hf)
     chosen = {name: arm for name, arm in every.items() if not options.only or name in options.only or name == PLAIN}

@@ -18,6 +18,7 @@ from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendError, BackendWarning
 from skipsearch.mask import SkipMask
 from skipsearch.model.target import Target
+from skipsearch.plan import DraftPlan
 
 Backend = Literal["auto", "eager", "compiled"]
 Progress = Callable[[str, int, int], None]  # told a stage, steps done, steps in all
@@ -61,7 +62,7 @@ def with_backend(target: Target, backend: Backend, progress: Progress | None = N
             if known != state or isinstance(found, str) or not found.fits():
                 found = compile_and_prove(target, progress)
             else:
-                found.warm(found.layers_of(model), widths_of(found), progress)
+                found.warm(found.stack_of(model), widths_of(found), progress)
             _known[model] = state, found
         except Exception as error:
             # Tracer and compiler raise anything for a model they do not know; eager decoding always works.
@@ -96,8 +97,8 @@ def compile_and_prove(target: Target, progress: Progress | None) -> CompiledMode
     if progress is None:  # no progress is shown, so log at least the start
         _log.warning("compiling for this machine: about a minute at the first use, then read from the disk")
     compiled = CompiledModel(target)
-    layers = compiled.layers_of(target.model)
-    compiled.warm(layers, widths_of(compiled), progress)
+    stack = compiled.stack_of(target.model)
+    compiled.warm(stack, widths_of(compiled), progress)
     length = min(compiled.chunk + 9, target.context)
     ids, cache = target.random_ids(length), DynamicCache(config=target.model.config)
     expected = target.model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0]
@@ -108,21 +109,21 @@ def compile_and_prove(target: Target, progress: Progress | None) -> CompiledMode
     at, got = 0, []
     for tokens in (min(compiled.chunk, length - 3), 1, length):
         tokens = min(tokens, length - at)
-        scores = compiled.forward(layers, buffers, at, at, tokens, keep_last=tokens == compiled.chunk)
+        scores = compiled.forward(stack, buffers, at, at, tokens, keep_last=tokens == compiled.chunk)
         got.append((at + tokens - 1, scores.logits[0, min(tokens, scores.top.shape[1]) - 1].clone()))
         at += tokens
     for place, logits in got:
         error = float((logits - expected[place]).abs().max() / expected[place].abs().max())
         if not error < TOLERANCE.get(target.dtype, 0.1):
             raise BackendError(f"compiled logits differ from the model's by {error:.2g} of the largest")
-    compiled.choose_widths(layers, buffers)
+    compiled.choose_widths(stack, buffers)
     return compiled
 
 
-def warm_mask(target: Target, mask: SkipMask, progress: Progress | None = None) -> None:
-    """Compile what drafting with a mask needs: at most the layers of which one sublayer alone is left."""
+def warm_plan(target: Target, plan: SkipMask | DraftPlan, progress: Progress | None = None) -> None:
+    """Compile what drafting with a plan needs: one layer of each combination of forms, and the head."""
     if target.compiled is not None:
-        warm_draft(target, draft_view(target.model, mask), progress)
+        warm_draft(target, draft_view(target.model, plan), progress)
 
 
 def warm_draft(target: Target, draft: PreTrainedModel, progress: Progress | None = None) -> None:
@@ -130,5 +131,6 @@ def warm_draft(target: Target, draft: PreTrainedModel, progress: Progress | None
     if target.compiled is not None:
         compiled = cast(CompiledModel, target.compiled)
         with _lock:
-            widths = sorted({compiled.width_for(1), compiled.width_for(1 + GUESS)})
-            compiled.warm(compiled.layers_of(draft), widths, progress)
+            stack = compiled.stack_of(draft)
+            widths = {compiled.width_for(n, stack) for n in (1, 1 + GUESS)[: 1 + compiled.guesses(stack)]}
+            compiled.warm(stack, sorted(widths), progress)

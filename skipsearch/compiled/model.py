@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from skipsearch.compiled.buffers import Buffers, Scores
 from skipsearch.compiled.compile import Piece, compiler
-from skipsearch.compiled.pieces import EXAMPLE_IDS, EXAMPLE_POSITIONS, Layer, Pieces
+from skipsearch.compiled.pieces import EXAMPLE_IDS, EXAMPLE_POSITIONS, Outside, Pieces, Stack
 from skipsearch.compiled.tracing import EXAMPLE_SLOTS, make_buffer
 from skipsearch.errors import BackendError
 from skipsearch.model.target import Target
@@ -50,8 +50,7 @@ class CompiledModel:
         kind = "cuda" if self.device.type == "cuda" else "cpu"
         self.chunk, self.step = CHUNK[kind], STEP[kind]
         self._heads: dict[int, tuple[Piece, list[Tensor]]] = {}
-        self._tails: dict[int, Piece] = {}
-        self._programs: dict[Any, list[tuple[Piece, int, list[int], list[Tensor]]]] = {}
+        self._tails: dict[tuple[int, str], Piece] = {}
         self._padded_to: dict[int, int] = {}
         self._free: list[Buffers] = []
         self._lock = threading.Lock()
@@ -83,9 +82,9 @@ class CompiledModel:
         weakref.finalize(owner, self._free.append, buffers)
         return buffers
 
-    def layers_of(self, model: nn.Module) -> list[Layer]:
-        """The layers that the model, or a draft view of it, runs."""
-        return self.pieces.layers_of(model)
+    def stack_of(self, model: nn.Module) -> Stack:
+        """What the model, or a draft view of it, runs."""
+        return self.pieces.stack_of(model)
 
     @property
     def packs(self) -> bool:
@@ -97,12 +96,17 @@ class CompiledModel:
 
     # -- pieces ------------------------------------------------------------------------------------------------
 
-    def width_for(self, tokens: int) -> int:
-        """The width of the forward that so many tokens take."""
+    def width_for(self, tokens: int, stack: Stack | None = None) -> int:
+        """The width of the forward that so many tokens take; without a stack, of the model itself."""
         width = next((w for w in WIDTHS if w >= tokens), self.chunk)
-        return self._padded_to.get(width, width)
+        # Products of quantised weights take a time for each row.
+        return width if stack is not None and stack.quantised else self._padded_to.get(width, width)
 
-    def choose_widths(self, layers: Sequence[Layer], buffers: Buffers) -> None:
+    def guesses(self, stack: Stack) -> bool:
+        """Whether a forward of several tokens costs about as much as one of one token."""
+        return not stack.quantised or self.device.type == "cuda"
+
+    def choose_widths(self, stack: Stack, buffers: Buffers) -> None:
         """Pad to a wider forward where that is faster: on CPUs, kernels for one or two rows can be the slowest."""
         if self.device.type == "cuda":
             return
@@ -110,7 +114,7 @@ class CompiledModel:
         seconds = {width: math.inf for width in WIDTHS}
         for width in WIDTHS * TIMED:
             begin = time.perf_counter()
-            self.run(layers, buffers, at, width, slots)
+            self.run(stack, buffers, at, width, slots)
             seconds[width] = min(seconds[width], time.perf_counter() - begin)
         for width in WIDTHS:
             best = min((w for w in WIDTHS if w >= width), key=seconds.__getitem__)
@@ -123,84 +127,84 @@ class CompiledModel:
             options: dict[str, Any] = {"dtype": torch.long, "device": self.device}
             slots = torch.arange(EXAMPLE_SLOTS, device=self.device)
             ids, positions = torch.zeros(1, EXAMPLE_IDS, **options), torch.zeros(EXAMPLE_POSITIONS, **options)
-            example = head(*self.pieces.outside[1], ids, positions, slots, torch.zeros(2, **options))
+            example = head(*self.pieces.outside.tensors, ids, positions, slots, torch.zeros(2, **options))
             self._heads[width] = head, list(example)
         return self._heads[width]
 
-    def _tail(self, width: int, hidden: Tensor) -> Piece:
-        if width not in self._tails:
-            self._tails[width] = self.pieces.tail(width, hidden)
-        return self._tails[width]
+    def _tail(self, width: int, hidden: Tensor, outside: Outside) -> Piece:
+        key = width, outside.build
+        if key not in self._tails:
+            self._tails[key] = self.pieces.tail(width, hidden, outside)
+        return self._tails[key]
 
-    def _program(self, layers: Sequence[Layer], width: int) -> list[tuple[Piece, int, list[int], list[Tensor]]]:
-        key = (width, *map(id, layers))
-        if key not in self._programs:
+    def _program(self, stack: Stack, width: int) -> list[tuple[Piece, int, list[int], list[Tensor]]]:
+        if width not in stack.programs:
             _, example = self._head(width)
             program = []
-            for layer in layers:
+            for layer in stack.layers:
                 leaves = self.pieces.layer_calls[layer.index].leaves
                 extras = [leaf for leaf in leaves if type(leaf) is int]
                 program.append((self.pieces.layer(layer, width, example), layer.index, extras, layer.tensors))
-            self._programs[key] = program
-        return self._programs[key]
+            stack.programs[width] = program
+        return stack.programs[width]
 
     def warm(
-        self, layers: Sequence[Layer], widths: Sequence[int], progress: Callable[[str, int, int], None] | None = None
-    ) -> None:
-        """Compile what these layers need at these widths, or read it from the disk."""
+        self, stack: Stack, widths: Sequence[int], progress: Callable[[str, int, int], None] | None = None
+    ) -> None:  # fmt: skip
+        """Compile what a stack needs at these widths, or read it from the disk."""
         for number, width in enumerate(widths):
-            self._program(layers, width)
-            self._tail(1 if width == self.chunk else width, self._head(width)[1][0])
+            self._program(stack, width)
+            self._tail(1 if width == self.chunk else width, self._head(width)[1][0], stack.outside)
             if progress is not None:
                 progress("compile", number + 1, len(widths))
 
     # -- forwards ----------------------------------------------------------------------------------------------
 
     def run(
-        self, layers: Sequence[Layer], buffers: Buffers, at: Tensor, width: int, slots: int, last: int | None = None
+        self, stack: Stack, buffers: Buffers, at: Tensor, width: int, slots: int, last: int | None = None
     ) -> Scores:
         """One forward of `width` tokens in `buffers.ids`; with `last`, the scores behind that token alone."""
-        outside = self.pieces.outside[1]
-        out = self._head(width)[0](*outside, buffers.ids, buffers.positions, buffers.slots[:slots], at)
+        tensors = self.pieces.outside.tensors
+        out = self._head(width)[0](*tensors, buffers.ids, buffers.positions, buffers.slots[:slots], at)
         hidden, slots_Q = out[0], out[1]
         slices = buffers.first(slots)
-        for piece, index, extras, tensors in self._program(layers, width):
+        for piece, index, extras, tensors in self._program(stack, width):
             keys, values = slices[index]
             hidden = piece(hidden, slots_Q, keys, values, *[out[i] for i in extras], *tensors)[0]
         if last is not None:
             hidden = hidden[:, last : last + 1]
-        return Scores(*self._tail(hidden.shape[1], hidden)(*outside, hidden))
+        return Scores(*self._tail(hidden.shape[1], hidden, stack.outside)(*stack.outside.tensors, hidden))
 
     def forward(
-        self, layers: Sequence[Layer], buffers: Buffers, start: int, place: int, tokens: int, keep_last: bool = False
+        self, stack: Stack, buffers: Buffers, start: int, place: int, tokens: int, keep_last: bool = False
     ) -> Scores:
         """The forward of `tokens` tokens from slot `start` on; scores of all of them, or of the last."""
-        width = self.width_for(tokens)
+        width = self.width_for(tokens, stack)
         last = tokens - 1 if keep_last and width == self.chunk else None
         slots = self.slots_for(start + width)
         self.seek(buffers, start, place)
         if last is not None:  # a part of the prefill: bound by arithmetic, so a graph would gain nothing
-            return self.run(layers, buffers, buffers.at, width, slots, last)
+            return self.run(stack, buffers, buffers.at, width, slots, last)
         scores: Scores = self.graph(
-            buffers, ("forward", width, slots, *map(id, layers)),
-            lambda: self.run(layers, buffers, buffers.at, width, slots),
+            buffers, ("forward", width, slots, stack.number),
+            lambda: self.run(stack, buffers, buffers.at, width, slots),
         )  # fmt: skip
         return scores
 
-    def draft(self, layers: Sequence[Layer], buffers: Buffers, start: int, place: int, steps: int) -> None:
+    def draft(self, stack: Stack, buffers: Buffers, start: int, place: int, steps: int) -> None:
         """Draft greedily so many tokens behind the one at `start` into ids; the host is not waited for in between."""
-        width = self.width_for(1)
+        width = self.width_for(1, stack)
         slots = self.slots_for(start + steps + width - 1)
         self.seek(buffers, start, place)
 
         def run() -> None:
             at = buffers.at
             for _ in range(steps):
-                top = self.run(layers, buffers, at, width, slots).top
+                top = self.run(stack, buffers, at, width, slots).top
                 at = at + 1
                 buffers.ids.index_copy_(1, at[1:], top[:1, :1].long())
 
-        self.graph(buffers, ("draft", steps, slots, *map(id, layers)), run)
+        self.graph(buffers, ("draft", steps, slots, stack.number), run)
 
     def slots_for(self, end: int) -> int:
         """How many slots attention reads if all tokens lie below slot `end`."""

@@ -1,7 +1,7 @@
 """Pieces: the model cut at its layers, each kind of piece compiled once.
 
 There is a head (embeddings, positions, attention masks), one piece for each different build of layer, and a tail
-(final norm, logits, the likeliest token and its probability). Weights are inputs of a piece, so layers of the same
+(final norm, logits, the likeliest token and its probability) for each build of it. Weights are inputs of a piece, so layers of the same
 build share one. A draft is a shorter list of calls of the same pieces, so a new mask compiles nothing new. Attention
 reads static buffers whose length is a symbol, so nothing is compiled again as the context grows.
 
@@ -11,9 +11,11 @@ Shapes: Q tokens of a forward, C tokens of a buffer, T slots that attention read
 
 from __future__ import annotations
 
+import itertools
 import threading
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -37,6 +39,8 @@ from skipsearch.compiled.tracing import (
     read_calls,
     tensors_of,
 )  # fmt: skip
+from skipsearch.draft.forms import Int4Linear, Int8Linear
+from skipsearch.draft.head import DraftHead
 from skipsearch.draft.view import RemovedLayer, with_layers
 from skipsearch.errors import BackendError
 from skipsearch.model.target import Target
@@ -49,16 +53,41 @@ EXAMPLE_IDS, EXAMPLE_POSITIONS = 331, 359
 class Layer:
     """A layer to be run: its tensors, its build, which selects the piece, and its place in the cache.
 
-    `module` is a copy, with packed weights where there are some; `source` is the layer itself, kept alive because its
-    id is the key of this layer.
+    `module` is a copy, with packed weights where there are some.
     """
 
-    source: nn.Module
     module: nn.Module
     names: list[str]
     tensors: list[Tensor]
     build: str
     index: int
+
+
+@dataclass(slots=True, eq=False)
+class Outside:
+    """A copy of the model without its layers, with its tensors and its build."""
+
+    module: nn.Module
+    names: list[str]
+    tensors: list[Tensor]
+    build: str
+
+
+@dataclass(slots=True, eq=False)
+class Stack:
+    """What a model or a draft view runs: its layers, and what is around them.
+
+    Attributes:
+        number: differs between all stacks; graphs are kept by it.
+        quantised: whether any weights are.
+        programs: by width, the calls of pieces.
+    """
+
+    layers: list[Layer]
+    outside: Outside
+    number: int
+    quantised: bool
+    programs: dict[int, list[tuple[Piece, int, list[int], list[Tensor]]]] = field(default_factory=dict)
 
 
 class Pieces:
@@ -81,44 +110,64 @@ class Pieces:
         self.calls: list[Any] = []
         recorders = [Recorder(layer, self.as_tuple, self.calls) for layer in layers]
         self.packed = pack(target.model)
-        self._outside = self._copy(with_layers(target.model, self.path, recorders))
-        self.outside = tensors_of(self._outside)
+        self.outside = self._outside_of(with_layers(target.model, self.path, recorders))
         self.shapes = cache_shapes(target)
-        self._layers: dict[int, Layer] = {}
+        self._layers: weakref.WeakKeyDictionary[nn.Module, Layer] = weakref.WeakKeyDictionary()
+        self._stacks: weakref.WeakKeyDictionary[nn.Module, Stack] = weakref.WeakKeyDictionary()
+        self._numbers = itertools.count()
         self._compiled: dict[Any, Piece] = {}
         self._lock = threading.Lock()
         self.layer_calls: list[Call] = []
 
-    def layers_of(self, model: nn.Module) -> list[Layer]:
-        """The layers of the model, or of a draft view of it, without those that are skipped whole."""
+    def stack_of(self, model: nn.Module) -> Stack:
+        """What the model, or a draft view of it, runs; kept as long as the view lives."""
+        if model in self._stacks:
+            return self._stacks[model]
         found = []
-        for index, module in enumerate(cast(nn.ModuleList, model.get_submodule(self.path))):
+        modules = list(cast(nn.ModuleList, model.get_submodule(self.path)))
+        for index, module in enumerate(modules):
             if isinstance(module, RemovedLayer):
                 continue
-            if id(module) not in self._layers:
+            if module not in self._layers:
                 copied = self._copy(module)
                 names, tensors = tensors_of(copied)
-                build = build_of(copied, names, tensors)
-                self._layers[id(module)] = Layer(module, copied, names, tensors, build, index)
-            found.append(self._layers[id(module)])
-        return found
+                self._layers[module] = Layer(copied, names, tensors, build_of(copied, names, tensors), index)
+            found.append(self._layers[module])
+        outside = self.outside
+        if isinstance(cast(PreTrainedModel, model).get_output_embeddings(), DraftHead):
+            recorders = [Recorder(layer, self.as_tuple, self.calls) for layer in modules]
+            outside = self._outside_of(with_layers(cast(PreTrainedModel, model), self.path, recorders))
+        parts = [*(layer.module for layer in found), outside.module]
+        quantised = any(isinstance(m, Int8Linear | Int4Linear) for part in parts for m in part.modules())
+        self._stacks[model] = stack = Stack(found, outside, next(self._numbers), quantised)
+        return stack
+
+    def _outside_of(self, model: nn.Module) -> Outside:
+        copied = self._copy(model)
+        names, tensors = tensors_of(copied)
+        head = cast(PreTrainedModel, copied).get_output_embeddings()
+        return Outside(copied, names, tensors, build_of(head, *tensors_of(head)) if isinstance(head, DraftHead) else "")
 
     def _copy(self, module: nn.Module) -> nn.Module:
-        return copy_sharing_tensors(module) if self.packed is None else self.packed.module(module)
+        copied = copy_sharing_tensors(module) if self.packed is None else self.packed.module(module)
+        for part in copied.modules():
+            if isinstance(part, Int8Linear):
+                part.fused = True
+        return cast(nn.Module, copied)
 
     def head(self, width: int) -> Piece:
         """(*tensors outside of layers, ids [1, C], positions [N], slots [T], at [2]) -> hidden, slots [Q], extras.
 
         `at` holds the slot of the first token and its place in ids.
         """
-        names, tensors = self.outside
+        tensors, count = self.outside.tensors, len(self.outside.names)
 
         def run(*inputs: Tensor) -> list[Tensor]:
-            ids_C, positions_N, slots_T, at = inputs[len(names) :]
+            ids_C, positions_N, slots_T, at = inputs[count:]
             slots_Q = at[0] + torch.arange(width, device=ids_C.device)
             ids = ids_C[:, slots_Q + (at[1] - at[0])]
             self.calls.clear()
-            self._outer(self._outside, inputs, ids, slots_Q, slots_T, positions_N[slots_Q])
+            self._outer(self.outside, self.outside.module, inputs, ids, slots_Q, slots_T, positions_N[slots_Q])
             hidden, extras, self.layer_calls = read_calls(self.calls)
             self.calls.clear()
             return [hidden, slots_Q, *extras]
@@ -130,7 +179,7 @@ class Pieces:
                 torch.zeros(EXAMPLE_SLOTS, **options), torch.zeros(2, **options),
             ]  # fmt: skip
 
-        dynamic: list[tuple[int, ...]] = [*[()] * len(names), (1,), (0,), (0,), ()]
+        dynamic: list[tuple[int, ...]] = [*[()] * count, (1,), (0,), (0,), ()]
         return self._piece(("head", width), run, examples, dynamic)
 
     def layer(self, layer: Layer, width: int, example: Sequence[Tensor]) -> Piece:
@@ -164,13 +213,12 @@ class Pieces:
         key = ("layer", width, layer.build, constants, repr(shapes), self.shapes[layer.index])
         return self._piece(key, run, examples, [*dynamic, *[()] * len(layer.tensors)])
 
-    def tail(self, width: int, hidden: Tensor) -> Piece:
+    def tail(self, width: int, hidden: Tensor, outside: Outside) -> Piece:
         """(*tensors outside of layers, hidden [1, Q, E]) -> logits [1, Q, V], and [2, Q]: tokens, probabilities.
 
         The likeliest tokens are doubles beside their probabilities, so that one copy brings both to the host.
         """
-        names, tensors = self.outside
-        model = copy_sharing_tensors(self._outside)
+        model = copy_sharing_tensors(outside.module)
         layers = cast(nn.ModuleList, model.get_submodule(self.path))
         given: list[Tensor] = []
         layers[-1] = Last(vars(layers[-1])["layer"], self.as_tuple, given)
@@ -178,18 +226,19 @@ class Pieces:
         def run(*inputs: Tensor) -> list[Tensor]:
             given[:] = [inputs[-1]]
             slots = torch.arange(width, device=inputs[-1].device)
-            logits = self._outer(model, inputs, torch.zeros_like(slots)[None], slots, slots, slots).logits
+            logits = self._outer(outside, model, inputs, torch.zeros_like(slots)[None], slots, slots, slots).logits
             highest, token = logits.max(-1)
             confidence = (highest.float() - logits.float().logsumexp(-1)).exp()
             return [logits, torch.cat([token, confidence]).double()]
 
         example = hidden.new_zeros((1, width, hidden.shape[-1]))
-        dynamic: list[tuple[int, ...]] = [()] * (len(names) + 1)
-        return self._piece(("tail", width), run, lambda: [*tensors, example], dynamic)
+        dynamic: list[tuple[int, ...]] = [()] * (len(outside.names) + 1)
+        return self._piece(("tail", width, outside.build), run, lambda: [*outside.tensors, example], dynamic)
 
     def _outer(
-        self, model: Any, tensors: Sequence[Tensor], ids: Tensor, slots_Q: Tensor, slots_T: Tensor, positions_Q: Tensor
-    ) -> Any:
+        self, outside: Outside, model: Any, tensors: Sequence[Tensor], ids: Tensor, slots_Q: Tensor, slots_T: Tensor,
+        positions_Q: Tensor,
+    ) -> Any:  # fmt: skip
         """The model's own forward around its layers."""
         cache = DynamicCache(config=model.config)
         cache.layers = [Slots() for _ in range(self.num_layers)]
@@ -198,7 +247,7 @@ class Pieces:
         given["attention_mask"] = pytree.tree_map(lambda seen: _added(seen, self.dtype), masks)
         if self.takes_positions:
             given["position_ids"] = positions_Q[None]
-        return torch.func.functional_call(model, dict(zip(self.outside[0], tensors, strict=False)), (), given)
+        return torch.func.functional_call(model, dict(zip(outside.names, tensors, strict=False)), (), given)
 
     def _piece(
         self, key: Any, run: Callable[..., list[Tensor]], examples: Callable[[], list[Tensor]],

@@ -79,7 +79,7 @@ class Batch:
         if self.compiled is not None:
             assert rows == 1 and not aligned
             self.buffers = buffers = self.compiled.acquire(capacity + layout.past_only, self)
-            self.target_layers = self.compiled.layers_of(target.model)
+            self.target_stack = self.compiled.stack_of(target.model)
             self.ids, self.chunk = buffers.ids, self.compiled.chunk
         else:
             self.ids = torch.zeros((rows, capacity + SLACK), dtype=torch.long, device=input_ids.device)
@@ -108,7 +108,7 @@ class Batch:
     def draft_with(self, view: PreTrainedModel | None) -> None:
         """Draft with this view from now on. Keys that an earlier view wrote are not used."""
         self.draft_model = view
-        self.draft_layers = [] if self.compiled is None or view is None else self.compiled.layers_of(view)
+        self.draft_stack = None if self.compiled is None or view is None else self.compiled.stack_of(view)
 
     def put(self, row: int, ahead: int, tokens: list[int]) -> None:
         """Write drafted tokens behind a row's last one and `ahead` others."""
@@ -166,9 +166,9 @@ class Batch:
     def _compiled(self, target: bool, start: int, width: int, keep: int) -> Scores:
         """The same through the compiled model, with the likeliest tokens and their probabilities."""
         assert self.compiled is not None
-        layers = self.target_layers if target else self.draft_layers
+        stack = self.target_stack if target else self.draft_stack
         scores: Scores = self.compiled.forward(
-            layers, self.buffers, start, start + self.offset, width, keep_last=keep == 1
+            stack, self.buffers, start, start + self.offset, width, keep_last=keep == 1
         )
         have = scores.top.shape[1]
         if have == keep:

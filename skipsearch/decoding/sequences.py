@@ -41,10 +41,11 @@ class Sequences(Batch):
         assert self.draft_model is not None
         if self.compiled is None or not self.selection.plain_argmax:
             return self._draft_rows(limits, stop)
+        guess = guess if self.compiled.guesses(self.draft_stack) else None
         if stop is not None or guess is not None:
             return [self._draft_compiled(limits[0], stop, guess)], None
         start = self.lengths[0] - 1 - self.offset
-        self.compiled.draft(self.draft_layers, self.buffers, start, self.lengths[0] - 1, limits[0])
+        self.compiled.draft(self.draft_stack, self.buffers, start, self.lengths[0] - 1, limits[0])
         return list(limits), None
 
     def _draft_rows(self, limits: list[int], stop: Stop | None) -> tuple[list[int], Tensor | None]:

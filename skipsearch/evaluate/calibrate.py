@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import bootstrap, spearmanr
 
-from skipsearch.compiled.backend import Progress, warm_mask
+from skipsearch.compiled.backend import Progress, warm_plan
 from skipsearch.evaluate.cost import Point
 from skipsearch.evaluate.mask_replay import MaskReplay
 from skipsearch.evaluate.objective import score_policy
@@ -101,7 +101,7 @@ def _at(
 ) -> Calibration:
     """Hold predictions for these masks against decoding at the trace's context length."""
     for mask, _ in chosen:
-        warm_mask(target, mask)
+        warm_plan(target, mask)
     arms = [our_arm(target), *(our_arm(target, mask, policy) for mask, policy in chosen)]
     for arm in arms:
         arm(trace.prompts[0], 4)

@@ -25,7 +25,7 @@ UNLIMITED = 1 << 20  # tokens of context if the config has no limit
 class CompiledForwards(Protocol):
     """The interface of a compiled backend; `skipsearch.compiled.model.CompiledModel` implements it.
 
-    Buffers and lists of layers come from the backend and are only passed back to it.
+    Buffers and stacks come from the backend and are only passed back to it.
     """
 
     chunk: int  # tokens of one forward of the prefill
@@ -37,18 +37,21 @@ class CompiledForwards(Protocol):
     def acquire(self, capacity: int, owner: object) -> Any:
         """Buffers for `capacity` tokens. The backend takes them back when `owner` is garbage-collected."""
 
-    def layers_of(self, model: nn.Module) -> Sequence[Any]:
-        """The compiled layers of the model, or of a draft view of it."""
+    def stack_of(self, model: nn.Module) -> Any:
+        """What the model, or a draft view of it, runs."""
 
     def forward(
-        self, layers: Sequence[Any], buffers: Any, start: int, place: int, tokens: int, keep_last: bool = False
-    ) -> Any:
+        self, stack: Any, buffers: Any, start: int, place: int, tokens: int, keep_last: bool = False
+    ) -> Any:  # fmt: skip
         """Run one forward of `tokens` tokens."""
 
     def width_for(self, tokens: int) -> int:
-        """The width that a forward of so many tokens is padded to."""
+        """The width that a forward of so many tokens of the model is padded to."""
 
-    def draft(self, layers: Sequence[Any], buffers: Any, start: int, place: int, steps: int) -> None:
+    def guesses(self, stack: Any) -> bool:
+        """Whether a forward of several tokens costs about as much as one of one token."""
+
+    def draft(self, stack: Any, buffers: Any, start: int, place: int, steps: int) -> None:
         """Draft `steps` tokens greedily, without synchronisation with the host."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 
-from skipsearch.compiled.backend import Progress, warm_mask
+from skipsearch.compiled.backend import Progress, warm_plan
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.errors import BackendWarning
 from skipsearch.evaluate.replay import Replay
@@ -28,7 +28,7 @@ def make_tuner(
     """
     layers = target.num_layers
     for kind in KINDS:  # masks that are found later compile nothing more
-        warm_mask(target, SkipMask.from_sublayers([(kind, i) for i in range(layers)], layers), progress)
+        warm_plan(target, SkipMask.from_sublayers([(kind, i) for i in range(layers)], layers), progress)
     begun = time.perf_counter()
     prompt = target.random_ids(TIMED_AT)
     ids, half = tuple(prompt[0, :TRIED_WITH].tolist()), TRIED_WITH // 2

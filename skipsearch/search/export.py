@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from skipsearch.compiled.backend import Progress, warm_mask
+from skipsearch.compiled.backend import Progress, warm_plan
 from skipsearch.evaluate.cost import draft_step
 from skipsearch.evaluate.objective import Score
 from skipsearch.evaluate.validate import MASK, NGRAMS, SERVED, Measured, Plans, Validation, evidence
@@ -30,7 +30,7 @@ def validated(
     Returns:
         what was measured, and the policy of each arm.
     """
-    warm_mask(prepared.target, found.mask, progress)
+    warm_plan(prepared.target, found.mask, progress)
     point = prepared.point
     step = draft_step(point, found.mask, found.policy.uses_confidence)
     costs = tuple(round(value, 7) for value in (step, *point.verify))

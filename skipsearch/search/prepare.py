@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from skipsearch.compiled.backend import Progress, warm_mask, with_backend
+from skipsearch.compiled.backend import Progress, warm_plan, with_backend
 from skipsearch.errors import BackendWarning, PromptError
 from skipsearch.evaluate.cost import Costs, Point, set_up
 from skipsearch.evaluate.profile import profile_or_load
@@ -108,7 +108,7 @@ def prepare(
         target = with_backend(target, options.backend, progress)  # slow, so the options are checked first
         every = range(target.num_layers)
         for kind in KINDS:  # layers that lack one sublayer are all that a mask needs beside
-            warm_mask(target, SkipMask.from_sublayers([(kind, i) for i in every], target.num_layers), progress)
+            warm_plan(target, SkipMask.from_sublayers([(kind, i) for i in every], target.num_layers), progress)
     # Weights and not only the config: a fine-tuned model must not continue the study of its base model.
     identity = {
         "model": str(model_card(target, loaded.name).config_sha256),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from skipsearch.compiled.backend import Progress, warm_mask, with_backend
+from skipsearch.compiled.backend import Progress, warm_plan, with_backend
 from skipsearch.evaluate.audit import Audit, audit
 from skipsearch.evaluate.validate import MASK, NGRAMS, SERVED, Plans, Validation, evidence
 from skipsearch.maskfile import MaskFile
@@ -18,7 +18,7 @@ def validate_file(loaded: Loaded, file: MaskFile, options: SearchOptions, progre
     policy, mask = file.draft, file.drafting_mask
     plans: Plans = {NGRAMS: (None, policy)}
     if mask is not None:
-        warm_mask(target, mask, progress)
+        warm_plan(target, mask, progress)
         plans = {MASK: (mask, policy.mask_alone())}
         if policy.ngram or policy.never_slower:
             plans[SERVED] = (mask, policy)

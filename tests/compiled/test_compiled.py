@@ -234,7 +234,7 @@ def test_a_view_is_left_as_it_was(llama: Any, ids: Any) -> None:
     model = llama.model
     view = draft_view(model, MASK)
     compiled: Any = llama.compiled
-    compiled.warm(compiled.layers_of(view), [1])
+    compiled.warm(compiled.stack_of(view), [1])
     for module in (model, view):
         assert all(type(p) is torch.nn.Parameter for p in module.parameters())
     assert model(ids).logits.isfinite().all()

@@ -87,5 +87,5 @@ def test_a_merged_adapter_is_decoded_with(demo: Any, monkeypatch: pytest.MonkeyP
     model.model.layers[0].mlp.down_proj.weight.data.mul_(1.5)
     second = with_backend(Target.of(model), "compiled", lambda *_: None)  # proves its logits against the model's
     assert second.compiled is not None and second.compiled is not first.compiled
-    layer = second.compiled.layers_of(model)[0]
+    layer = second.compiled.stack_of(model).layers[0]
     assert any(tensor.is_mkldnn for tensor in tensors_of(layer.module)[1])

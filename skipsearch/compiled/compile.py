@@ -17,6 +17,7 @@ from torch import Tensor
 from skipsearch.compiled.packing import packed_lowerings
 
 Piece = Callable[..., Sequence[Tensor]]
+attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 def compiler() -> str | None:
@@ -30,8 +31,34 @@ def keep_compiled() -> Path:
 
     name, home = "TORCHINDUCTOR_CACHE_DIR", Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     if os.environ.get(name, default_cache_dir()) == default_cache_dir():  # torch sets its own, which a reboot empties
-        os.environ[name] = str(home / "skipsearch" / "compiled")
+        # Machines that share a home directory must not share code for vectors of different lengths.
+        os.environ[name] = str(home / "skipsearch" / "compiled" / torch.backends.cpu.get_cpu_capability().lower())
     return Path(os.environ[name])
+
+
+def grouped_attention(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, causal: bool = False,
+    *, attn_mask: Tensor | None = None, scale: float | None = None,
+) -> Any:  # fmt: skip
+    """The CPU's attention with the query heads of each key head as rows of one product.
+
+    With one row a head, its kernel for half precision is several times slower than with some; a single row is doubled.
+    """
+    (batch, heads, tokens, size), groups = query.shape, query.shape[1] // key.shape[1]
+    rows = groups * tokens
+    double = 2 if rows == 1 and query.dtype != torch.float32 else 1
+    if attn_mask is None or causal or groups * double == 1:
+        return NotImplemented
+    if attn_mask.shape[1] == 1:
+        attn_mask = attn_mask.repeat(1, 1, groups, 1)
+    else:
+        attn_mask = attn_mask.reshape(batch, key.shape[1], rows, -1)
+    query = query.reshape(batch, key.shape[1], rows, size).repeat(1, 1, double, 1)
+    out, weight = attention(
+        query, key, value, dropout, causal, attn_mask=attn_mask.repeat(1, 1, double, 1), scale=scale
+    )  # fmt: skip
+    out = out[:, :, :rows].reshape(batch, heads, tokens, size)
+    return out, weight[:, :, :rows].reshape(batch, heads, tokens)
 
 
 @torch.no_grad()
@@ -73,6 +100,7 @@ def compile_piece(
         warnings.simplefilter("ignore")
         log.setLevel(logging.CRITICAL)
         try:
-            return cast(Piece, standalone_compile(make_fx(run)(*fakes), fakes, dynamic_shapes="from_graph"))
+            graph = make_fx(run, decomposition_table={attention: grouped_attention})(*fakes)
+            return cast(Piece, standalone_compile(graph, fakes, dynamic_shapes="from_graph"))
         finally:
             log.setLevel(level)

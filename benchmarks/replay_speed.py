@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from skipsearch import SkipMask, load_mask, load_model
-from skipsearch.evaluate.mask_replay import MaskReplay
+from skipsearch.evaluate.draft_replay import DraftReplay
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.timing import our_arm
 from skipsearch.evaluate.trace import DecodeSettings, record
@@ -51,7 +51,7 @@ def pass_seconds(replay: Replay, mask: SkipMask) -> list[dict[str, Any]]:
         for count in counts:
             starts = sorted((p, t + 3 * (n // len(firsts))) for n in range(count) for p, t in [firsts[n % len(firsts)]])
             begin = time.perf_counter()
-            MaskReplay(replay, mask).evaluate(starts)
+            DraftReplay(replay, mask).evaluate(starts)
             found.append({"starts": count, "seconds": time.perf_counter() - begin})
     rows = []
     for count in counts:
@@ -84,7 +84,7 @@ def main() -> None:
         arm = our_arm(target, file.mask, policy)
         for _ in range(ROUNDS):
             begin = time.perf_counter()
-            replayed = MaskReplay(replay, file.mask).walk(policy)
+            replayed = DraftReplay(replay, file.mask).walk(policy)
             replay_seconds.append(time.perf_counter() - begin)
             real: Counter[tuple[int, int]] = Counter()
             seconds = 0.0

@@ -35,7 +35,7 @@ from scipy.stats import bootstrap
 from skipsearch import SkipMask, load_model
 from skipsearch.compiled.backend import warm_plan, with_backend
 from skipsearch.evaluate.cost import Point, combine_points
-from skipsearch.evaluate.mask_replay import MaskReplay
+from skipsearch.evaluate.draft_replay import DraftReplay
 from skipsearch.evaluate.objective import best_policy, score, throughput
 from skipsearch.evaluate.profile import profile
 from skipsearch.evaluate.prompts import PromptSource
@@ -98,7 +98,7 @@ class Bench:
         if mask not in self.known:
             outcomes = WindowReplay(self.prepared.windows, mask).outcomes()
             found = best_policy(outcomes, mask, self.prepared.point)
-            blocks = MaskReplay(self.held_out, mask).walk(found.policy)
+            blocks = DraftReplay(self.held_out, mask).walk(found.policy)
             self.known[mask] = {
                 "mask": "".join(map(str, mask.bits())), "policy": asdict(found.policy),
                 "calibration": round(found.speedup, 4), "blocks": [[k, n, count] for (k, n), count in blocks.items()],

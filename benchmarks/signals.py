@@ -32,7 +32,7 @@ from skipsearch.compiled.backend import warm_plan
 from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.cost import draft_step
 from skipsearch.evaluate.hidden_states import layer_states
-from skipsearch.evaluate.mask_replay import MaskReplay
+from skipsearch.evaluate.draft_replay import DraftReplay
 from skipsearch.evaluate.objective import score_policy
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.timing import our_arm
@@ -109,7 +109,7 @@ def main() -> None:
     for mask in masks:
         warm_plan(target, mask)
         joint, alone = passes.of(mask), [single[sub] for sub in mask.sublayers()]
-        replayed = score_policy(MaskReplay(replay, mask), POLICY, point)
+        replayed = score_policy(DraftReplay(replay, mask), POLICY, point)
         rows.append({
             "mask": "".join(map(str, mask.bits())), "skipped": len(mask), "step": draft_step(point, mask, False),
             "single-skip agreement": 1 - sum(1 - s["agreement"] for s in alone),

@@ -22,7 +22,7 @@ from typing import Any
 from skipsearch import SkipMask, load_model
 from skipsearch.compiled.backend import with_backend
 from skipsearch.evaluate.cost import draft_step
-from skipsearch.evaluate.mask_replay import MaskReplay
+from skipsearch.evaluate.draft_replay import DraftReplay
 from skipsearch.evaluate.objective import best_policy, score, score_policy
 from skipsearch.evaluate.profile import profile
 from skipsearch.evaluate.prompts import PromptSource
@@ -90,7 +90,7 @@ def main() -> None:
     apart = []
     for mask in masks[:4]:
         found = best_policy(WindowReplay(windows, mask).outcomes(), mask, point)
-        drafts = MaskReplay(windows.replay.with_length(found.policy.max_length), mask)
+        drafts = DraftReplay(windows.replay.with_length(found.policy.max_length), mask)
         begin = time.perf_counter()
         exact = score_policy(drafts, found.policy, point)
         seconds = time.perf_counter() - begin

@@ -11,15 +11,16 @@ if TYPE_CHECKING:
     from skipsearch.maskfile import MaskFile, load_mask
     from skipsearch.model.load import load_model
     from skipsearch.online.self_speculative import self_speculative
+    from skipsearch.plan import DraftPlan
     from skipsearch.search.result import SearchResult
     from skipsearch.search.run import search
 
 __all__ = [
-    "MaskFile", "SearchResult", "SkipMask", "draft_view", "load_mask", "load_model", "search", "self_speculative",
+    "DraftPlan", "MaskFile", "SearchResult", "SkipMask", "draft_view", "load_mask", "load_model", "search", "self_speculative",
 ]  # fmt: skip
 
 _HOMES = {
-    "SkipMask": "mask", "MaskFile": "maskfile", "load_mask": "maskfile", "load_model": "model.load",
+    "SkipMask": "mask", "DraftPlan": "plan", "MaskFile": "maskfile", "load_mask": "maskfile", "load_model": "model.load",
     "draft_view": "draft.view", "self_speculative": "online.self_speculative", "SearchResult": "search.result",
 }  # fmt: skip
 

@@ -1,4 +1,6 @@
-"""mask.json, schema version 1: a mask with its draft policy, evidence and provenance.
+"""mask.json: a mask or a plan with its draft policy, evidence and provenance.
+
+Schema version 1 holds a mask. Version 2 adds the other forms of a plan, and is written only where a plan has some.
 
 A loaded file is complete and consistent, and every file written here loads again. Also reads the skip sets of Self-SD
 and SWIFT. No model is needed here: `model.load.check_mask_belongs` compares a mask file with a model.
@@ -17,10 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, m
 from skipsearch.errors import MaskError
 from skipsearch.files import write_json
 from skipsearch.mask import SkipMask
+from skipsearch.plan import QUANTISED, DraftPlan, HeadForm
 from skipsearch.policy import DraftPolicy
 
 FORMAT: Final = "skipsearch-mask"
-VERSION: Final = 1
+VERSIONS: Final = (1, 2)
+MOST_IDS = 1 << 24  # of one range; no vocabulary is larger
 
 
 class _Part(BaseModel):
@@ -42,6 +46,24 @@ class SkipSets(_Part):
 
     attention: list[StrictInt]
     mlp: list[StrictInt]
+
+
+class QuantisedSets(BaseModel):
+    """The sublayers of each quantised form; a form that this version does not know is refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    int8: SkipSets = SkipSets(attention=[], mlp=[])
+    int4: SkipSets = SkipSets(attention=[], mlp=[])
+
+
+class HeadPart(BaseModel):
+    """The draft's head; `ids` are the tokens to choose from as ranges, "0-255 300 512-600", None: all."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    form: HeadForm = "full"
+    ids: str | None = None
 
 
 class Evidence(_Part):
@@ -92,9 +114,12 @@ class MaskFile(_Part):
     """The contents of a mask file, checked; the attributes are the file's fields."""
 
     format: Literal["skipsearch-mask"] = FORMAT
-    version: Literal[1] = VERSION
+    version: Literal[1, 2] = 1
     model: ModelCard
     skip: SkipSets
+    quantise: QuantisedSets | None = None
+    head: HeadPart | None = None
+    quantised_bytes: StrictInt | None = None
     draft: DraftPolicy = DraftPolicy()
     evidence: Evidence | None = None
     provenance: Provenance = Field(default_factory=Provenance)
@@ -110,15 +135,32 @@ class MaskFile(_Part):
         return SkipMask(attention=self.skip.attention, mlp=self.skip.mlp, num_layers=self.model.num_layers)
 
     @property
-    def drafting_mask(self) -> SkipMask | None:
-        """The mask that drafts; None in a file that serves n-grams alone, which skips nothing."""
-        return self.mask if len(self.mask) or not self.draft.ngram else None
+    def plan(self) -> DraftPlan:
+        """The forms of all sublayers and of the head; of a version 1 file, those of its mask."""
+        layers, sets, head = self.model.num_layers, self.quantise or QuantisedSets(), self.head or HeadPart()
+        of = {form: getattr(sets, form) for form in QUANTISED}
+        masks = {form: SkipMask(attention=of[form].attention, mlp=of[form].mlp, num_layers=layers) for form in of}
+        return DraftPlan(self.mask, **masks, head=head.form, head_ids=None if head.ids is None else _ids_of(head.ids))
+
+    @property
+    def drafting_plan(self) -> DraftPlan | None:
+        """The plan that drafts; None in a file that serves n-grams alone, which drafts with the full model."""
+        plan = self.plan
+        return plan if plan.drafts or not self.draft.ngram else None
 
     @classmethod
-    def of(cls, mask: SkipMask, *, model: ModelCard, **parts: Any) -> MaskFile:
-        """A mask as a file for this model; `parts` are the other fields."""
-        skip = SkipSets(attention=sorted(mask.attention), mlp=sorted(mask.mlp))
-        return cls(model=model, skip=skip, **parts)
+    def of(cls, plan: SkipMask | DraftPlan, *, model: ModelCard, **parts: Any) -> MaskFile:
+        """A mask or plan as a file for this model; `parts` are the other fields."""
+        plan = DraftPlan.of(plan)
+        sets = {
+            form: SkipSets(attention=sorted(getattr(plan, form).attention), mlp=sorted(getattr(plan, form).mlp))
+            for form in ("skip", *QUANTISED)
+        }
+        if not plan.only_skips:
+            quantise = QuantisedSets(**{form: sets[form] for form in QUANTISED})
+            head = HeadPart(form=plan.head, ids=None if plan.head_ids is None else _ranges_of(plan.head_ids))
+            parts = {"version": 2, "quantise": quantise, "head": head, **parts}
+        return cls(model=model, skip=sets["skip"], **parts)
 
     def save(self, path: str | Path) -> None:
         """Write atomically; `per_layer_config` repeats `skip` in the words of transformers.
@@ -131,7 +173,30 @@ class MaskFile(_Part):
         if data["evidence"] is not None:
             data["evidence"] = {k: v for k, v in data["evidence"].items() if v is not None or k == "greedy_equal"}
         data["per_layer_config"] = self.mask.to_per_layer_config()
+        if self.version == 1:
+            data = {name: value for name, value in data.items() if name not in ("quantise", "head", "quantised_bytes")}
         write_json(Path(path), data)
+
+
+def _ranges_of(ids: tuple[int, ...]) -> str:
+    """Rising numbers as ranges: (0, 1, 2, 5) is "0-2 5"."""
+    runs: list[list[int]] = []
+    for i in ids:
+        if runs and runs[-1][1] == i - 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _ids_of(ranges: str) -> list[int]:
+    found: list[int] = []
+    for part in ranges.split():
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) - int(first) > MOST_IDS:
+            raise MaskError(f"head.ids holds {part!r}, must hold numbers and ranges like 0-255; export it again")
+        found += range(int(first), int(last or first) + 1)
+    return found
 
 
 def _read_json(path: Path, mend: str = "make one with `skipsearch run`") -> Any:
@@ -158,13 +223,14 @@ def parse_mask(data: Any, source: str = "mask") -> MaskFile:
         raise MaskError(
             f"{source}: format is {got!r}, must be {FORMAT!r}; convert other skip sets with `skipsearch import`"
         )
-    if data.get("version") != VERSION:
-        raise MaskError(
-            f"{source}: version is {data.get('version')!r}, this skipsearch reads version {VERSION}; update skipsearch"
-        )
+    version = data.get("version")
+    if isinstance(version, bool) or version not in VERSIONS:
+        raise MaskError(f"{source}: version is {version!r}, this skipsearch reads versions 1 and 2; update skipsearch")
+    if version == 1 and (newer := sorted(data.keys() & {"quantise", "head"})):
+        raise MaskError(f"{source}: {newer[0]} goes with version 2, and version is 1; correct the version")
     try:
         file = MaskFile.model_validate(data)
-        _ = file.mask
+        _ = file.plan
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "value_error":  # of DraftPolicy, which names the field itself

@@ -5,6 +5,7 @@ A sublayer runs, runs with its weights in int8 or int4, or is skipped. A `SkipMa
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -48,9 +49,10 @@ class DraftPlan:
     ) -> None:  # fmt: skip
         none = SkipMask(num_layers=skip.num_layers)
         int8, int4 = int8 or none, int4 or none
-        for one, other, names in ((skip, int8, "skip and int8"), (skip, int4, "skip and int4"), (int8, int4, "int8 and int4")):
-            if both := list((one & other).sublayers()):
-                raise MaskError(f"{names} share {both[0][0]} {both[0][1]}, a sublayer has one form; remove it from one")
+        masks = {"skip": skip, "int8": int8, "int4": int4}
+        for one, other in itertools.combinations(masks, 2):
+            for kind, i in (masks[one] & masks[other]).sublayers():
+                raise MaskError(f"{one} and {other} share {kind} {i}, a sublayer has one form; remove it from one")
         if head not in HEAD_FORMS:
             raise MaskError(f"head.form is {head!r}, must be one of {', '.join(HEAD_FORMS)}; correct it")
         ids = None if head_ids is None else _checked_ids(head_ids)
@@ -63,7 +65,9 @@ class DraftPlan:
         return plan if isinstance(plan, DraftPlan) else cls(plan)
 
     @classmethod
-    def from_forms(cls, forms: Sequence[str], head: HeadForm = "full", head_ids: Iterable[int] | None = None) -> DraftPlan:
+    def from_forms(
+        cls, forms: Sequence[str], head: HeadForm = "full", head_ids: Iterable[int] | None = None
+    ) -> DraftPlan:  # fmt: skip
         """A plan from 2L forms: attention 0..L-1, then mlp 0..L-1."""
         for number, form in enumerate(forms):
             if form not in FORMS:
@@ -72,9 +76,20 @@ class DraftPlan:
         return cls(**of, head=head, head_ids=head_ids)
 
     @classmethod
+    def in_form(
+        cls, form: Quantised, sublayers: SkipMask, skip: SkipMask | None = None, head: HeadForm = "full",
+        head_ids: Iterable[int] | None = None,
+    ) -> DraftPlan:  # fmt: skip
+        """Some sublayers in one quantised form, without those that are skipped."""
+        skip = skip or SkipMask(num_layers=sublayers.num_layers)
+        left = sublayers - skip
+        return cls(skip, left if form == "int8" else None, left if form == "int4" else None, head, head_ids)
+
+    @classmethod
     def everywhere(cls, form: Quantised, num_layers: int, head: HeadForm | None = None) -> DraftPlan:
         """All sublayers in one quantised form, and the head too unless another form is given."""
-        return cls.from_forms([form] * (2 * num_layers), form if head is None else head)
+        every = SkipMask.from_bits([True] * 2 * num_layers)
+        return cls.in_form(form, every, head=form if head is None else head)
 
     @property
     def num_layers(self) -> int:

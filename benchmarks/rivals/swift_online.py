@@ -21,7 +21,7 @@ from skipsearch import SkipMask, draft_view
 from skipsearch.decoding.drafter import Draft, Drafter
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import Block
-from skipsearch.evaluate.mask_replay import MaskReplay
+from skipsearch.evaluate.draft_replay import DraftReplay
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.trace import Trace
 from skipsearch.model.target import Target
@@ -87,7 +87,7 @@ class Swift:
         trace = Trace(prompts=(tuple(text[:start]),), continuations=(tuple(text[start:]),), new_tokens=CONTEXT)
         reference = sequences.cache.keys_and_values(len(text) + 2 * CONTEXT)
         replay = Replay(self.target, trace, CONTEXT, reference=reference)
-        correct_SK, _ = MaskReplay(replay, mask).evaluate([(0, start)])
+        correct_SK, _ = DraftReplay(replay, mask).evaluate([(0, start)])
         return float(correct_SK.float().mean())
 
     @property

@@ -13,20 +13,25 @@ from torch import Tensor
 from transformers import CompileConfig, StaticCache, StoppingCriteria, StoppingCriteriaList
 
 from skipsearch.decoding.stats import DecodeStats
+from skipsearch.draft.copies import possible_forms
 from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.prompts import Ids
 from skipsearch.evaluate.timing import Arm, Run, our_arm
+from skipsearch.evaluate.validate import arm_of
 from skipsearch.mask import SkipMask
 from skipsearch.model.device import synchronize
 from skipsearch.model.target import Target
+from skipsearch.plan import DraftPlan
 from skipsearch.policy import NGRAM, DraftPolicy
 
 HF_EAGER, HF_STATIC = "HF eager", "HF static compiled"
 HF_LOOKUP, HF_ASSISTED = "HF prompt lookup", "HF assisted by view"
 EAGER, PLAIN, AGAIN, MASK = "plain eager", "plain", "plain again (A/A)", "mask"
-LOOKUP, HYBRID, PREFIX = "n-gram", "hybrid", "prefix exit"
-NEED_MASK = (HF_ASSISTED, MASK, HYBRID, PREFIX)
-NAMES = (HF_EAGER, HF_STATIC, HF_LOOKUP, HF_ASSISTED, EAGER, PLAIN, AGAIN, LOOKUP, MASK, HYBRID, PREFIX)
+LOOKUP, HYBRID, PREFIX, PLAN, ALL_INT8 = "n-gram", "hybrid", "prefix exit", "plan", "all int8"
+NEED_MASK = (HF_ASSISTED, MASK, PLAN, HYBRID, PREFIX)
+NAMES = (
+    HF_EAGER, HF_STATIC, HF_LOOKUP, HF_ASSISTED, EAGER, PLAIN, AGAIN, LOOKUP, ALL_INT8, MASK, PLAN, HYBRID, PREFIX,
+)  # fmt: skip
 
 
 class _Clock(StoppingCriteria):  # type: ignore[misc]
@@ -96,11 +101,23 @@ def prefix_mask(mask: SkipMask) -> SkipMask:
     return SkipMask(attention=behind, mlp=behind, num_layers=mask.num_layers)
 
 
-def arms(target: Target, mask: SkipMask | None, policy: DraftPolicy, longest: int, hf: bool = True) -> dict[str, Arm]:
+def drafted_by(target: Target, plan: DraftPlan | None) -> dict[str, DraftPlan]:
+    """The plan of each arm that drafts with one of its own or with the one given."""
+    found = {}
+    if possible_forms(target.model)["int8"] is None:
+        found[ALL_INT8] = DraftPlan.everywhere("int8", target.num_layers)
+    if plan is not None:
+        found |= {arm_of(plan): plan, HYBRID: plan}
+    if plan is not None and plan.only_skips:
+        found[PREFIX] = DraftPlan(prefix_mask(plan.skip))
+    return found
+
+
+def arms(target: Target, plan: DraftPlan | None, policy: DraftPolicy, longest: int, hf: bool = True) -> dict[str, Arm]:
     """All arms by name.
 
     Args:
-        mask, policy: for the arms that draft with a mask; None leaves them out.
+        plan, policy: for the arms that draft with a plan; None leaves them out. One that quantises is no mask.
         longest: tokens of the longest sequence.
         hf: whether to measure the methods of transformers too.
     """
@@ -110,16 +127,16 @@ def arms(target: Target, mask: SkipMask | None, policy: DraftPolicy, longest: in
         if target.compiled is not None:
             found[HF_STATIC] = hf_static(target, longest)
         found[HF_LOOKUP] = hf_arm(target, prompt_lookup_num_tokens=NGRAM)
-        if mask is not None:
-            found[HF_ASSISTED] = hf_arm(target, assistant_model=draft_view(target.model, mask))
+        if plan is not None:
+            found[HF_ASSISTED] = hf_arm(target, assistant_model=draft_view(target.model, plan))
     if target.compiled is not None:
         found[EAGER] = our_arm(dataclasses.replace(target, compiled=None))
     found |= {PLAIN: our_arm(target), AGAIN: our_arm(target)}
     lookup = DraftPolicy.ngrams_alone(policy.costs)
     found[LOOKUP] = our_arm(target, None, lookup)
-    if mask is not None:
-        found[MASK] = our_arm(target, mask, policy.mask_alone())
-        served = dataclasses.replace(policy, ngram=policy.ngram or NGRAM, never_slower=True)
-        found[HYBRID] = our_arm(target, mask, served)
-        found[PREFIX] = our_arm(target, prefix_mask(mask), DraftPolicy(max_length=4, exit_threshold=0.5))
-    return found
+    served = dataclasses.replace(policy, ngram=policy.ngram or NGRAM, never_slower=True)
+    policies = {
+        ALL_INT8: DraftPolicy(), MASK: policy.mask_alone(), PLAN: policy.mask_alone(), HYBRID: served,
+        PREFIX: DraftPolicy(max_length=4, exit_threshold=0.5),
+    }  # fmt: skip
+    return found | {name: our_arm(target, of, policies[name]) for name, of in drafted_by(target, plan).items()}

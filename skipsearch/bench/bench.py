@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,22 +17,24 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from skipsearch.bench.arms import HYBRID, MASK, NAMES, NEED_MASK, PLAIN, PREFIX, arms, prefix_mask
+from skipsearch.bench.arms import NAMES, NEED_MASK, PLAIN, arms, drafted_by
 from skipsearch.bench.groups import prompt_groups
 from skipsearch.bench.machine import copy_bandwidth, energy_meter, peak_memory, read_bandwidth
 from skipsearch.bench.rows import group_rows, joined
 from skipsearch.compiled.backend import Backend, Progress, warm_plan, with_backend
+from skipsearch.draft.forms import is_quantised
+from skipsearch.draft.head import DraftHead
 from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendWarning, SkipsearchError
 from skipsearch.evaluate.clock import sequence_at, timed
 from skipsearch.evaluate.prompts import Ids
 from skipsearch.evaluate.timing import Arm, Run, time_interleaved
 from skipsearch.evaluate.trace import DecodeSettings
-from skipsearch.mask import SkipMask
 from skipsearch.maskfile import MaskFile
 from skipsearch.model.device import device_name
 from skipsearch.model.load import Loaded, check_mask_belongs
 from skipsearch.model.target import Target
+from skipsearch.plan import DraftPlan
 from skipsearch.policy import DraftPolicy
 from skipsearch.search.options import MAX_LENGTH
 
@@ -64,16 +66,18 @@ class BenchOptions:
 
 def weight_bytes(model: PreTrainedModel) -> int:
     """Bytes of weights that a forward of a few tokens reads: all but an embedding that is not also the head."""
-    unique = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
+    tensors = [*model.parameters(), *(b for m in model.modules() if is_quantised(m) for b in m.buffers())]
+    unique = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embedding is not None and (head is None or head.weight.data_ptr() != embedding.weight.data_ptr()):
+    shared = head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
+    if embedding is not None and (not shared or isinstance(head, DraftHead)):
         unique.pop(embedding.weight.data_ptr(), None)
     return sum(unique.values())
 
 
-def step_costs(target: Target, mask: SkipMask, context: int, repeats: int = 15) -> tuple[float, float]:
+def step_costs(target: Target, plan: DraftPlan, context: int, repeats: int = 15) -> tuple[float, float]:
     """Seconds of a draft step and of a plain step at a context length: medians, measured alternately."""
-    drafting = sequence_at(target, draft_view(target.model, mask), context, MAX_LENGTH)
+    drafting = sequence_at(target, draft_view(target.model, plan), context, MAX_LENGTH)
     plain = sequence_at(target, None, context, MAX_LENGTH)
     draft, step = [], []
     for turn in range(repeats + 3):
@@ -86,14 +90,14 @@ def step_costs(target: Target, mask: SkipMask, context: int, repeats: int = 15) 
 
 
 def bench(
-    target: Target, groups: dict[str, tuple[Ids, ...]], mask: SkipMask | None, policy: DraftPolicy,
+    target: Target, groups: dict[str, tuple[Ids, ...]], plan: DraftPlan | None, policy: DraftPolicy,
     options: BenchOptions, progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure all arms on all groups of prompts.
 
     Args:
         groups: token ids of prompts, by name of the group.
-        mask, policy: for the arms that draft with a mask; None leaves them out.
+        plan, policy: for the arms that draft with a plan; None leaves them out.
 
     Returns:
         {"machine": .., "settings": .., "rows": one per group and arm, those of group "all" last}, ready for JSON.
@@ -101,19 +105,19 @@ def bench(
     Raises:
         SkipsearchError: an arm is unknown, or needs a mask that was not given.
     """
-    _check_arms(options, mask)
+    _check_arms(options, plan)
     target = with_backend(target, options.backend, progress)
-    if mask is not None:
-        for drafted in (mask, prefix_mask(mask)):
+    for name, drafted in drafted_by(target, plan).items():
+        if not options.only or name in options.only:
             warm_plan(target, drafted, progress)
     longest = max(len(prompt) for group in groups.values() for prompt in group) + options.new_tokens + MAX_LENGTH + 1
-    every = arms(target, mask, policy, longest, options.hf)
+    every = arms(target, plan, policy, longest, options.hf)
     chosen = {name: arm for name, arm in every.items() if not options.only or name in options.only or name == PLAIN}
     memory = _warm_up(target, chosen, next(iter(groups.values()))[0], options.new_tokens, progress)
     energy = {name: list[tuple[float, int]]() for name in chosen}
     metered = {name: _metered(arm, energy_meter(target.device), energy[name]) for name, arm in chosen.items()}
     context = round(statistics.mean(len(p) + options.new_tokens / 2 for group in groups.values() for p in group))
-    costs, full = _draft_costs(target, mask, context), weight_bytes(target.model)
+    costs, full = _draft_costs(target, plan, chosen, context), weight_bytes(target.model)
     bandwidth = copy_bandwidth(target.device)
     settings = DecodeSettings(new_tokens=options.new_tokens, rounds=options.rounds, seed=options.seed)
     timings = [
@@ -144,11 +148,11 @@ def bench(
     }  # fmt: skip
 
 
-def _check_arms(options: BenchOptions, mask: SkipMask | None) -> None:
+def _check_arms(options: BenchOptions, plan: DraftPlan | None) -> None:
     for name in options.only:
         if name not in NAMES:
             raise SkipsearchError(f"arm is {name!r}, must be one of: {'; '.join(NAMES)}")
-        if name in NEED_MASK and mask is None:
+        if name in NEED_MASK and plan is None:
             raise SkipsearchError(f"arm {name!r} needs a mask, got none; pass one with --mask")
 
 
@@ -164,11 +168,13 @@ def _warm_up(
     return memory
 
 
-def _draft_costs(target: Target, mask: SkipMask | None, context: int) -> dict[str, dict[str, float]]:
-    """For each arm that drafts with a mask: cost ratio "c" and "bytes" of weights that a draft step reads."""
+def _draft_costs(
+    target: Target, plan: DraftPlan | None, chosen: Container[str], context: int
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """For each arm that drafts with a plan: cost ratio "c" and "bytes" of weights that a draft step reads."""
     costs = {}
-    for name, drafted in {MASK: mask, HYBRID: mask, PREFIX: prefix_mask(mask) if mask else None}.items():
-        if drafted is not None:
+    for name, drafted in drafted_by(target, plan).items():
+        if name in chosen:
             draft, plain = step_costs(target, drafted, context)
             costs[name] = {"c": draft / plain, "bytes": weight_bytes(draft_view(target.model, drafted))}
     return costs
@@ -188,16 +194,16 @@ def bench_file(loaded: Loaded, file: MaskFile | None, options: BenchOptions, pro
         options.sources, loaded.tokenizer, per_group=options.per_group, room=room, seed=options.seed,
         vocabulary=loaded.target.vocabulary,
     )  # fmt: skip
-    mask, policy = None, DraftPolicy()
+    plan, policy = None, DraftPolicy()
     if file is not None:
         check_mask_belongs(file, loaded.target)
-        mask, policy = file.drafting_mask, file.draft
+        plan, policy = file.drafting_plan, file.draft
         tuned = file.evidence.backend if file.evidence is not None else None
         now = with_backend(loaded.target, options.backend, progress).backend
         if tuned is not None and tuned != now:
             text = f"the mask was tuned for backend {tuned!r}, measuring with {now!r}: another mask may be faster"
             warnings.warn(text, BackendWarning, stacklevel=2)
-    return bench(loaded.target, groups, mask, policy, options, progress)
+    return bench(loaded.target, groups, plan, policy, options, progress)
 
 
 def _metered(arm: Arm, joules: Callable[[], float | None], energy: list[tuple[float, int]]) -> Arm:

@@ -126,7 +126,7 @@ def _methods(
     elif on_the_fly:
         name, method = ON_THE_FLY, self_speculative("auto", start=mask, seed=seed, share=share, backend=backend)
     else:
-        name, method = ("plain", plain) if mask is None else ("mask", self_speculative(mask, backend=backend))
+        name, method = ("plain", plain) if mask is None else (_name(mask), self_speculative(mask, backend=backend))
     return {"plain": plain, name: method} if compare else {name: method}
 
 
@@ -168,8 +168,14 @@ def _found(saved: Path, start: Path | None) -> str:
     """What was saved: a new mask, or the one that the search started with."""
     from skipsearch.maskfile import load_mask
 
-    kept = start is not None and load_mask(saved).mask == load_mask(start).mask
+    kept = start is not None and load_mask(saved).plan == load_mask(start).plan
     return "the mask it began with, which nothing beat" if kept else "what was found"
+
+
+def _name(mask: Path) -> str:
+    from skipsearch.maskfile import load_mask
+
+    return "mask" if load_mask(mask).plan.only_skips else "plan"
 
 
 def _backend_of(mask: Path | None) -> Literal["eager", "compiled"]:

@@ -40,7 +40,10 @@ def run(
     dtype: opt.Dtype = "auto", device: opt.Device = "auto", revision: opt.Revision = None, trust: opt.Trust = False,
     as_json: opt.Json = False, debug: opt.Debug = False,
 ) -> None:  # fmt: skip
-    """Search a mask, validate it on held-out prompts, and write mask.json. Run it again to continue."""
+    """Search what the draft skips and quantises, validate it on held-out prompts, and write mask.json.
+
+    Run it again to continue.
+    """
     begin = time.monotonic()
     options = opt.search_options(
         prompts, prompt_column, prompt_config, prompt_split, chat, trials=trials, time_budget=time_budget or None,
@@ -55,7 +58,7 @@ def run(
     loading = time.monotonic() - begin
     if options.time_budget is not None:
         options = replace(options, time_budget=max(1.0, options.time_budget - loading))
-    from skipsearch.report.cells import draw_mask, draw_sensitivity
+    from skipsearch.report.cells import draw_plan, draw_sensitivity
     from skipsearch.report.tables import front_table, summary_table, verdict_line
     from skipsearch.search.result import summary
     from skipsearch.search.run import search
@@ -67,7 +70,7 @@ def run(
     fronts = [front_table(result.front, result.file.provenance.trial)] if pareto else []
     chat = chat and bool(loaded.tokenizer.chat_template)
     next_step = f"\nNext: {_next_step(model, result.folder, data, chat)}"
-    cells = draw_mask(result.mask)
+    cells = draw_plan(result.plan)
     try:
         loss = json.loads((result.folder / "sensitivity.json").read_text())["loss"]
         cells.append("\n").append_text(draw_sensitivity(loss, result.mask.num_layers))

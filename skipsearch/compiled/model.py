@@ -90,6 +90,10 @@ class CompiledModel:
     def packs(self) -> bool:
         return self.pieces.packed is not None
 
+    def products(self, modules: Sequence[nn.Module], row: Tensor) -> list[Callable[[Tensor], Any]]:
+        """Linear layers of one build, as functions of a row."""
+        return self.pieces.products(modules, row)
+
     def fits(self) -> bool:
         """Whether the model's weights are still those that were packed, if any were."""
         return self.pieces.packed is None or self.pieces.packed.fits()

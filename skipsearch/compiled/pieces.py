@@ -1,9 +1,9 @@
 """Pieces: the model cut at its layers, each kind of piece compiled once.
 
 There is a head (embeddings, positions, attention masks), one piece for each different build of layer, and a tail
-(final norm, logits, the likeliest token and its probability) for each build of it. Weights are inputs of a piece, so layers of the same
-build share one. A draft is a shorter list of calls of the same pieces, so a new mask compiles nothing new. Attention
-reads static buffers whose length is a symbol, so nothing is compiled again as the context grows.
+(final norm, logits, the likeliest token and its probability) for each build of it. Weights are inputs of a piece, so
+layers of the same build share one. A draft is a shorter list of calls of the same pieces, so a new mask compiles
+nothing new. Attention reads static buffers whose length is a symbol, so nothing is compiled again as the context grows.
 
 Does not patch the model: pieces are traced from copies of its modules that share the tensors.
 Shapes: Q tokens of a forward, C tokens of a buffer, T slots that attention reads, H heads, D head size.
@@ -16,6 +16,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -39,7 +40,7 @@ from skipsearch.compiled.tracing import (
     read_calls,
     tensors_of,
 )  # fmt: skip
-from skipsearch.draft.forms import Int4Linear, Int8Linear
+from skipsearch.draft.forms import Int8Linear, is_quantised
 from skipsearch.draft.head import DraftHead
 from skipsearch.draft.view import RemovedLayer, with_layers
 from skipsearch.errors import BackendError
@@ -138,7 +139,7 @@ class Pieces:
             recorders = [Recorder(layer, self.as_tuple, self.calls) for layer in modules]
             outside = self._outside_of(with_layers(cast(PreTrainedModel, model), self.path, recorders))
         parts = [*(layer.module for layer in found), outside.module]
-        quantised = any(isinstance(m, Int8Linear | Int4Linear) for part in parts for m in part.modules())
+        quantised = any(is_quantised(m) for part in parts for m in part.modules())
         self._stacks[model] = stack = Stack(found, outside, next(self._numbers), quantised)
         return stack
 
@@ -154,6 +155,24 @@ class Pieces:
             if isinstance(part, Int8Linear):
                 part.fused = True
         return cast(nn.Module, copied)
+
+    def products(self, modules: Sequence[nn.Module], row: Tensor) -> list[Callable[[Tensor], Any]]:
+        """Linear layers of one build as functions of a row, each one piece."""
+        found: list[Callable[[Tensor], Any]] = []
+        for module in modules:
+            copied = cast(nn.Sequential, self._copy(nn.Sequential(module)))
+            names, tensors = tensors_of(copied)
+
+            def run(row: Tensor, *tensors: Tensor, copied: Any = copied, names: Any = names) -> list[Tensor]:
+                return [torch.func.functional_call(copied, dict(zip(names, tensors, strict=True)), (row,))]
+
+            def examples(tensors: Any = tensors) -> list[Tensor]:
+                return [row, *tensors]
+
+            key = ("product", build_of(copied, names, tensors), row.shape, row.dtype)
+            piece = self._piece(key, run, examples, [()] * (1 + len(tensors)))
+            found.append(partial(_of_row, piece, tensors))
+        return found
 
     def head(self, width: int) -> Piece:
         """(*tensors outside of layers, ids [1, C], positions [N], slots [T], at [2]) -> hidden, slots [Q], extras.
@@ -269,6 +288,10 @@ def _check(model: PreTrainedModel) -> None:
             f"the model's attention is {model.config._attn_implementation!r}, must be 'sdpa' or 'eager'; "
             f"load it with attn_implementation='sdpa'"
         )
+
+
+def _of_row(piece: Piece, tensors: Sequence[Tensor], row: Tensor) -> Any:
+    return piece(row, *tensors)
 
 
 def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:

@@ -156,10 +156,14 @@ def copies_bytes(model: PreTrainedModel, plan: DraftPlan, made: bool = True) -> 
 
 
 def possible_forms(model: PreTrainedModel) -> dict[Quantised, str | None]:
-    """For each quantised form, why not even half of the sublayers can have it; None if they can."""
+    """For each quantised form, why not even half of the sublayers, or not the head, can have it; None if they can."""
     found: dict[Quantised, str | None] = {}
     every = [(kind, i) for kind in KINDS for i in range(find_sublayers(model).num_layers)]
+    head = model.get_output_embeddings()
+    weight = None if head is None else weight_of(head)
     for form in QUANTISED:
         reasons = [why for sub in every if (why := obstacle(model, sub, form))]
         found[form] = reasons[0] if 2 * len(reasons) > len(every) else None
+        if found[form] is None:
+            found[form] = f"its head is a {type(head).__name__}" if weight is None else why_not(weight, form)
     return found

@@ -107,12 +107,17 @@ def has_operator(name: str, device: str) -> bool:
     return hasattr(torch.ops.aten, name) and torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key)
 
 
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a module is a linear layer in a quantised form."""
+    return isinstance(module, Int8Linear | Int4Linear)
+
+
 def weight_of(module: nn.Module) -> Tensor | None:
     """The weights [O, I] of a linear layer that can be quantised; None for any other module."""
     if type(module) is Conv1D:
         return cast(Tensor, module.weight).detach().t()
-    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward and (
-        type(module).__name__ != "FalconLinear"
+    if not isinstance(module, nn.Linear) or (
+        type(module).forward is not nn.Linear.forward and (type(module).__name__ != "FalconLinear")
     ):
         return None  # a layer that is quantised already, or computes something else
     weight = module.weight

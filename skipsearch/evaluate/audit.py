@@ -20,6 +20,7 @@ from skipsearch.evaluate.prompts import Ids
 from skipsearch.evaluate.timing import OurArm
 from skipsearch.mask import SkipMask
 from skipsearch.model.target import Target
+from skipsearch.plan import DraftPlan
 from skipsearch.policy import DraftPolicy
 
 # With logits off by r, two tokens may change places if they lie within 2 r; r is measured in a pass of other
@@ -68,15 +69,15 @@ class Audit:
 
 
 def audit(
-    target: Target, prompts: tuple[Ids, ...], mask: SkipMask | None, policy: DraftPolicy, *, new_tokens: int,
-    progress: Progress,
+    target: Target, prompts: tuple[Ids, ...], plan: SkipMask | DraftPlan | None, policy: DraftPolicy, *,
+    new_tokens: int, progress: Progress,
 ) -> Audit:  # fmt: skip
-    """Decode every prompt plainly and with the mask, and explain each difference.
+    """Decode every prompt plainly and with the plan, and explain each difference.
 
     Holds a full-precision copy of the model while it explains one.
     """
     target = replace(target, compiled=None)
-    draft = None if mask is None else draft_view(target.model, mask)
+    draft = None if plan is None else draft_view(target.model, plan)
     exact: PreTrainedModel | None = None
     found, tokens = [], 0
     for number, prompt in enumerate(prompts):

@@ -18,7 +18,7 @@ from scipy.stats import bootstrap, spearmanr
 
 from skipsearch.compiled.backend import Progress, warm_plan
 from skipsearch.evaluate.cost import Point
-from skipsearch.evaluate.mask_replay import MaskReplay
+from skipsearch.evaluate.draft_replay import DraftReplay
 from skipsearch.evaluate.objective import score_policy
 from skipsearch.evaluate.profile import profile
 from skipsearch.evaluate.prompts import Ids
@@ -120,7 +120,7 @@ def _at(
     expected = statistics.median(1 / point.verify[0] for point in points)
     replay, predicted, at_first = Replay(target, trace, LONGEST), list[float](), list[float]()
     for mask, policy in chosen:
-        drafts = MaskReplay(replay, mask)
+        drafts = DraftReplay(replay, mask)
         speeds = [score_policy(drafts, policy, point).tokens_per_second for point in points]
         predicted.append(statistics.median(speeds))
         at_first.append(speeds[0])  # by the first profile alone, which is what a search has

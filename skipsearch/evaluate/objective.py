@@ -19,12 +19,14 @@ from scipy.optimize import isotonic_regression
 
 from skipsearch.decoding.exit_rule import ExitRule
 from skipsearch.evaluate.cost import Point, draft_step
-from skipsearch.evaluate.mask_replay import MaskReplay
+from skipsearch.evaluate.draft_replay import DraftReplay
 from skipsearch.evaluate.windows import Part, PositionOutcomes, WindowReplay
 from skipsearch.mask import SkipMask
+from skipsearch.plan import DraftPlan
 from skipsearch.policy import DraftPolicy
 
 Array = NDArray[Any]
+Plan = SkipMask | DraftPlan
 
 BINS = 16  # of the confidence, in a calibrated exit
 TRIED = (1, 2, 3, 4, 6)  # lengths, in trials
@@ -35,7 +37,7 @@ Fidelity = Literal["first", "part", "whole"]  # how much of a trace a score is m
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """What a mask is worth with its best policy, predicted.
+    """What a plan is worth with its best policy, predicted.
 
     Attributes:
         tokens_per_second, speedup: the latter against plain decoding in the same runtime.
@@ -45,7 +47,7 @@ class Score:
         fidelity: how much of the trace was scored; scores of parts are scaled.
     """
 
-    mask: SkipMask
+    plan: DraftPlan
     policy: DraftPolicy
     tokens_per_second: float
     speedup: float
@@ -54,14 +56,19 @@ class Score:
     cost_ratio: float
     fidelity: Fidelity = "whole"
 
+    @property
+    def mask(self) -> SkipMask:
+        """What the plan skips."""
+        return self.plan.skip
 
-def throughput(blocks: Counter[tuple[int, int]], mask: SkipMask, policy: DraftPolicy, point: Point) -> Score:
+
+def throughput(blocks: Counter[tuple[int, int]], plan: Plan, policy: DraftPolicy, point: Point) -> Score:
     """Tokens over seconds: the sum of n + 1, over the sum of starting a draft, k draft steps and a verify of k.
 
     Args:
         blocks: how many blocks drafted k tokens and had n of them accepted, by (k, n).
     """
-    step = draft_step(point, mask, policy.uses_confidence)
+    step = draft_step(point, plan, policy.uses_confidence)
     verifies = sum(blocks.values())
     drafted = sum(k * count for (k, _), count in blocks.items())
     accepted = sum(n * count for (_, n), count in blocks.items())
@@ -69,26 +76,26 @@ def throughput(blocks: Counter[tuple[int, int]], mask: SkipMask, policy: DraftPo
     seconds = (drafted + point.first * begun) * step + sum(point.verify[k] * n for (k, _), n in blocks.items())
     speed = (accepted + verifies) / seconds if seconds else 1 / point.verify[0]
     return Score(
-        mask=mask, policy=policy, tokens_per_second=speed, speedup=speed * point.verify[0],
+        plan=DraftPlan.of(plan), policy=policy, tokens_per_second=speed, speedup=speed * point.verify[0],
         acceptance_rate=accepted / drafted if drafted else 0.0, tau=accepted / verifies + 1 if verifies else 1.0,
         cost_ratio=step / point.verify[0],
     )  # fmt: skip
 
 
 def score(drafts: WindowReplay, point: Point, part: Part | None = None) -> Score:
-    """The best of some policies for a mask and what it would reach on this part of the trace, or on all of it."""
+    """The best of some policies for a plan and what it would reach on this part of the trace, or on all of it."""
     # Trials cannot tell neighbouring policies apart. They estimate longer drafts than they run.
     lengths = [k for k in TRIED if k < len(point.verify)]
-    return estimate(drafts.outcomes(part), drafts.mask, point, lengths)
+    return estimate(drafts.outcomes(part), drafts.plan, point, lengths)
 
 
-def best_policy(outcomes: Sequence[PositionOutcomes], mask: SkipMask, point: Point) -> Score:
+def best_policy(outcomes: Sequence[PositionOutcomes], plan: Plan, point: Point) -> Score:
     """The best of all policies: fixed lengths, exits, the exit that adapts from the best one, the calibrated exit."""
-    best = estimate(outcomes, mask, point, range(1, len(point.verify)), THRESHOLDS)
-    others = [calibrated(outcomes, mask, best.tokens_per_second, point)]
+    best = estimate(outcomes, plan, point, range(1, len(point.verify)), THRESHOLDS)
+    others = [calibrated(outcomes, plan, best.tokens_per_second, point)]
     if best.policy.exit_threshold is not None:
         others.append(replace(best.policy, adaptive=True))
-    scores = [throughput(follow(outcomes, policy), mask, policy, point) for policy in others]
+    scores = [throughput(follow(outcomes, policy), plan, policy, point) for policy in others]
     return max((best, *scores), key=lambda s: s.tokens_per_second)
 
 
@@ -107,7 +114,7 @@ def follow(outcomes: Sequence[PositionOutcomes], policy: DraftPolicy) -> Counter
 
 
 def estimate(
-    outcomes: Sequence[PositionOutcomes], mask: SkipMask, point: Point, lengths: Sequence[int],
+    outcomes: Sequence[PositionOutcomes], plan: Plan, point: Point, lengths: Sequence[int],
     thresholds: Sequence[float | None] = THRESHOLDS[::2],
 ) -> Score:  # fmt: skip
     """The best of these policies and what it would reach, if a token's outcome depended on its position alone."""
@@ -115,7 +122,7 @@ def estimate(
     scores = []
     for i, j in itertools.product(range(len(thresholds)), range(len(lengths))):
         blocks = Counter({(int(k), int(n)): int(counts[i, j, k, n]) for k, n in np.argwhere(counts[i, j])})
-        scores.append(throughput(blocks, mask, DraftPolicy(max_length=lengths[j], exit_threshold=thresholds[i]), point))
+        scores.append(throughput(blocks, plan, DraftPolicy(max_length=lengths[j], exit_threshold=thresholds[i]), point))
     return max(scores, key=lambda s: s.tokens_per_second)
 
 
@@ -148,7 +155,7 @@ def _counts(outcomes: Sequence[PositionOutcomes], lengths_K: Array, thresholds_T
     return counts
 
 
-def calibrated(outcomes: Sequence[PositionOutcomes], mask: SkipMask, rate: float, point: Point) -> DraftPolicy:
+def calibrated(outcomes: Sequence[PositionOutcomes], plan: Plan, rate: float, point: Point) -> DraftPolicy:
     """The exit that stops when one more token is expected to bring less than its seconds bring elsewhere.
 
     The next token is committed with the chance that all before it are right, times its own acceptance. It costs a
@@ -163,7 +170,7 @@ def calibrated(outcomes: Sequence[PositionOutcomes], mask: SkipMask, rate: float
     rates = [(sum(b) + 2 * (i + 0.5) / BINS) / (len(b) + 2) for i, b in enumerate(bins)]
     curve = isotonic_regression(rates, weights=[len(b) + 2 for b in bins]).x
     mean = sum(map(sum, bins)) / max(1, sum(map(len, bins)))
-    step = draft_step(point, mask, exit_check=True)
+    step = draft_step(point, plan, exit_check=True)
     longest = len(point.verify) - 1
     adds = [
         max(0.0, point.verify[min(k + 1, longest)] - point.verify[min(k, longest - 1)]) for k in range(1, longest + 1)
@@ -174,19 +181,19 @@ def calibrated(outcomes: Sequence[PositionOutcomes], mask: SkipMask, rate: float
     )
 
 
-def standard_error(drafts: MaskReplay, policy: DraftPolicy, point: Point) -> float:
+def standard_error(drafts: DraftReplay, policy: DraftPolicy, point: Point) -> float:
     """Of the predicted speed-up, over prompts: the jackknife, since it is a ratio of sums."""
     drafts.walk(policy)
     prompts = drafts.by_prompt
     if len(prompts) < 2:
         return math.nan
     without = [
-        throughput(sum((b for j, b in enumerate(prompts) if j != i), Counter()), drafts.mask, policy, point).speedup
+        throughput(sum((b for j, b in enumerate(prompts) if j != i), Counter()), drafts.plan, policy, point).speedup
         for i in range(len(prompts))
     ]
     return statistics.pstdev(without) * math.sqrt(len(prompts) - 1)
 
 
-def score_policy(drafts: MaskReplay, policy: DraftPolicy, point: Point) -> Score:
-    """The score of a mask with a given policy."""
-    return throughput(drafts.walk(policy), drafts.mask, policy, point)
+def score_policy(drafts: DraftReplay, policy: DraftPolicy, point: Point) -> Score:
+    """The score of a plan with a given policy."""
+    return throughput(drafts.walk(policy), drafts.plan, policy, point)

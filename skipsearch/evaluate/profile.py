@@ -12,7 +12,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,8 +27,9 @@ from skipsearch.evaluate.clock import sequence_at
 from skipsearch.evaluate.cost import Costs, Point, draft_step
 from skipsearch.evaluate.design import Arm, Design, choose_design, timed_arm
 from skipsearch.files import write_json
-from skipsearch.mask import SkipMask
+from skipsearch.mask import KINDS, SkipMask
 from skipsearch.model.target import Target
+from skipsearch.plan import DraftPlan, Form, Quantised
 
 WARM_UP, LEAST, MOST = 1, 3, 12  # turns that are not counted; the fewest and the most that are
 RESAMPLED = 16  # times, for a standard error
@@ -40,12 +41,13 @@ Times = dict[Arm | None, list[list[tuple[float, float]]]]
 
 def profile(
     target: Target, *, contexts: list[int], max_length: int, progress: Progress, seconds: float = 60,
-    temperature: float = 0.0, known: Sequence[Point] = (), keep: Callable[[list[Point]], None] = lambda points: None,
+    temperature: float = 0.0, forms: Sequence[Quantised] = (), known: Sequence[Point] = (),
+    keep: Callable[[list[Point]], None] = lambda points: None,
 ) -> tuple[Point, ...]:  # fmt: skip
     """Measure whole blocks at each context length, as decoding runs them, and separate their parts by difference.
 
     A draft of K tokens takes K steps and something to begin; a step takes the sum of what runs. One system of equations
-    separates them. Its rows are drafts of masks of all densities, since weights that fit into a cache cost less than
+    separates them. Its rows are drafts of plans of all densities, since weights that fit into a cache cost less than
     their share, each in front of a verify of another length. Arms take turns and the median counts, so that a short
     disturbance affects all of them alike. Turns end when the plain step, a draft step and the verifies have a relative
     standard error under 2 % (bootstrap over turns). A verify of more tokens never costs less than one of fewer;
@@ -55,16 +57,17 @@ def profile(
 
     Args:
         seconds: the most that timing may take.
+        forms: quantised forms to price.
         known: points of the first contexts, which are not measured again.
         keep: called with all points so far after each context.
     """
-    design = choose_design(target, max_length)
-    views = [draft_view(target.model, mask) for mask in design.masks]
+    design = choose_design(target, max_length, forms)
+    views = [draft_view(target.model, plan) for plan in design.plans]
     points = list(known)
     begin = time.perf_counter()
     for number, context in enumerate(contexts[len(points) :], len(points)):
         share = FIRST_CONTEXT + (1 - FIRST_CONTEXT) * number / max(1, len(contexts) - 1) if len(contexts) > 1 else 1.0
-        sequence = sequence_at(target, views[0], context, max_length, temperature)  # one cache for all masks
+        sequence = sequence_at(target, views[0], context, max_length, temperature)  # one cache for all plans
         solve = partial(_solve, design=design, context=context, known=points[0] if points else None)
 
         def turned(part: float, number: int = number) -> None:
@@ -86,7 +89,7 @@ def _take_turns(
     for turn in range(WARM_UP + MOST):
         begin = time.perf_counter()
         for arm, known in times.items():
-            sequence.draft_with(views[0 if arm is None else arm.mask])
+            sequence.draft_with(views[0 if arm is None else arm.plan])
             found = timed_arm(sequence, arm)
             if turn >= WARM_UP:
                 known.append(found)
@@ -108,7 +111,8 @@ def _relative_error(times: Times, solve: Callable[[Times], Point]) -> float:
         point = solve({arm: [known[turn] for turn in chosen] for arm, known in times.items()})
         layers = len(point.attention)
         half = SkipMask(attention=range(0, layers, 2), mlp=range(1, layers, 2), num_layers=layers)
-        found.append([draft_step(point, half, False), *point.verify])
+        quantised = [draft_step(point, DraftPlan.everywhere("int8", layers), False)] if "int8" in point.forms else []
+        found.append([draft_step(point, half, False), *quantised, *point.verify])
     columns = np.array(found)
     return float((columns.std(0) / columns.mean(0).clip(1e-12)).max())
 
@@ -124,36 +128,63 @@ def _solve(times: Times, *, design: Design, context: int, known: Point | None = 
     Args:
         known: costs at another context; all but those of attention and verify are taken from it.
     """
-    arms = [arm for arm in times if arm is not None]
-    seconds, groups = np.array([_median(times, [arm], 0) for arm in arms]), design.groups
+    arms, groups = [arm for arm in times if arm is not None], design.groups
+    seconds = np.array([_median(times, [arm], 0) for arm in arms])
     verify = [_median(times, [arm for arm in arms if arm.verified == length], 1) for length in design.lengths]
-    given, free = [0.0] * (3 + len(groups)), [True] * (3 + len(groups))
-    firsts = np.linspace(0, 1, 11).tolist() if max(arm.drafted for arm in arms) > 1 else [0.0]
+    heads, forms = len(design.heads), list[Form](["run", *design.forms])
+    free = np.array([True] * (heads + 3 + len(forms) * len(groups)))
+    given, firsts = np.zeros(len(free)), np.linspace(0, 1, 11).tolist() if max(a.drafted for a in arms) > 1 else [0.0]
     if known is not None:
-        given = [known.rest, known.exit_check, known.crowding, *(getattr(known, g[0][0])[g[0][1]] for g in groups)]
-        free, firsts = [False] * 3 + [group[0][0] == "attention" for group in groups], [known.first]
-    columns = np.flatnonzero(free)
-    rest_of = np.where(free, 0.0, given)
+        priced = [dict(known.heads.get(form, ())).get(tokens, known.rest) for form, tokens in design.heads]
+        of_groups = [known.of(form, *group[0]) for form in forms for group in groups]
+        given = np.array([*priced, known.exit_check, known.crowding, known.mixing, *of_groups])
+        free[:] = False
+        free[heads + 3 : heads + 3 + len(groups)] = [group[0][0] == "attention" for group in groups]
+        firsts = [known.first]
     solved = []
     for first in firsts:  # enters non-linearly, so a grid search
-        steps = np.array([arm.steps(design.masks, groups, first) for arm in arms], float)
-        found, error = nnls(steps[:, columns] / seconds[:, None], 1 - steps @ rest_of / seconds)
+        steps = np.array([design.steps(arm, first) for arm in arms])
+        found, error = nnls(steps[:, free] / seconds[:, None], 1 - steps @ np.where(free, 0.0, given) / seconds)
         solved.append((error, first, found.tolist()))
     _, first, found = min(solved)
-    rest_of[columns] = found
-    rest, exit_check, crowding, *of_groups = map(float, rest_of)
-    cost = {sub: value for group, value in zip(groups, of_groups, strict=True) for sub in group}
-    layers = design.masks[0].num_layers
+    given[free] = found
+    point = _point(design, given.tolist(), context, first)
+    if known is not None:  # what keys and values of more tokens cost, they cost in every form
+        more = [now - before for now, before in zip(point.attention, known.attention, strict=True)]
+        changed = {}
+        for form, of_kind in point.forms.items():
+            both = zip(of_kind["attention"], more, strict=True)
+            changed[form] = {**of_kind, "attention": tuple(max(0.0, seconds + m) for seconds, m in both)}
+        point = replace(point, forms=changed)
+    return replace(
+        point, verify=(_median(times, [None], 1), *design.verify(list(itertools.accumulate(verify, max))))
+    )  # fmt: skip
+
+
+def _point(design: Design, found: list[float], context: int, first: float) -> Point:
+    """The solution as a point, yet without verifies."""
+    heads, groups, layers = len(design.heads), design.groups, design.plans[0].num_layers
+    rest, (exit_check, crowding, mixing) = found[:heads], found[heads : heads + 3]
+    by_form: dict[str, dict[str, tuple[float, ...]]] = {}
+    for number, form in enumerate(("run", *design.forms)):
+        start = heads + 3 + number * len(groups)
+        values = found[start : start + len(groups)]
+        cost = {sub: value for group, value in zip(groups, values, strict=True) for sub in group}
+        by_form[form] = {kind: tuple(cost[kind, i] for i in range(layers)) for kind in KINDS}
+    of_heads: dict[str, list[tuple[float, float]]] = {}
+    for (form, tokens), value in zip(design.heads, rest, strict=True):
+        of_heads.setdefault(form, []).append((tokens, value))
+    run = by_form.pop("run")
     return Point(
-        context=context, rest=rest, attention=tuple(cost["attention", i] for i in range(layers)),
-        mlp=tuple(cost["mlp", i] for i in range(layers)), exit_check=exit_check, first=first, crowding=crowding,
-        verify=(_median(times, [None], 1), *design.verify(list(itertools.accumulate(verify, max)))),
+        context=context, rest=rest[0], attention=run["attention"], mlp=run["mlp"], exit_check=exit_check, verify=(),
+        first=first, crowding=crowding, forms=by_form, mixing=mixing,
+        heads={form: tuple(sorted(pairs)) for form, pairs in of_heads.items() if len(pairs) > 1},
     )  # fmt: skip
 
 
 def profile_or_load(
     path: Path, target: Target, identity: str, *, contexts: list[int], max_length: int, progress: Progress,
-    temperature: float = 0.0, seconds: float = 60,
+    temperature: float = 0.0, seconds: float = 60, forms: Sequence[Quantised] = (),
 ) -> Costs:  # fmt: skip
     """The costs in `path` if they were measured for this model and set-up at these lengths; else new ones, saved.
 
@@ -161,6 +192,7 @@ def profile_or_load(
     """
     key = f"{identity} | contexts {contexts} | K <= {max_length} | drafts and verifies apart, rising, crowding"
     key += f" | temperature {temperature}" * bool(temperature)
+    key += f" | {', '.join(forms)}" * bool(forms)
     key += " | packed weights" * (target.compiled is not None and target.compiled.packs)
     known: tuple[Point, ...] = ()
     try:
@@ -171,7 +203,7 @@ def profile_or_load(
     if len(known) < len(contexts):
         known = profile(
             target, contexts=contexts, max_length=max_length, progress=progress, seconds=seconds,
-            temperature=temperature, known=known,
+            temperature=temperature, forms=forms, known=known,
             keep=lambda points: write_json(path, asdict(Costs(identity=key, points=tuple(points)))),
         )  # fmt: skip
     return Costs(identity=key, points=known)

@@ -41,7 +41,7 @@ AHEAD = 16  # the longest draft that any replay of a reference may run
 
 
 class Replay:
-    """The reference of one trace, and draft passes over it; `MaskReplay` walks them for one mask.
+    """The reference of one trace, and draft passes over it; `DraftReplay` walks them for one mask.
 
     Args:
         target: whose trace it is; run eagerly.

@@ -1,4 +1,4 @@
-"""Scorer: scores the masks of trials, each on as much of the trace as its rank needs."""
+"""Scorer: scores the plans of trials, each on as much of the trace as its rank needs."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from scipy.stats import spearmanr
 from skipsearch.evaluate.cost import Point
 from skipsearch.evaluate.objective import Fidelity, Score, estimate, score
 from skipsearch.evaluate.windows import WindowReplay, Windows
-from skipsearch.mask import SkipMask
+from skipsearch.plan import DraftPlan
 
 AGREEMENT = 0.9  # rank correlation with whole scores from which a stage may give up
-CHECK_FIRST, CHECKED = 12, 15  # masks that are scored whole in any case: the first ones, and then one in so many
-# Shares of each prompt's windows, and the share of the best below which a mask is given up then.
+CHECK_FIRST, CHECKED = 12, 15  # plans that are scored whole in any case: the first ones, and then one in so many
+# Shares of each prompt's windows, and the share of the best below which a plan is given up then.
 STAGES: tuple[tuple[Fidelity, float, float], ...] = (("first", 0.2, 0.92), ("part", 0.5, 0.975))
 
 
 class Scorer:
     """Scores trials, on as much of the trace as each deserves.
 
-    There are stages: a stretch of each continuation, a longer one, all of it. A mask that is far behind the best at a
-    stage is given up there, and its score is scaled to the whole. Masks near the best are scored whole, so that none is
-    best by luck. A stage gives up masks only while its scores rank them as whole scores do. This is measured on the
-    first masks and then on one in `CHECKED`: those are scored whole in any case.
+    There are stages: a stretch of each continuation, a longer one, all of it. A plan that is far behind the best at a
+    stage is given up there, and its score is scaled to the whole. Plans near the best are scored whole, so that none is
+    best by luck. A stage gives up plans only while its scores rank them as whole scores do. This is measured on the
+    first plans and then on one in `CHECKED`: those are scored whole in any case.
 
     Args:
         windows: of the calibration prompts.
         point: costs.
-        front: score for a front of acceptance rate and cost ratio: no mask is given up, and both figures are those of
+        front: score for a front of acceptance rate and cost ratio: no plan is given up, and both figures are those of
             drafts of one fixed length, so that they can be compared.
 
     Attributes:
-        checked: of masks scored whole in any case, tokens per second at every stage, the whole last.
+        checked: of plans scored whole in any case, tokens per second at every stage, the whole last.
     """
 
     def __init__(self, windows: Windows, point: Point, front: bool = False) -> None:
@@ -52,17 +52,17 @@ class Scorer:
         early, whole = [row[stage] for row in self.checked], [row[-1] for row in self.checked]
         return float(spearmanr(early, whole).statistic) if min(len(set(early)), len(set(whole))) > 2 else 0.0
 
-    def __call__(self, mask: SkipMask) -> Score:
-        found = self._score(mask)
+    def __call__(self, plan: DraftPlan) -> Score:
+        found = self._score(plan)
         self.counts[found.fidelity] += 1
         return found
 
-    def _score(self, mask: SkipMask) -> Score:
-        drafts, best = WindowReplay(self.windows, mask), self.best
+    def _score(self, plan: DraftPlan) -> Score:
+        drafts, best = WindowReplay(self.windows, plan), self.best
         if self.front:
             found = score(drafts, self.point)
             lengths = [self.windows.replay.max_length]
-            fixed = estimate(drafts.outcomes(), mask, self.point, lengths, [None])
+            fixed = estimate(drafts.outcomes(), plan, self.point, lengths, [None])
             return replace(found, acceptance_rate=fixed.acceptance_rate, cost_ratio=fixed.cost_ratio)
         done = self.counts.total()
         check = done < CHECK_FIRST or done % CHECKED == 0

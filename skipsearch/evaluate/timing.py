@@ -30,6 +30,7 @@ from skipsearch.evaluate.trace import DecodeSettings
 from skipsearch.mask import SkipMask
 from skipsearch.model.device import synchronize
 from skipsearch.model.target import Target
+from skipsearch.plan import DraftPlan
 from skipsearch.policy import DraftPolicy
 
 
@@ -101,10 +102,11 @@ class OurArm:
 
 
 def our_arm(
-    target: Target, mask: SkipMask | None = None, policy: DraftPolicy | None = None, temperature: float = 0.0
-) -> OurArm:
-    """The arm that drafts with a mask; without one, plain decoding."""
-    draft = None if mask is None else draft_view(target.model, mask)
+    target: Target, plan: SkipMask | DraftPlan | None = None, policy: DraftPolicy | None = None,
+    temperature: float = 0.0,
+) -> OurArm:  # fmt: skip
+    """The arm that drafts with a plan; without one, plain decoding."""
+    draft = None if plan is None else draft_view(target.model, plan)
     scheduler = Scheduler(() if policy is None else policy.costs)
     return OurArm(target=target, draft=draft, policy=policy, scheduler=scheduler, temperature=temperature)
 

@@ -22,14 +22,14 @@ from skipsearch.evaluate.prompts import Ids, fingerprint
 from skipsearch.evaluate.timing import Interleaved, Run, Timing, our_arm
 from skipsearch.evaluate.trace import DecodeSettings
 from skipsearch.files import write_json
-from skipsearch.mask import SkipMask
 from skipsearch.maskfile import Evidence
 from skipsearch.model.device import device_name
 from skipsearch.model.target import Target
+from skipsearch.plan import DraftPlan
 from skipsearch.policy import DraftPolicy
 
-PLAIN, MASK, SERVED, NGRAMS = "plain", "mask", "served", "n-grams"
-Plans = dict[str, tuple[SkipMask | None, DraftPolicy]]  # by name of the arm: what drafts, and how
+PLAIN, MASK, PLAN, SERVED, NGRAMS = "plain", "mask", "plan", "served", "n-grams"
+Plans = dict[str, tuple[DraftPlan | None, DraftPolicy]]  # by name of the arm: what drafts, and how
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class Measured:
     """What was timed.
 
     Attributes:
-        arms: by name: "mask" (with its exit rule alone), "served" (with n-grams and fallback), "n-grams" (no mask).
+        arms: by name: "mask" or "plan" (with its exit rule alone), "served" (with n-grams and fallback), "n-grams".
         prompts, tokens: that were decoded; fewer than there are if the timing ended early.
         greedy_equal: whether all arms gave the same tokens; None with sampling.
         decided: whether the intervals decided, or each prompt was timed once at least; else time was lacking.
@@ -63,6 +63,11 @@ class Measured:
     tokens: int
     greedy_equal: bool | None
     decided: bool = True
+
+
+def arm_of(plan: DraftPlan) -> str:
+    """The name of the arm that drafts with a plan alone."""
+    return MASK if plan.only_skips else PLAN
 
 
 class Validation:
@@ -79,7 +84,7 @@ class Validation:
         path: Path | None = None, identity: str = "",
     ) -> None:  # fmt: skip
         arms = {PLAIN: our_arm(target, temperature=settings.temperature)}
-        arms |= {name: our_arm(target, mask, policy, settings.temperature) for name, (mask, policy) in plans.items()}
+        arms |= {name: our_arm(target, plan, policy, settings.temperature) for name, (plan, policy) in plans.items()}
         self.timing, self.settings, self.path = Interleaved(dict(arms), prompts, settings), settings, path
         key = [identity, fingerprint(prompts), repr(plans), repr(settings), set_up(target)]
         self.key = " | ".join(key)
@@ -185,8 +190,8 @@ def evidence(
         backend=target.backend, dtype=str(target.dtype).removeprefix("torch."), device=device_name(target.device),
         prompts=measured.prompts, tokens=measured.tokens, prompts_sha256=fingerprint(prompts[: measured.prompts]),
         temperature=temperature or None, verdict="use" if found.pays else "do not use",
-        served_speedup=round(served.speedup, 4) if served is not None and arm == MASK else None,
-        served_speedup_ci=_rounded(served.speedup_ci) if served is not None and arm == MASK else None,
+        served_speedup=round(served.speedup, 4) if served is not None and arm != NGRAMS else None,
+        served_speedup_ci=_rounded(served.speedup_ci) if served is not None and arm != NGRAMS else None,
     )  # fmt: skip
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from skipsearch.evaluate.mask_replay import MaskReplay
+from skipsearch.evaluate.draft_replay import DraftReplay
 from skipsearch.evaluate.reference import Start
 from skipsearch.evaluate.replay import Replay
 from skipsearch.mask import SkipMask
+from skipsearch.plan import DraftPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +77,11 @@ class Windows:
 
 
 class WindowReplay:
-    """Outcomes of one mask at the positions of windows; each window is run once, when it is first needed."""
+    """Outcomes of one plan at the positions of windows; each window is run once, when it is first needed."""
 
-    def __init__(self, windows: Windows, mask: SkipMask) -> None:
-        self.windows, self.mask = windows, mask
-        self.drafts = MaskReplay(windows.replay, mask)
+    def __init__(self, windows: Windows, plan: SkipMask | DraftPlan) -> None:
+        self.windows, self.plan = windows, DraftPlan.of(plan)
+        self.drafts = DraftReplay(windows.replay, self.plan)
         self.known: dict[Start, tuple[list[bool], list[float]]] = {}
 
     @torch.no_grad()

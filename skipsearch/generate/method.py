@@ -38,6 +38,7 @@ from skipsearch.mask import SkipMask
 from skipsearch.maskfile import MaskFile
 from skipsearch.model.load import check_mask_belongs
 from skipsearch.model.target import Target
+from skipsearch.plan import DraftPlan
 from skipsearch.policy import DraftPolicy
 
 
@@ -46,12 +47,12 @@ class Drafting:
     """What drafts.
 
     Attributes:
-        mask: None decodes plainly.
+        plan: a mask or plan; None decodes plainly.
         policy: how to draft with it.
         file: the mask file that both come from, if they do.
     """
 
-    mask: SkipMask | None = None
+    plan: SkipMask | DraftPlan | None = None
     policy: DraftPolicy = field(default_factory=DraftPolicy)
     file: MaskFile | None = None
 
@@ -64,7 +65,7 @@ class SelfSpeculative:
     """What `self_speculative` returns; pass it as `custom_generate`. One object serves any model and call.
 
     Attributes:
-        mask, policy: what it drafts with; mask None decodes plainly.
+        plan, policy: what it drafts with; plan None decodes plainly.
         deterministic: whether verification runs in blocks of one fixed shape.
         joint: settings of joint decoding, which is lossy; None decodes losslessly.
         backend: what runs forwards; "auto" is the one that the mask file was tuned for, eager for a bare mask.
@@ -75,7 +76,7 @@ class SelfSpeculative:
         self, drafting: Drafting, *, streamer: BaseStreamer | None = None, deterministic: bool = False,
         backend: Backend = "auto", make_tuner: MakeTuner | None = None, joint: Joint | None = None,
     ) -> None:  # fmt: skip
-        self.mask, self.policy, self._file = drafting.mask, drafting.policy, drafting.file
+        self.plan, self.policy, self._file = drafting.plan, drafting.policy, drafting.file
         self.deterministic, self.joint, self.backend, self.stats = deterministic, joint, backend, DecodeStats()
         self._streamer, self._make_tuner, self._warned = streamer, make_tuner, set[str]()
         self._tuners: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, Tuner]] = weakref.WeakKeyDictionary()
@@ -116,12 +117,12 @@ class SelfSpeculative:
             if model not in self._tuners or self._tuners[model][0] != state:
                 if target.compiled is None:
                     target = self._backend_for(target, progress=progress)
-                drafting = Drafting(mask=self.mask, policy=self.policy)
+                drafting = Drafting(plan=self.plan, policy=self.policy)
                 self._tuners[model] = state, self._make_tuner(target, drafting, progress)
             return self._tuners[model][1]
 
     def _draft_for(self, target: Target) -> PreTrainedModel | None:
-        if self.mask is None:
+        if self.plan is None:
             if self._file is not None:
                 check_mask_belongs(self._file, target)
             return None
@@ -129,7 +130,7 @@ class SelfSpeculative:
         if model not in self._drafts or self._drafts[model][0] != state:
             if self._file is not None:
                 check_mask_belongs(self._file, target)
-            self._drafts[model] = state, draft_view(model, self.mask)
+            self._drafts[model] = state, draft_view(model, self.plan)
         return self._drafts[model][1]
 
     def _backend_for(

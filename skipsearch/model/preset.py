@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from skipsearch.errors import ModelLoadError
 from skipsearch.mask import KINDS, SkipMask
-from skipsearch.model.space import Space, Structure
+from skipsearch.model.space import Space, Structure, ordered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +93,7 @@ def read_space(path: Path, num_layers: int) -> Space:
 
 
 def _space(table: dict[str, Any], num_layers: int) -> Space:
-    known = {"fixed_attention", "fixed_mlp", "only", "structure", "spans", "max_skipped"}
+    known = {"fixed_attention", "fixed_mlp", "only", "structure", "spans", "max_skipped", "forms"}
     if unknown := sorted(table.keys() - known):
         raise ValueError(f"space.{unknown[0]} is not known, must be one of {', '.join(sorted(known))}")
     fixed = {kind: list(table.get(f"fixed_{kind}", [])) for kind in KINDS}
@@ -111,7 +111,15 @@ def _space(table: dict[str, Any], num_layers: int) -> Space:
         value = table.get(name, least)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"space.{name} is {value!r}, must be a whole number of at least {least}")
+    given = table.get("forms")
+    if given is not None and (not isinstance(given, list) or not given):
+        raise ValueError(f"space.forms is {given!r}, must be a list like ['int8', 'skip']")
+    forms = None if given is None else ordered(given)
+    if structure == "spans":
+        if forms not in (None, ("skip",)):
+            raise ValueError(f"space.forms is {given}, but structure 'spans' only skips; leave one of them out")
+        forms = ordered(["skip"])
     return Space(
         num_layers=num_layers, fixed=SkipMask(**fixed, num_layers=num_layers), structure=structure,
-        spans=table.get("spans", 1), max_skipped=table.get("max_skipped"),
+        spans=table.get("spans", 1), max_skipped=table.get("max_skipped"), forms=forms,
     )  # fmt: skip

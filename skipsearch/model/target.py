@@ -7,7 +7,7 @@ the model, so an object that must not keep the model in memory must not keep its
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -50,6 +50,9 @@ class CompiledForwards(Protocol):
 
     def guesses(self, stack: Any) -> bool:
         """Whether a forward of several tokens costs about as much as one of one token."""
+
+    def products(self, modules: Sequence[nn.Module], row: Tensor) -> list[Callable[[Tensor], Any]]:
+        """Linear layers of one build, as functions of a row that run as they do in forwards."""
 
     def draft(self, stack: Any, buffers: Any, start: int, place: int, steps: int) -> None:
         """Draft `steps` tokens greedily, without synchronisation with the host."""

@@ -14,6 +14,7 @@ from skipsearch.generate.method import Drafting
 from skipsearch.mask import KINDS, SkipMask
 from skipsearch.model.target import Target
 from skipsearch.online.tuner import OnTheFly
+from skipsearch.plan import DraftPlan
 
 TRIED_WITH = 24  # tokens that show whether drafts can be scored side by side
 TIMED_AT, TIMES, ROOM = 128, 3, 64  # context at which steps are timed, how often, and places behind it
@@ -38,7 +39,8 @@ def make_tuner(
             BackendWarning, stacklevel=2,
         )  # fmt: skip
         share = 0.0
-    tuner = OnTheFly(target, drafting.policy, drafting.mask, share, seed)
+    mask = None if drafting.plan is None else DraftPlan.of(drafting.plan).skip
+    tuner = OnTheFly(target, drafting.policy, mask, share, seed)
     prompt = prompt[:, : max(1, target.context - ROOM)]
     sequences = Sequences(target, prompt, capacity=prompt.shape[1] + ROOM)
     for _ in range(TIMES if share else 0):

@@ -18,9 +18,10 @@ from skipsearch.mask import SkipMask
 from skipsearch.maskfile import MaskFile, load_mask
 from skipsearch.online.auto import make_tuner
 from skipsearch.online.tuner import SHARE
+from skipsearch.plan import DraftPlan
 from skipsearch.policy import NGRAM
 
-Masked = SkipMask | MaskFile | str | Path | None
+Masked = SkipMask | DraftPlan | MaskFile | str | Path | None
 
 
 def self_speculative(
@@ -34,9 +35,9 @@ def self_speculative(
     """A decoding method for `model.generate(..., custom_generate=...)`.
 
     Args:
-        mask_or_path: a mask, a mask file or its path; None decodes plainly in the same loop; "auto" finds masks while
-            it serves single sequences, from what it generates (`OnTheFly`); keep the object for the whole stream. With
-            sampling the output has the target's distribution, but it depends on timing beside the seed.
+        mask_or_path: a mask, a plan, a mask file or its path; None decodes plainly in the same loop; "auto" finds masks
+            while it serves single sequences, from what it generates (`OnTheFly`); keep the object for the whole stream.
+            With sampling the output has the target's distribution, but it depends on timing beside the seed.
         streamer: receives tokens as they are committed; by default the one given to `generate`.
         max_length: K; by default the mask file's own policy, or 5 for a bare mask.
         exit_threshold: stop drafting below this confidence; default as for `max_length`.
@@ -73,7 +74,7 @@ def self_speculative(
         drafting = _drafting(mask_or_path, changes)
         return SelfSpeculative(drafting, streamer=streamer, deterministic=deterministic, backend=backend or "auto")
     served = {"ngram": NGRAM, "never_slower": True}  # unless they are set
-    drafting = _drafting(start, {**changes, **{k: v for k, v in served.items() if changes[k] is None}})
+    drafting = _start(start, {**changes, **{k: v for k, v in served.items() if changes[k] is None}})
     return SelfSpeculative(
         drafting, streamer=streamer, deterministic=deterministic, backend=backend or "compiled",
         make_tuner=partial(make_tuner, share=SHARE if share is None else share, seed=seed),
@@ -93,7 +94,11 @@ def _check(
     ):  # fmt: skip
         for name, value in settings.items():
             if value is not None and not fits:
-                got = f"is {value!r}" if isinstance(value, int | float | str | Path | SkipMask) else "was given"
+                got = (
+                    f"is {value!r}"
+                    if isinstance(value, int | float | str | Path | SkipMask | DraftPlan)
+                    else "was given"
+                )
                 mend = "pass it as the first argument" if name == "start" else "leave it out"
                 raise DecodingError(f"{name} {got}, which goes with {other}; {mend}")
     share = tuning["share"]
@@ -115,7 +120,7 @@ def _check_joint(mask_or_path: Masked, draft_model: PreTrainedModel | None, sett
 
 def _jointly(drafting: Drafting, beams: dict[str, Any], streamer: BaseStreamer | None) -> SelfSpeculative:
     """Joint decoding; trees of tokens have no compiled pieces, so it is eager."""
-    if drafting.mask is None and beams["draft_model"] is None:
+    if drafting.plan is None and beams["draft_model"] is None:
         raise DecodingError("the mask file serves n-grams alone, joint decoding needs a mask; pass another file")
     names = {"draft_model": "draft_model", "beam_width": "width", "threshold": "threshold"}
     chosen = {names[name]: value for name, value in beams.items() if value is not None}
@@ -123,15 +128,27 @@ def _jointly(drafting: Drafting, beams: dict[str, Any], streamer: BaseStreamer |
     return SelfSpeculative(drafting, streamer=streamer, backend="eager", joint=joint)
 
 
+def _start(start: Masked, changes: dict[str, Any]) -> Drafting:
+    """What a search while serving starts with, which is a mask."""
+    found = _drafting(start, changes)
+    if found.plan is not None and not DraftPlan.of(found.plan).only_skips:
+        raise DecodingError(
+            "start is a plan that quantises, and 'auto' searches masks; pass the plan in place of 'auto'"
+        )
+    return found
+
+
 def _drafting(mask_or_path: Masked, changes: dict[str, Any]) -> Drafting:
     """The mask, the file that it comes from, and its policy with these changes; None leaves a field as it is."""
-    found = Drafting(mask=mask_or_path) if isinstance(mask_or_path, SkipMask) else Drafting()
-    if mask_or_path is not None and not isinstance(mask_or_path, SkipMask):
+    found = Drafting()
+    if isinstance(mask_or_path, SkipMask | DraftPlan):
+        found = Drafting(plan=mask_or_path)
+    elif mask_or_path is not None:
         file = load_mask(mask_or_path) if isinstance(mask_or_path, str | Path) else mask_or_path
         if not isinstance(file, MaskFile):
             got = type(mask_or_path).__name__
-            raise MaskError(f"mask_or_path must be a SkipMask, a MaskFile or a path, got {got}")
-        found = Drafting(mask=file.drafting_mask, file=file, policy=file.draft)
+            raise MaskError(f"mask_or_path must be a SkipMask, a DraftPlan, a MaskFile or a path, got {got}")
+        found = Drafting(plan=file.drafting_plan, file=file, policy=file.draft)
     changes = {name: value for name, value in changes.items() if value is not None}
     if found.policy.curve and changes.keys() & {"max_length", "exit_threshold", "adaptive"}:
         changes |= {"curve": (), "prices": ()}  # in place of the calibrated exit

@@ -12,7 +12,7 @@ import torch
 
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.evaluate.cost import Point
-from skipsearch.evaluate.mask_replay import MaskReplay
+from skipsearch.evaluate.draft_replay import DraftReplay
 from skipsearch.evaluate.objective import Score, estimate
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.trace import Trace
@@ -59,7 +59,7 @@ class Window:
 
     def outcomes(self, mask: SkipMask) -> list[PositionOutcomes]:
         """What drafts with a mask do at each position: one pass."""
-        correct_SK, confidence_SK = MaskReplay(self.replay, mask).evaluate(self.starts)
+        correct_SK, confidence_SK = DraftReplay(self.replay, mask).evaluate(self.starts)
         correct, confidence = correct_SK.flatten().tolist(), confidence_SK.flatten().tolist()
         return [PositionOutcomes(correct[: self.tokens], confidence[: self.tokens], max(1, self.tokens - LENGTH))]
 

@@ -5,12 +5,47 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from skipsearch.plan import QUANTISED
+
 PACKAGES = ("skipsearch", "torch", "transformers", "optuna", "optuna-dashboard", "datasets", "pandas", "typer", "rich",
             "pydantic", "scipy", "plotly", "accelerate")  # fmt: skip
+
+
+WIDTH, LAYERS = 1536, 4  # of the model whose products are timed
+
+
+def _forms(device: Any) -> str:
+    """What products of one row cost in each form on this machine, and which forms are left out of a search."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from skipsearch.compiled.compile import compiler
+    from skipsearch.compiled.model import CompiledModel
+    from skipsearch.evaluate.form_speed import form_seconds, paying_forms
+    from skipsearch.model.target import Target
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    config = LlamaConfig(
+        hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=16, vocab_size=128
+    )
+    with torch.device(device):
+        target = Target.of(LlamaForCausalLM(config).to(dtype).eval())
+    if compiler() is not None:
+        target = replace(target, compiled=CompiledModel(target))
+    seconds = form_seconds(target)
+    pays, whole, said = paying_forms(seconds), seconds["run"], []
+    for form in QUANTISED:
+        value = seconds[form]
+        if isinstance(value, float) and isinstance(whole, float):
+            said.append(f"{form} {value / whole:.2f}" + ("" if form in pays else " (left out: not cheaper here)"))
+        else:
+            said.append(f"{form} left out: {value}")
+    return f"{', '.join(said)} of a {str(dtype).removeprefix('torch.')} product's time ({target.backend})"
 
 
 def examine() -> dict[str, Any]:
@@ -39,6 +74,7 @@ def examine() -> dict[str, Any]:
         facts["backend"] = (
             f"compiled (kept in {keep_compiled()})" if compiler() else "eager; install g++ for the compiled one"
         )
+        facts["draft forms"] = _forms(device)
     model = Path(__file__).resolve().parents[1] / "demo" / "model" / "model.safetensors"
     facts["bundled model"] = "present" if model.is_file() else "absent"
     if not model.is_file():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,24 +13,31 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from skipsearch.compiled.backend import Progress, warm_plan, with_backend
+from skipsearch.draft.copies import copies_bytes
 from skipsearch.errors import BackendWarning, PromptError
 from skipsearch.evaluate.cost import Costs, Point, set_up
+from skipsearch.evaluate.design import choose_design
+from skipsearch.evaluate.form_speed import form_seconds, paying_forms
+from skipsearch.evaluate.frequency import head_sizes, tokens_by_frequency
 from skipsearch.evaluate.profile import profile_or_load
 from skipsearch.evaluate.prompts import Prompts, fingerprint, lengthened, load_prompts
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.trace import Trace, record_or_load
 from skipsearch.evaluate.windows import Windows
 from skipsearch.mask import KINDS, SkipMask
+from skipsearch.model.device import free_memory
 from skipsearch.model.load import Loaded, model_card
 from skipsearch.model.preset import read_space
-from skipsearch.model.space import Space
+from skipsearch.model.space import Space, ordered
 from skipsearch.model.target import Target
+from skipsearch.plan import QUANTISED, DraftPlan, Form, HeadForm, Quantised
 from skipsearch.search.budget import Budget
 from skipsearch.search.options import MAX_LENGTH, SIDE, TRIAL_LENGTH, SearchOptions
 
 STUDY = "study.db"  # in the results folder
 RECORD, PROFILE = 0.2, 0.2  # shares of what is left of the budget
 MOST_PROFILE = 60  # seconds
+MEMORY = 0.4  # of the free memory, for the copies of one form
 SLOW_VERIFY = 2.5  # plain steps that a verify of 5 tokens may take before a user is told
 
 
@@ -106,15 +114,16 @@ def prepare(
         space = Space(num_layers=target.num_layers, fixed=SkipMask(num_layers=target.num_layers))
     with budget.stage("compile", on_top=True):
         target = with_backend(target, options.backend, progress)  # slow, so the options are checked first
-        every = range(target.num_layers)
+        every, forms = range(target.num_layers), candidate_forms(target, space)
         for kind in KINDS:  # layers that lack one sublayer are all that a mask needs beside
             warm_plan(target, SkipMask.from_sublayers([(kind, i) for i in every], target.num_layers), progress)
+        for plan in choose_design(target, MAX_LENGTH, forms).plans if forms else ():
+            warm_plan(target, plan, progress)
     # Weights and not only the config: a fine-tuned model must not continue the study of its base model.
     identity = {
         "model": str(model_card(target, loaded.name).config_sha256),
         "weights": _weights_fingerprint(target.model),
         "set_up": set_up(target),
-        "space": str(space),
         "tokens": f"{options.new_tokens} recorded",
         "context": ", ".join(map(str, options.contexts)) or "as the prompts",
         "temperature": str(options.temperature),
@@ -136,7 +145,12 @@ def prepare(
         costs = profile_or_load(
             folder / "costs.json", target, made_with, contexts=sorted(contexts), max_length=MAX_LENGTH,
             progress=progress, temperature=options.temperature, seconds=min(MOST_PROFILE, budget.share(PROFILE)),
+            forms=forms,
         )  # fmt: skip
+    space = paying_space(space, costs.at(mean), forms)
+    if len(space.choices) > 2 and (sizes := head_sizes(target.vocabulary)):
+        space = replace(space, tokens=tokens_by_frequency(loaded.tokenizer, trace, target.vocabulary), sizes=sizes)
+    identity["space"] = str(space)
     _warn_of_slow_verifies(target, costs)
     side = min(SIDE, -(-options.new_tokens // TRIAL_LENGTH))
     progress("reference", 0, 1)
@@ -147,6 +161,36 @@ def prepare(
         target=target, prompts=prompts, trace=trace, costs=costs, space=space, windows=Windows(replay),
         identity=identity, contexts=options.contexts,
     )  # fmt: skip
+
+
+def candidate_forms(target: Target, space: Space) -> list[Quantised]:
+    """The quantised forms that a space asks for, or all, as far as model and memory allow and their products pay."""
+    asked = [form for form in QUANTISED if space.forms is None or form in space.forms]
+    if not asked:
+        return []
+    free = free_memory(target.device)
+    return [
+        form for form in paying_forms(form_seconds(target))
+        if form in asked and copies_bytes(target.model, DraftPlan.everywhere(form, target.num_layers)) < MEMORY * free
+    ]  # fmt: skip
+
+
+def paying_space(space: Space, point: Point, forms: Sequence[Quantised]) -> Space:
+    """The space with the forms of sublayers and of the head that are measured to be cheaper than milder ones."""
+    kept, heads, last = list[Form](), list[HeadForm](["full"]), _seconds(space, point, "run")
+    head = point.rest
+    for form in forms:
+        if (seconds := _seconds(space, point, form)) < last:
+            kept, last = [*kept, form], seconds
+        if (rest := point.heads[form][-1][1]) < head:
+            heads, head = [*heads, form], rest
+    asked = space.forms is None or "skip" in space.forms
+    forms_now = (*kept, *(("skip",) if asked or not kept else ()))
+    return replace(space, forms=ordered(forms_now), heads=tuple(heads) if kept else ("full",))
+
+
+def _seconds(space: Space, point: Point, form: Form) -> float:
+    return sum(point.of(form, *sub) for sub in space.free)
 
 
 def _warn_of_slow_verifies(target: Target, costs: Costs) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from skipsearch.evaluate.objective import Score
-from skipsearch.evaluate.validate import Measured
+from skipsearch.evaluate.validate import Measured, arm_of
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import MaskFile
+from skipsearch.plan import DraftPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,20 +18,20 @@ class SearchResult:
     """What a run found.
 
     Attributes:
-        mask: the best mask.
-        file: mask.json as written, with evidence and verdict: of the mask, or of n-grams alone where no mask pays.
-        predicted: the mask's score on the whole trace.
+        plan: the best plan.
+        file: mask.json as written, with evidence and verdict: of the plan, or of n-grams alone where no plan pays.
+        predicted: the plan's score on the whole trace.
         standard_error: of the predicted speed-up, over prompts.
         scored_tokens: tokens of the trace.
         front: trials that no other trial beats in both acceptance rate and cost ratio.
-        measured: the mask's validation.
+        measured: the plan's validation.
         folder: the results folder.
         trials: finished trials in the study.
         seconds: wall-clock time by stage.
         cut_short: what the time budget did not suffice for.
     """
 
-    mask: SkipMask
+    plan: DraftPlan
     file: MaskFile
     predicted: Score
     standard_error: float
@@ -42,12 +43,18 @@ class SearchResult:
     seconds: dict[str, float]
     cut_short: tuple[str, ...] = ()
 
+    @property
+    def mask(self) -> SkipMask:
+        """What the plan skips."""
+        return self.plan.skip
+
 
 def summary(result: SearchResult) -> dict[str, object]:
     """The result as plain JSON, for the CLI and for summary.json."""
     assert result.file.evidence is not None
     return {
-        "model": result.file.model.id, "mask": result.mask.to_dict(), "draft": asdict(result.file.draft),
+        "model": result.file.model.id, "mask": result.mask.to_dict(), "plan": result.plan.to_dict(),
+        "quantised_bytes": result.file.quantised_bytes, "draft": asdict(result.file.draft),
         "evidence": result.file.evidence.model_dump(mode="json"),
         "predicted": {
             "standard_error": round(result.standard_error, 4), "tokens": result.scored_tokens,
@@ -62,7 +69,7 @@ def summary(result: SearchResult) -> dict[str, object]:
             }
             for name, arm in result.measured.arms.items()
         },
-        "serves": "mask" if result.file.drafting_mask is not None else "n-grams",
+        "serves": "n-grams" if result.file.drafting_plan is None else arm_of(result.plan),
         "cut_short": list(result.cut_short),
         "trials": result.trials, "seconds": {k: round(v, 1) for k, v in result.seconds.items()},
         "files": {name: str(result.folder / name) for name in ("mask.json", "trials.csv", "sensitivity.json")},

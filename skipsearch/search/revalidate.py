@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from skipsearch.compiled.backend import Progress, warm_plan, with_backend
 from skipsearch.evaluate.audit import Audit, audit
-from skipsearch.evaluate.validate import MASK, NGRAMS, SERVED, Plans, Validation, evidence
+from skipsearch.evaluate.validate import NGRAMS, SERVED, Plans, Validation, arm_of, evidence
 from skipsearch.maskfile import MaskFile
 from skipsearch.model.load import Loaded
 from skipsearch.search.options import SearchOptions
@@ -15,16 +15,16 @@ def validate_file(loaded: Loaded, file: MaskFile, options: SearchOptions, progre
     """Time a mask file again, and return the file with the new evidence."""
     prompts = chosen_prompts(loaded.target, loaded.tokenizer, options).held_out
     target = with_backend(loaded.target, options.backend, progress)
-    policy, mask = file.draft, file.drafting_mask
+    policy, plan = file.draft, file.drafting_plan
     plans: Plans = {NGRAMS: (None, policy)}
-    if mask is not None:
-        warm_plan(target, mask, progress)
-        plans = {MASK: (mask, policy.mask_alone())}
+    if plan is not None:
+        warm_plan(target, plan, progress)
+        plans = {arm_of(plan): (plan, policy.mask_alone())}
         if policy.ngram or policy.never_slower:
-            plans[SERVED] = (mask, policy)
+            plans[SERVED] = (plan, policy)
     measured = Validation(target, prompts, plans, options.decoding).run(progress)
     known = file.evidence.cost_ratio if file.evidence else 0.0
-    arm = NGRAMS if mask is None else MASK
+    arm = NGRAMS if plan is None else arm_of(plan)
     proof = evidence(target, prompts, measured, known, options.temperature, arm)
     return file.model_copy(update={"evidence": proof})
 
@@ -33,5 +33,5 @@ def audit_file(loaded: Loaded, file: MaskFile, options: SearchOptions, progress:
     """Compare a mask file's output with plain decoding, and explain each difference."""
     prompts = chosen_prompts(loaded.target, loaded.tokenizer, options).held_out
     return audit(
-        loaded.target, prompts, file.drafting_mask, file.draft, new_tokens=options.new_tokens, progress=progress
+        loaded.target, prompts, file.drafting_plan, file.draft, new_tokens=options.new_tokens, progress=progress
     )  # fmt: skip

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from skipsearch.compiled.backend import Progress
 from skipsearch.errors import MaskError, ModelLoadError, ResultsError, SkipsearchError
 from skipsearch.evaluate.cost import Costs
+from skipsearch.evaluate.draft_replay import DraftReplay
 from skipsearch.evaluate.hidden_states import draft_states, layer_states
-from skipsearch.evaluate.mask_replay import MaskReplay
 from skipsearch.evaluate.objective import Score, best_policy, score_policy, standard_error
 from skipsearch.evaluate.prompts import PromptSource
 from skipsearch.evaluate.scorer import Scorer
@@ -31,12 +31,14 @@ from skipsearch.files import write_json
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import Provenance, load_mask
 from skipsearch.model.load import Loaded, check_mask_belongs, model_card
+from skipsearch.plan import DraftPlan
 from skipsearch.search.budget import Budget
 from skipsearch.search.export import mask_file, validated
 from skipsearch.search.options import SearchOptions
 from skipsearch.search.prepare import Prepared, prepare
 from skipsearch.search.result import SearchResult, summary
-from skipsearch.search.seeds import Seed, all_seeds, sensitivity_or_load
+from skipsearch.search.seeds import Seed, all_seeds
+from skipsearch.search.sensitivity import TOGETHER, sensitivity_or_load
 from skipsearch.search.study import Study, storage_url
 
 SEEDS, TRIALS, FINALISTS = 0.2, 0.4, 0.25  # shares of what is left of the budget; validation takes the rest
@@ -49,7 +51,7 @@ def search(
     options: SearchOptions | None = None, progress: Progress = lambda stage, done, total: None,
     report: Callable[[int, float], None] = lambda done, best: None,
 ) -> SearchResult:  # fmt: skip
-    """Find a mask, validate it on held-out prompts, and export it: the library form of `skipsearch run`.
+    """Find a plan, validate it on held-out prompts, and export it: the library form of `skipsearch run`.
 
     Args:
         model: a causal LM, or the result of `load_model`.
@@ -61,7 +63,7 @@ def search(
         report: called with (finished trials, best predicted tokens per second).
 
     Returns:
-        The mask with its evidence; the same is in the results folder.
+        The plan with its evidence; the same is in the results folder.
 
     Raises:
         SkipsearchError: see `skipsearch.errors`. Files are written completely or not at all.
@@ -90,7 +92,7 @@ def search(
     file = mask_file(prepared, predicted, measured, policies, model_card(prepared.target, name), provenance)
     file.save(folder / "mask.json")
     result = SearchResult(
-        mask=predicted.mask, file=file, predicted=predicted, standard_error=error, folder=folder, measured=measured,
+        plan=predicted.plan, file=file, predicted=predicted, standard_error=error, folder=folder, measured=measured,
         scored_tokens=prepared.trace.tokens, front=study.front(), trials=len(study.finished()), seconds=budget.spent,
         cut_short=_cut_short(prepared, study, options, measured),
     )  # fmt: skip
@@ -184,7 +186,8 @@ def _seeds(
         for _ in range(2):  # the first pass of a shape is slower
             begin = time.monotonic()
             WindowReplay(windows, SkipMask(mlp=[layers // 2], num_layers=layers)).outcomes(few)
-        share = budget.share(SEEDS) / ((time.monotonic() - begin) * max(1, len(space.free)))
+        passes = len(space.free) + 2 * TOGETHER * (len(space.choices) - 2)
+        share = budget.share(SEEDS) / ((time.monotonic() - begin) * max(1, passes))
         return few if share >= 1 else windows.few(max(2, round(SEED_PROMPTS * share)), options.trial_tokens)
 
     identity = hashlib.sha256(repr(sorted(prepared.identity.items())).encode()).hexdigest()
@@ -194,38 +197,38 @@ def _seeds(
     else:  # a pass is one draft, which says little
         part = prepared.trace.head(SEED_PROMPTS, options.trial_tokens)
         states = layer_states(prepared.target, *part.padded(prepared.target.device))
-    return all_seeds(space, loss, states, prepared.point, loaded.preset, _earlier_mask(loaded, folder))
+    return all_seeds(space, loss, states, prepared.point, loaded.preset, _earlier_plan(loaded, folder))
 
 
-def _earlier_mask(loaded: Loaded, folder: Path) -> SkipMask | None:
-    """The mask of an earlier run in this folder, if it belongs to this model."""
+def _earlier_plan(loaded: Loaded, folder: Path) -> DraftPlan | None:
+    """The plan of an earlier run in this folder, if it belongs to this model."""
     try:
         file = load_mask(folder / "mask.json")
         check_mask_belongs(file, loaded.target)
     except MaskError:
         return None
-    return file.drafting_mask
+    return file.drafting_plan
 
 
 def rescore(
     prepared: Prepared, study: Study, progress: Progress, seconds: float = math.inf
 ) -> tuple[Score, int, float]:
-    """The best of the study's six best masks with the best policy: its exact score, its trial, its standard error.
+    """The best of the study's six best plans with the best policy: its exact score, its trial, its standard error.
 
     All policies are compared on windows of the whole trace; then the best is replayed block by block.
 
     Args:
-        seconds: fewer masks are compared once half of them are spent.
+        seconds: fewer plans are compared once half of them are spent.
     """
     windows, point, finalists = prepared.windows, prepared.point, study.best(6)
     scored, begin = [], time.monotonic()
-    for number, (mask, trial) in enumerate(finalists):
+    for number, (plan, trial) in enumerate(finalists):
         if number and time.monotonic() - begin > seconds / 2:
             break
-        scored.append((best_policy(WindowReplay(windows, mask).outcomes(), mask, point), trial))
+        scored.append((best_policy(WindowReplay(windows, plan).outcomes(), plan, point), trial))
         progress("finalists", number + 1, len(finalists) + 1)
     best, trial = max(scored, key=lambda pair: pair[0].tokens_per_second)
-    drafts = MaskReplay(windows.replay.with_length(best.policy.max_length), best.mask)
+    drafts = DraftReplay(windows.replay.with_length(best.policy.max_length), best.plan)
     exact = score_policy(drafts, best.policy, point)
     progress("finalists", len(finalists) + 1, len(finalists) + 1)
     return exact, trial, standard_error(drafts, best.policy, point)

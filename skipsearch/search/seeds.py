@@ -1,50 +1,92 @@
-"""Seeds: masks to try before the sampler has seen any score. Each heuristic is one function."""
+"""Seeds: plans to try before the sampler has seen any score. Each heuristic is one function."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from skipsearch.compiled.backend import Progress
 from skipsearch.evaluate.cost import Point
 from skipsearch.evaluate.hidden_states import HiddenStates, nearest
-from skipsearch.evaluate.windows import Part, WindowReplay, Windows
-from skipsearch.files import write_json
 from skipsearch.mask import KINDS, SkipMask, Sublayer
 from skipsearch.model.preset import Preset
 from skipsearch.model.space import Space
+from skipsearch.plan import FORMS, QUANTISED, DraftPlan, Form, HeadForm, Quantised
+from skipsearch.search.sensitivity import Loss
 
-Seed = tuple[str, SkipMask]
+Seed = tuple[str, DraftPlan]
 SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8)  # one seed for each: the share of layers to skip, or of all harm to allow
+PLAN_SHARES = (0.02, 0.05, 0.1, 0.2)  # likewise for plans, whose quantised sublayers do little harm
 LEVELS = 256  # of harm, in the knapsack
 
 
 def all_seeds(
-    space: Space, loss: dict[Sublayer, float], states: HiddenStates, point: Point, preset: Preset | None,
-    earlier: SkipMask | None,
-) -> list[Seed]:  # fmt: skip
-    """What a study tries first. The most promising seeds lead: a good first score lets the scorer abort more masks.
+    space: Space, loss: Loss, states: HiddenStates, point: Point, preset: Preset | None, earlier: DraftPlan | None
+) -> list[Seed]:
+    """What a study tries first. The most promising seeds lead: a good first score lets the scorer abort more plans.
 
     Args:
-        loss: of `single_skip_loss`.
+        loss: of `single_losses`.
         states: of the layers.
-        earlier: the mask of an earlier run.
+        earlier: the plan of an earlier run.
     """
-    before = [] if earlier is None else [("earlier", earlier)]
-    return [
-        ("empty", SkipMask(num_layers=space.num_layers)), *before, *published(preset, space),
-        *by_sensitivity(space, loss, point), *knapsack(space, loss, point), *nearest_states(space, states),
+    before: list[Seed] = [] if earlier is None else [("earlier", earlier)]
+    none: list[Seed] = [("empty", DraftPlan(SkipMask(num_layers=space.num_layers)))]
+    masks = [
+        *published(preset, space), *by_sensitivity(space, loss["skip"], point),
+        *knapsack(space, {"skip": loss["skip"]}, point), *nearest_states(space, states),
         *block_influence(space, states), *uniform(space),
-    ]  # fmt: skip
+    ] if "skip" in loss else []  # fmt: skip
+    return [*none, *before, *quantised_seeds(space, loss, point, masks), *masks]
+
+
+def quantised_seeds(space: Space, loss: Loss, point: Point, masks: list[Seed]) -> list[Seed]:
+    """Plans that quantise: everything in one form, with smaller heads, with the least harmful sublayers skipped.
+
+    Args:
+        masks: seeds that only skip; the best of them are tried on top of the mildest quantised form.
+    """
+    forms = [form for form in QUANTISED if form in space.choices]
+    if not forms:
+        return []
+    every = SkipMask.from_sublayers(space.free, space.num_layers)
+
+    def plan(form: Quantised, skip: SkipMask | None = None, size: int | None = None) -> DraftPlan:
+        head = form if form in space.heads else space.heads[-1]
+        return DraftPlan.in_form(form, every, skip, head, None if size is None else space.ids(size))
+
+    seeds = [(f"all {form}", plan(form)) for form in forms]
+    mild = forms[0]
+    seeds += [(f"all {mild}, {size} tokens", plan(mild, size=size)) for size in space.sizes]
+    if len(forms) > 1:
+        by_harm = sorted(space.free, key=lambda sub: loss[forms[-1]][sub])
+        half = SkipMask.from_sublayers(by_harm[: len(by_harm) // 2], space.num_layers)
+        seeds.append(
+            (f"{forms[-1]} half", DraftPlan(SkipMask(num_layers=space.num_layers), every - half, half, plan(mild).head))
+        )
+    if "skip" in loss:
+        order = sorted(space.free, key=lambda sub: (loss["skip"][sub] + 1e-3) / max(point.of(mild, *sub), 1e-12))
+        for count in (2, 4, 8, len(order) // 4):
+            seeds.append((f"{mild} less {count}", plan(mild, SkipMask.from_sublayers(order[:count], space.num_layers))))
+    heads = {"head": plan(mild).head}
+    seeds += [(f"plan {label}", replaced(found, **heads)) for label, found in knapsack(space, loss, point, PLAN_SHARES)]
+    seen = dict(masks)
+    on_top = [
+        label for label in seen if label.startswith(("published", "knapsack:0.125", "knapsack:0.25", "knapsack:0.5"))
+    ]
+    return [*seeds, *((f"{mild} under {label}", plan(mild, seen[label].skip)) for label in on_top)]
+
+
+def replaced(plan: DraftPlan, head: HeadForm) -> DraftPlan:
+    """The plan with another form of its head."""
+    return DraftPlan(plan.skip, plan.int8, plan.int4, head, plan.head_ids)
 
 
 def published(preset: Preset | None, space: Space) -> list[Seed]:
     """Masks from the literature for this model."""
-    return [] if preset is None else [(f"published:{m.name}", m.mask - space.fixed) for m in preset.masks]
+    masks = () if preset is None else preset.masks
+    return [(f"published:{m.name}", DraftPlan(m.mask - space.fixed)) for m in masks]
 
 
 def uniform(space: Space) -> list[Seed]:
@@ -52,65 +94,12 @@ def uniform(space: Space) -> list[Seed]:
     inner = range(1, space.num_layers - 1)
     seeds = [(f"uniform:{n}", _whole([i for i in inner if i % n == 1], space)) for n in (2, 3, 4)]
     attention = SkipMask(attention=[i for i in inner if i % 2 == 1], num_layers=space.num_layers)
-    return [*seeds, ("uniform:attention", attention - space.fixed)]
+    return [*seeds, ("uniform:attention", DraftPlan(attention - space.fixed))]
 
 
-def single_skip_loss(
-    windows: Windows, part: Part, space: Space, progress: Progress, *, known: dict[Sublayer, float] | None = None,
-    keep: Callable[[dict[Sublayer, float]], None] = lambda loss: None,
-) -> dict[Sublayer, float]:  # fmt: skip
-    """For each free sublayer: the share of a trace's tokens that drafts without this sublayer alone get wrong.
-
-    Drafts begin behind the reference keys of the full model, and at the layer that holds the sublayer.
-
-    Args:
-        part: the windows to draft.
-        known: losses that need not be computed again.
-        keep: called with all losses so far.
-    """
-    loss = dict(known or {})
-    for number, sub in enumerate(space.free):
-        if sub not in loss:
-            replayed = WindowReplay(windows, SkipMask.from_sublayers([sub], space.num_layers))
-            correct = [right for found in replayed.outcomes(part) for right in found.correct]
-            loss[sub] = 1 - sum(correct) / len(correct)
-            keep(loss)
-        progress("sensitivity", number + 1, len(space.free))
-    return loss
-
-
-def sensitivity_or_load(
-    path: Path, identity: str, windows: Windows, choose: Callable[[], Part], space: Space, progress: Progress
-) -> tuple[dict[Sublayer, float], Part]:
-    """The losses in `path` if they are of this trace and model; else new ones. Each is saved when it is known.
-
-    Args:
-        choose: chooses the windows for new losses.
-
-    Returns:
-        the losses, and the windows that they were computed on.
-    """
-    known: dict[Sublayer, float] = {}
-    part: Part | None = None
-    try:
-        data = json.loads(path.read_text())
-        if data["identity"] == identity and len(data["windows"]) == len(windows.counts):
-            part = tuple(range(min(int(n), most)) for n, most in zip(data["windows"], windows.counts, strict=True))
-            known = {(kind, int(i)): float(loss) for kind in KINDS for i, loss in data["loss"][kind].items()}
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # there are none yet, or they are another trace's
-    chosen = choose() if part is None else part
-
-    def keep(loss: dict[Sublayer, float]) -> None:
-        by_kind = {kind: {str(i): round(loss[kind, i], 4) for k, i in loss if k == kind} for kind in KINDS}
-        write_json(path, {"identity": identity, "windows": [len(some) for some in chosen], "loss": by_kind})
-
-    return single_skip_loss(windows, chosen, space, progress, known=known, keep=keep), chosen
-
-
-def seconds_saved(point: Point, sub: Sublayer) -> float:
-    """Seconds that a draft step saves by skipping this sublayer."""
-    return max(float(getattr(point, sub[0])[sub[1]]), 1e-12)
+def seconds_saved(point: Point, sub: Sublayer, form: Form = "skip") -> float:
+    """Seconds that a draft step saves by this form of a sublayer."""
+    return max(point.of("run", *sub) - point.of(form, *sub), 1e-12)
 
 
 def by_sensitivity(space: Space, loss: dict[Sublayer, float], point: Point) -> list[Seed]:
@@ -119,34 +108,41 @@ def by_sensitivity(space: Space, loss: dict[Sublayer, float], point: Point) -> l
     seeds = []
     for eighths in range(1, 8):
         count = round(len(order) * eighths / 8)
-        seeds.append((f"sensitivity:{count}", SkipMask.from_sublayers(order[:count], space.num_layers)))
+        seeds.append((f"sensitivity:{count}", DraftPlan(SkipMask.from_sublayers(order[:count], space.num_layers))))
     return seeds
 
 
-def knapsack(space: Space, loss: dict[Sublayer, float], point: Point, shares: Sequence[float] = SHARES) -> list[Seed]:
+def knapsack(space: Space, loss: Loss, point: Point, shares: Sequence[float] = SHARES) -> list[Seed]:
     """Save the most seconds for a given harm: an exact solution if the harms of sublayers add up.
 
-    KnapSpec's formulation (arXiv 2602.20217) with measured costs. The harm of a sublayer is minus the logarithm of the
-    share of tokens that stay the same when it alone is skipped, so a sum of harms is a product of these shares.
+    KnapSpec's formulation (arXiv 2602.20217) with measured costs, and with each sublayer in one of several forms. The
+    harm of a form is minus the logarithm of the share of tokens that stay the same when one sublayer alone has it, so a
+    sum of harms is a product of these shares. Shares are of the harm that the last form does everywhere.
     """
-    harm = {sub: -math.log(max(1e-3, 1 - loss[sub])) + 1e-4 for sub in space.free}
-    unit = sum(harm.values()) / LEVELS
+    forms = [form for form in FORMS if form in loss]
+    harm = {(sub, form): -math.log(max(1e-3, 1 - loss[form][sub])) + 1e-4 for sub in space.free for form in forms}
+    unit = sum(harm[sub, forms[-1]] for sub in space.free) / LEVELS
     best, taken = np.zeros(LEVELS + 1), []
     for sub in space.free:
-        weight = max(1, round(harm[sub] / unit))
-        with_it = np.full(LEVELS + 1, -np.inf)
-        if weight <= LEVELS:
-            with_it[weight:] = best[: LEVELS + 1 - weight] + seconds_saved(point, sub)
-        taken.append((weight, with_it > best))
-        best = np.maximum(best, with_it)
+        choice, gain = np.zeros(LEVELS + 1, dtype=int), best.copy()
+        weights = [max(form == "skip", round(harm[sub, form] / unit)) for form in forms]
+        for number, (form, weight) in enumerate(zip(forms, weights, strict=True), 1):
+            with_it = np.full(LEVELS + 1, -np.inf)
+            if weight <= LEVELS:
+                with_it[weight:] = best[: LEVELS + 1 - weight] + seconds_saved(point, sub, form)
+            choice[with_it > gain] = number
+            gain = np.maximum(gain, with_it)
+        taken.append((weights, choice))
+        best = gain
     seeds = []
     for share in shares:
-        level, chosen = round(share * LEVELS), []
-        for sub, (weight, better) in zip(reversed(space.free), reversed(taken), strict=True):
-            if better[level]:
-                chosen.append(sub)
-                level -= weight
-        seeds.append((f"knapsack:{share:.3g}", SkipMask.from_sublayers(chosen, space.num_layers)))
+        level, chosen = round(share * LEVELS), dict[Sublayer, Form]()
+        for sub, (weights, choice) in zip(reversed(space.free), reversed(taken), strict=True):
+            if number := int(choice[level]):
+                chosen[sub] = forms[number - 1]
+                level -= weights[number - 1]
+        every = [chosen.get((kind, i), "run") for kind in KINDS for i in range(space.num_layers)]
+        seeds.append((f"knapsack:{share:.3g}", DraftPlan.from_forms(every)))
     return seeds
 
 
@@ -172,5 +168,5 @@ def block_influence(space: Space, states: HiddenStates) -> list[Seed]:
     return [(f"influence:{count}", _whole(order[:count], space)) for count in counts]
 
 
-def _whole(layers: Collection[int], space: Space) -> SkipMask:
-    return SkipMask(attention=layers, mlp=layers, num_layers=space.num_layers) - space.fixed
+def _whole(layers: Collection[int], space: Space) -> DraftPlan:
+    return DraftPlan(SkipMask(attention=layers, mlp=layers, num_layers=space.num_layers) - space.fixed)

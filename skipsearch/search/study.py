@@ -22,8 +22,8 @@ from optuna.trial import FrozenTrial, TrialState
 from skipsearch.errors import ResultsError, StudyMismatch
 from skipsearch.evaluate.objective import Score
 from skipsearch.files import write_text
-from skipsearch.mask import SkipMask
 from skipsearch.model.space import Space
+from skipsearch.plan import FORMS, DraftPlan
 from skipsearch.search.prepare import STUDY
 from skipsearch.search.sampler import TrustRegionSampler
 from skipsearch.search.seeds import Seed
@@ -91,7 +91,7 @@ class Study:
     Args:
         url: an Optuna storage.
         name: of the study.
-        space: what a trial may skip.
+        space: what a trial may propose.
         identity: everything that scores depend on, by name; stored with the study.
         sampler: one of `options.SAMPLERS`.
         seed: of the sampler.
@@ -130,7 +130,7 @@ class Study:
                 f"{identity.get(field)!r} now); run with the old settings, or start a new study with --out or --study"
             )
         self._queue: deque[tuple[dict[str, Any], str]] = deque()
-        self.memo: dict[SkipMask, tuple[float, ...]] = {self.mask_of(t): tuple(t.values) for t in self.finished()}
+        self.memo: dict[DraftPlan, tuple[float, ...]] = {self.plan_of(t): tuple(t.values) for t in self.finished()}
 
     def shared(self, name: str, value: Any) -> Any:
         """The value stored with the study under this name. If there is none yet, `value` is stored, as JSON."""
@@ -141,8 +141,8 @@ class Study:
     def finished(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
-    def mask_of(self, trial: FrozenTrial) -> SkipMask:
-        return self.space.mask(trial.params)
+    def plan_of(self, trial: FrozenTrial) -> DraftPlan:
+        return self.space.plan(trial.params)
 
     def enqueue(self, seeds: list[Seed]) -> None:
         """Try seeds before the sampler's proposals. Seeds that are already in the study are not tried again.
@@ -150,10 +150,10 @@ class Study:
         The queue is here and not in the storage, because Optuna reads all waiting trials again for each trial. Each
         worker has its own queue, and leaves out what another worker has added to the storage.
         """
-        self._queue += [(self.space.params(mask), label) for label, mask in seeds]
+        self._queue += [(self.space.params(plan), label) for label, plan in seeds]
         # The trials that an interrupted run did not finish.
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,)):
-            if len(trial.params) == len(self.distributions) and self.mask_of(trial) not in self.memo:
+            if len(trial.params) == len(self.distributions) and self.plan_of(trial) not in self.memo:
                 self._queue.append((trial.params, f"again:{trial.number}"))
 
     def _propose(self, trials: list[FrozenTrial]) -> None:
@@ -176,23 +176,23 @@ class Study:
         )
 
     def optimize(
-        self, scorer: Callable[[SkipMask], Score], *, trials: int, time_budget: float | None,
+        self, scorer: Callable[[DraftPlan], Score], *, trials: int, time_budget: float | None,
         report: Callable[[int, float], None],
     ) -> None:  # fmt: skip
         """Run trials until `trials` are finished in the study, or `time_budget` seconds have passed.
 
         Args:
-            scorer: gives the score of a mask.
+            scorer: gives the score of a plan.
             report: called after each trial with the number of finished trials and the most tokens per second so far.
         """
 
         def objective(trial: optuna.Trial) -> tuple[float, ...]:
             params = {name: trial.suggest_int(name, *bounds) for name, bounds in self.space.bounds.items()}
-            mask = self.space.mask(params)
-            if mask not in self.memo:  # samplers propose some masks again; their score is known
-                result = scorer(mask)
+            plan = self.space.plan(params)
+            if plan not in self.memo:  # samplers propose some plans again; their score is known
+                result = scorer(plan)
                 for key, value in (
-                    ("mask", "".join(map(str, mask.bits()))), ("skipped", len(mask)),
+                    *_columns(plan),
                     ("tokens_per_second", round(result.tokens_per_second, 4)),
                     ("acceptance_rate", round(result.acceptance_rate, 4)), ("tau", round(result.tau, 4)),
                     ("cost_ratio", round(result.cost_ratio, 4)), ("speedup_predicted", round(result.speedup, 4)),
@@ -201,8 +201,8 @@ class Study:
                 ):  # fmt: skip
                     trial.set_user_attr(key, value)
                 both = (result.acceptance_rate, result.cost_ratio)
-                self.memo[mask] = both if self.pareto else (result.tokens_per_second,)
-            return self.memo[mask]
+                self.memo[plan] = both if self.pareto else (result.tokens_per_second,)
+            return self.memo[plan]
 
         def after(study: optuna.Study, trial: FrozenTrial) -> None:
             trials_now = self.study.get_trials(deepcopy=False)
@@ -218,17 +218,16 @@ class Study:
             self.study.optimize(objective, timeout=time_budget, callbacks=[after])
 
     def _scored(self) -> list[FrozenTrial]:
-        """Finished trials that were scored on the whole trace: not repeated masks, not aborted scores."""
+        """Finished trials that were scored on the whole trace: not repeated plans, not aborted scores."""
         return [t for t in self.finished() if t.user_attrs.get("fidelity") == "whole"]
 
-    def best(self, count: int) -> list[tuple[SkipMask, int]]:
-        """The best different masks with their trial numbers, best first; the empty one only if there is no other."""
-        found: dict[SkipMask, int] = {}
+    def best(self, count: int) -> list[tuple[DraftPlan, int]]:
+        """The best different plans with their trial numbers, best first; the empty one only if there is no other."""
+        found: dict[DraftPlan, int] = {}
         for trial in sorted(self._scored(), key=lambda t: -t.user_attrs["tokens_per_second"]):
-            found.setdefault(self.mask_of(trial), trial.number)
-        empty = SkipMask(num_layers=self.space.num_layers)
+            found.setdefault(self.plan_of(trial), trial.number)
         if len(found) > 1:
-            found.pop(empty, None)
+            found = {plan: number for plan, number in found.items() if plan.drafts}
         return list(found.items())[:count]
 
     def front(self) -> list[dict[str, Any]]:
@@ -248,3 +247,12 @@ class Study:
             seconds = t.duration.total_seconds() if t.duration else None
             rows.append({"trial": t.number, "seconds": seconds, "on_front": t.number in front, **t.user_attrs})
         write_text(path, pd.DataFrame(rows).to_csv(index=False))
+
+
+def _columns(plan: DraftPlan) -> list[tuple[str, Any]]:
+    """A plan as columns of the trials' table: its skips as bits, and where it quantises, its forms as digits."""
+    found: list[tuple[str, Any]] = [("mask", "".join(map(str, plan.skip.bits()))), ("skipped", len(plan.skip))]
+    if not plan.only_skips:
+        found.append(("plan", "".join(str(FORMS.index(form)) for form in plan.forms())))
+        found += [("head", plan.head), ("head_tokens", None if plan.head_ids is None else len(plan.head_ids))]
+    return found

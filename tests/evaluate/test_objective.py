@@ -16,7 +16,7 @@ from traces import POINT, make_trace
 
 from skipsearch import SkipMask
 from skipsearch.evaluate.cost import Point, draft_step
-from skipsearch.evaluate.mask_replay import MaskReplay
+from skipsearch.evaluate.draft_replay import DraftReplay
 from skipsearch.evaluate.objective import (
     best_policy,
     calibrated,
@@ -41,7 +41,7 @@ def test_score_picks_a_policy_no_worse_than_any_fixed_one(tiny: Any) -> None:
     trace, mask = make_trace(model, prompts=6), SkipMask(mlp=[3], num_layers=4)
     replay = Replay(Target.of(model), trace, 8)
     best = best_policy(WindowReplay(Windows(replay), mask).outcomes(), mask, POINT)
-    drafts = MaskReplay(replay, mask)
+    drafts = DraftReplay(replay, mask)
     fixed = [DraftPolicy(max_length=k) for k in range(1, 9)]
     exact = score_policy(drafts, best.policy, POINT).tokens_per_second
     assert exact >= 0.95 * max(throughput(drafts.walk(p), mask, p, POINT).tokens_per_second for p in fixed)
@@ -129,10 +129,10 @@ def test_the_standard_error_is_that_of_prompts(tiny: Any) -> None:
     """Prevents a figure that ignores how much prompts differ: alike prompts have none."""
     model, policy, mask = tiny("gpt2"), DraftPolicy(max_length=3), SkipMask(mlp=[2], num_layers=4)
     same = record(Target.of(model), ((5, 6, 7),) * 4, DecodeSettings(new_tokens=20), quiet)
-    assert standard_error(MaskReplay(Replay(Target.of(model), same, 3), mask), policy, POINT) == pytest.approx(
+    assert standard_error(DraftReplay(Replay(Target.of(model), same, 3), mask), policy, POINT) == pytest.approx(
         0, abs=1e-12
     )
-    assert standard_error(MaskReplay(Replay(Target.of(model), make_trace(model), 3), mask), policy, POINT) > 0
+    assert standard_error(DraftReplay(Replay(Target.of(model), make_trace(model), 3), mask), policy, POINT) > 0
 
 
 def test_calibrated_exit_is_chosen_by_replay(demo: Any) -> None:
@@ -151,6 +151,6 @@ def test_calibrated_exit_is_chosen_by_replay(demo: Any) -> None:
     assert all(a < b for a, b in zip(cheap.prices, dear.prices, strict=True))
     best = best_policy(outcomes, mask, point)
     assert best.tokens_per_second >= throughput(follow(outcomes, cheap), mask, cheap, point).tokens_per_second
-    drafts = MaskReplay(replay, mask)
+    drafts = DraftReplay(replay, mask)
     mean = [sum(k * n for (k, _), n in drafts.walk(p).items()) / sum(drafts.walk(p).values()) for p in (cheap, dear)]
     assert mean[0] > mean[1]

@@ -23,7 +23,7 @@ from skipsearch.decoding.processors import TokenSelection
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.draft.view import draft_view
-from skipsearch.evaluate.mask_replay import MaskReplay
+from skipsearch.evaluate.draft_replay import DraftReplay
 from skipsearch.evaluate.reference import GROUP_COST, group_by_length
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.trace import DecodeSettings, record
@@ -44,7 +44,7 @@ def test_replay_counts_equal_real_decoding(family: str, tiny: Any) -> None:
     masks = [SkipMask.from_bits([rng.random() < p for _ in range(8)]) for p in (0.1, 0.3)]
     for mask in [*masks, SkipMask(num_layers=4), SkipMask(attention=range(4), num_layers=4)]:
         policy = DraftPolicy(max_length=rng.randint(1, 6))
-        assert MaskReplay(replay, mask).walk(policy) == really_decode(model, trace, mask, policy), str(mask)
+        assert DraftReplay(replay, mask).walk(policy) == really_decode(model, trace, mask, policy), str(mask)
 
 
 def test_replay_with_an_exit_rule_accepts_what_decoding_accepts(tiny: Any) -> None:
@@ -53,7 +53,7 @@ def test_replay_with_an_exit_rule_accepts_what_decoding_accepts(tiny: Any) -> No
     trace, mask = make_trace(model), SkipMask(mlp=[2], num_layers=4)
     policy = DraftPolicy(max_length=6, exit_threshold=0.5)
     replayed, real = (
-        MaskReplay(Replay(Target.of(model), trace, 6), mask).walk(policy),
+        DraftReplay(Replay(Target.of(model), trace, 6), mask).walk(policy),
         really_decode(model, trace, mask, policy),
     )
     by_accepted = [sorted(n for (_, n), count in blocks.items() for _ in range(count)) for blocks in (replayed, real)]
@@ -65,7 +65,7 @@ def test_chunks_of_rows_change_nothing(tiny: Any) -> None:
     model = tiny("mistral")
     trace, mask = make_trace(model), SkipMask(attention=[1], mlp=[3], num_layers=4)
     policy = DraftPolicy(max_length=5)
-    one, many = (MaskReplay(Replay(Target.of(model), trace, 6, rows=rows), mask) for rows in (1, 64))
+    one, many = (DraftReplay(Replay(Target.of(model), trace, 6, rows=rows), mask) for rows in (1, 64))
     assert one.walk(policy) == many.walk(policy)
 
 
@@ -75,7 +75,7 @@ def test_sampled_replay_accepts_what_speculative_sampling_accepts(tiny: Any) -> 
     prompts = tuple((3 + i, 5, 7, 11 + i) for i in range(24))
     trace = record(Target.of(model), prompts, DecodeSettings(new_tokens=40, temperature=0.7), quiet)
     assert trace != record(Target.of(model), prompts, DecodeSettings(new_tokens=40, temperature=0.7, seed=100), quiet)
-    replayed = MaskReplay(Replay(Target.of(model), trace, 3), mask).walk(policy)
+    replayed = DraftReplay(Replay(Target.of(model), trace, 3), mask).walk(policy)
     stats = DecodeStats()
     for i, prompt in enumerate(prompts):
         device = torch.device("cpu")
@@ -89,7 +89,7 @@ def test_sampled_replay_accepts_what_speculative_sampling_accepts(tiny: Any) -> 
     assert 0.05 < stats.acceptance_rate < 0.95
     spread = (stats.acceptance_rate * (1 - stats.acceptance_rate) / stats.drafted) ** 0.5
     assert abs(ours - stats.acceptance_rate) < 5 * spread
-    full = MaskReplay(Replay(Target.of(model), trace, 3), SkipMask(num_layers=4)).walk(policy)
+    full = DraftReplay(Replay(Target.of(model), trace, 3), SkipMask(num_layers=4)).walk(policy)
     cut = sum(c for (k, n), c in full.items() if n < k)  # the model itself is accepted until its text ends
     assert cut <= len(prompts)
 
@@ -102,7 +102,7 @@ def test_accepted_shares_average_to_the_overlap(tiny: Any) -> None:
     trace = record(Target.of(model), prompts, DecodeSettings(new_tokens=2, temperature=0.7), quiet)
     trace = replace(trace, continuations=tuple(c[:2] for c in trace.continuations))
     replay = Replay(Target.of(model), trace, 1)
-    drafts = MaskReplay(replay, mask)
+    drafts = DraftReplay(replay, mask)
     starts = [(p, len(prompt) + 1) for p, prompt in enumerate(trace.prompts) if len(trace.continuations[p]) == 2]
     drafts.run(starts)
     accepted = sum(drafts.drafts[start].matches for start in starts) / len(starts)
@@ -123,7 +123,7 @@ def test_little_memory_means_few_rows_and_the_same_counts(tiny: Any) -> None:
     trace, mask, policy = make_trace(model), SkipMask(mlp=[1], num_layers=4), DraftPolicy(max_length=4)
     small, large = Replay(Target.of(model), trace, 4, memory=1), Replay(Target.of(model), trace, 4, memory=1e9)
     assert small.rows == 1 < large.rows
-    assert MaskReplay(small, mask).walk(policy) == MaskReplay(large, mask).walk(policy)
+    assert DraftReplay(small, mask).walk(policy) == DraftReplay(large, mask).walk(policy)
 
 
 @hypothesis_settings(max_examples=20, deadline=None)
@@ -137,7 +137,7 @@ def test_drafts_side_by_side_are_those_run_alone(tiny: Any, data: Any) -> None:
     bits = data.draw(st.lists(st.booleans(), min_size=8, max_size=8))
     every = [(p, t) for p, row in enumerate(trace.prompts) for t in range(len(row) + 1, together.lengths[p])]
     starts = data.draw(st.lists(st.sampled_from(every), min_size=1, max_size=12, unique=True))
-    drafts = [MaskReplay(replay, SkipMask.from_bits(bits)) for replay in (together, alone)]
+    drafts = [DraftReplay(replay, SkipMask.from_bits(bits)) for replay in (together, alone)]
     for some in drafts:
         some.run(starts)
     assert drafts[0].drafts.keys() == drafts[1].drafts.keys() == set(starts)
@@ -153,7 +153,7 @@ def test_one_prompt_alone_leaves_the_reference_as_it_is(tiny: Any) -> None:
     replay.together, replay.rows = False, 1
     (group,) = replay.groups
     before = [tuple(part.clone() for part in layer.reference) for layer in group.layers]
-    MaskReplay(replay, SkipMask(mlp=[1], num_layers=4)).walk(DraftPolicy(max_length=4))
+    DraftReplay(replay, SkipMask(mlp=[1], num_layers=4)).walk(DraftPolicy(max_length=4))
     for old, layer in zip(before, group.layers, strict=True):
         pairs = zip(old, layer.reference, strict=True)
         assert all(torch.equal(a[:, :, : group.longest], b[:, :, : group.longest]) for a, b in pairs)
@@ -178,7 +178,7 @@ def test_prompts_of_all_lengths_are_replayed_as_decoded(long_context: Any) -> No
     assert len(replay.groups) > 1 and replay.resumes
     for mask in (SkipMask(mlp=[2], num_layers=4), SkipMask(attention=[1], mlp=[3], num_layers=4)):
         real = really_decode(long_context, trace, mask, policy)
-        assert MaskReplay(replay, mask).walk(policy) == MaskReplay(replay.with_length(5), mask).walk(policy) == real
+        assert DraftReplay(replay, mask).walk(policy) == DraftReplay(replay.with_length(5), mask).walk(policy) == real
 
 
 @given(lengths=st.lists(st.integers(1, 3000), min_size=1, max_size=9))
@@ -230,7 +230,7 @@ def test_windows_cover_each_position_once(tiny: Any, share: float, more: float) 
     }
     assert len(places) == len(set(places)) and wanted <= set(places)
     mask = SkipMask(mlp=[1, 2], num_layers=4)
-    alone = MaskReplay(replay, mask)
+    alone = DraftReplay(replay, mask)
     alone.run(windows.starts(small))
     drafts = WindowReplay(windows, mask)
     drafts.outcomes(small)

@@ -10,7 +10,7 @@ import torch
 from online_parts import sequence_of
 
 from skipsearch import SkipMask
-from skipsearch.evaluate.mask_replay import MaskReplay
+from skipsearch.evaluate.draft_replay import DraftReplay
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.trace import Trace
 from skipsearch.model.target import Target
@@ -30,7 +30,7 @@ def test_a_window_sees_what_replay_sees(tiny: Any, ids: torch.Tensor, family: st
     (found,) = window.outcomes(mask)
     first = len(text) - 30
     trace = Trace(prompts=(tuple(text[:first]),), continuations=(tuple(text[first:]),), new_tokens=30)
-    correct_SK, confidence_SK = MaskReplay(Replay(Target.of(model), trace, LENGTH), mask).evaluate(
+    correct_SK, confidence_SK = DraftReplay(Replay(Target.of(model), trace, LENGTH), mask).evaluate(
         [(0, t) for t in range(first, len(text), LENGTH)]
     )
     assert found.correct == correct_SK.flatten().tolist()[:30]

@@ -1,4 +1,4 @@
-"""MaskReplay: drafts of one mask on a replay, run where they are needed, walked as decoding would, and kept.
+"""DraftReplay: drafts of one plan on a replay, run where they are needed, walked as decoding would, and kept.
 
 Shapes: P rows of a pass; S block starts; K drafted tokens; Q queries of a row.
 """
@@ -17,6 +17,7 @@ from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.reference import Start
 from skipsearch.evaluate.replay import Replay
 from skipsearch.mask import SkipMask
+from skipsearch.plan import DraftPlan
 from skipsearch.policy import DraftPolicy
 
 
@@ -33,18 +34,17 @@ class ReplayedDraft:
     confidence: tuple[float, ...]
 
 
-class MaskReplay:
-    """Drafts of one mask.
+class DraftReplay:
+    """Drafts of one plan.
 
     Attributes:
         drafts: those that were run so far, by block start.
         by_prompt: blocks of the last walk, by (drafted, accepted), for each prompt.
     """
 
-    def __init__(self, replay: Replay, mask: SkipMask) -> None:
-        self.replay, self.mask = replay, mask
-        self.view = draft_view(replay.target.model, mask)
-        self.first = min((*mask.attention, *mask.mlp, mask.num_layers - 1))
+    def __init__(self, replay: Replay, plan: SkipMask | DraftPlan) -> None:
+        self.replay, self.plan = replay, DraftPlan.of(plan)
+        self.view = draft_view(replay.target.model, self.plan)
         self.drafts: dict[Start, ReplayedDraft] = {}
         self.by_prompt: list[Counter[tuple[int, int]]] = []
 
@@ -65,7 +65,7 @@ class MaskReplay:
             [S, K] whether each token would be accepted if those before it were the reference's, and its confidence.
         """
         replay = self.replay
-        (grid, prompt_P), at_PQ, logits_PQV = replay.logits(self.view, starts, self.first)
+        (grid, prompt_P), at_PQ, logits_PQV = replay.logits(self.view, starts, self.plan.first)
         prompts = prompt_P[:, None]
         wanted_PQ = replay.ids[prompts, at_PQ + 1]
         highest_PQ, token_PQ = logits_PQV.max(-1)

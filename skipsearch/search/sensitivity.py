@@ -1,0 +1,96 @@
+"""Sensitivity: what each form of each sublayer does to a draft when it is the only change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+from skipsearch.compiled.backend import Progress
+from skipsearch.evaluate.windows import Part, WindowReplay, Windows
+from skipsearch.files import write_json
+from skipsearch.mask import KINDS, SkipMask, Sublayer
+from skipsearch.model.space import Space
+from skipsearch.plan import DraftPlan, Form, Quantised
+
+Loss = dict[Form, dict[Sublayer, float]]  # share of tokens that one sublayer alone makes wrong in a form
+TOGETHER = 4  # groups of a kind whose sublayers are quantised together, to measure their harm
+
+
+def single_losses(
+    windows: Windows, part: Part, space: Space, progress: Progress, *, known: Loss | None = None,
+    keep: Callable[[Loss], None] = lambda loss: None,
+) -> Loss:  # fmt: skip
+    """For each free sublayer and form: the share of a trace's tokens that drafts get wrong if it alone has this form.
+
+    Drafts begin behind the reference keys of the full model, and at the first layer that they change. What one
+    quantised sublayer does is less than these tokens can show, so neighbours of a kind are measured together, and each
+    gets an equal part of the harm.
+
+    Args:
+        part: the windows to draft.
+        known: losses that need not be computed again.
+        keep: called with all losses so far.
+    """
+    loss: Loss = {form: dict(of_form) for form, of_form in (known or {}).items()}
+    groups = [(form, group) for form in space.choices[1:] for group in _measured_together(space, form)]
+    for number, (form, group) in enumerate(groups):
+        of_form = loss.setdefault(form, {})
+        if not of_form.keys() >= set(group):
+            mask = SkipMask.from_sublayers(group, space.num_layers)
+            plan = DraftPlan(mask) if form == "skip" else DraftPlan.in_form(cast(Quantised, form), mask)
+            correct = [right for found in WindowReplay(windows, plan).outcomes(part) for right in found.correct]
+            share = sum(correct) / len(correct)
+            of_form |= {sub: 1 - share ** (1 / len(group)) for sub in group}
+            keep(loss)
+        progress("sensitivity", number + 1, len(groups))
+    return loss
+
+
+def _measured_together(space: Space, form: Form) -> list[list[Sublayer]]:
+    if form == "skip":
+        return [[sub] for sub in space.free]
+    found = []
+    for kind in KINDS:
+        of_kind = [sub for sub in space.free if sub[0] == kind]
+        size = max(1, -(-len(of_kind) // TOGETHER))
+        found += [of_kind[first : first + size] for first in range(0, len(of_kind), size)]
+    return found
+
+
+def sensitivity_or_load(
+    path: Path, identity: str, windows: Windows, choose: Callable[[], Part], space: Space, progress: Progress
+) -> tuple[Loss, Part]:
+    """The losses in `path` if they are of this trace and model; else new ones. Each is saved when it is known.
+
+    Args:
+        choose: chooses the windows for new losses.
+
+    Returns:
+        the losses, and the windows that they were computed on.
+    """
+    known: Loss = {}
+    part: Part | None = None
+    try:
+        data = json.loads(path.read_text())
+        if data["identity"] == identity and len(data["windows"]) == len(windows.counts):
+            part = tuple(range(min(int(n), most)) for n, most in zip(data["windows"], windows.counts, strict=True))
+            for form, of_form in {"skip": data["loss"], **data["forms"]}.items():
+                pairs = ((kind, i, loss) for kind in KINDS for i, loss in of_form[kind].items())
+                known[cast(Form, form)] = {(kind, int(i)): float(loss) for kind, i, loss in pairs}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # there are none yet, or they are another trace's
+    chosen = choose() if part is None else part
+
+    def by_kind(of_form: dict[Sublayer, float]) -> dict[str, dict[str, float]]:
+        return {kind: {str(i): round(of_form[kind, i], 5) for k, i in of_form if k == kind} for kind in KINDS}
+
+    def keep(loss: Loss) -> None:
+        forms = {form: by_kind(of_form) for form, of_form in loss.items() if form != "skip"}
+        write_json(path, {
+            "identity": identity, "windows": [len(some) for some in chosen], "loss": by_kind(loss.get("skip", {})),
+            "forms": forms,
+        })  # fmt: skip
+
+    return single_losses(windows, chosen, space, progress, known=known, keep=keep), chosen

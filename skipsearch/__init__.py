@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from skipsearch.search.run import search
 
 __all__ = [
-    "DraftPlan", "MaskFile", "SearchResult", "SkipMask", "draft_view", "load_mask", "load_model", "search", "self_speculative",
+    "DraftPlan", "MaskFile", "SearchResult", "SkipMask", "draft_view", "load_mask", "load_model", "search",
+    "self_speculative",
 ]  # fmt: skip
 
 _HOMES = {
-    "SkipMask": "mask", "DraftPlan": "plan", "MaskFile": "maskfile", "load_mask": "maskfile", "load_model": "model.load",
-    "draft_view": "draft.view", "self_speculative": "online.self_speculative", "SearchResult": "search.result",
+    "SkipMask": "mask", "DraftPlan": "plan", "MaskFile": "maskfile", "load_mask": "maskfile",
+    "load_model": "model.load", "draft_view": "draft.view", "self_speculative": "online.self_speculative",
+    "SearchResult": "search.result",
 }  # fmt: skip
 
 

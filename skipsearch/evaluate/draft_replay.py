@@ -77,6 +77,8 @@ class DraftReplay:
             accepted_PQ = token_PQ == wanted_PQ
             confidence_PQ = (highest_PQ.float() - logits_PQV.float().logsumexp(-1)).exp()
         correct_PQ = accepted_PQ & (at_PQ + 1 < torch.tensor(replay.lengths, device=at_PQ.device)[prompts])
+        if replay.ranks_PT is not None and self.plan.head_ids is not None:
+            correct_PQ &= replay.ranks_PT[prompts, at_PQ + 1] < len(self.plan.head_ids)
         return grid.of_starts(correct_PQ), grid.of_starts(confidence_PQ)
 
     def walk(self, policy: DraftPolicy) -> Counter[tuple[int, int]]:

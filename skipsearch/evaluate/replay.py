@@ -74,6 +74,7 @@ class Replay:
         shape = (len(self.lengths), max(self.lengths) + self._ahead + 1)
         self.chance_PT = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.ids.device)
         self.target_PT = torch.zeros(shape, device=self.ids.device)
+        self.ranks_PT: Tensor | None = None  # see `frequency.Frequency`; for plans with a smaller head
         self._scratch: dict[Any, Tensor] = {}
         every = tuple(range(len(self.lengths)))
         if reference is not None:

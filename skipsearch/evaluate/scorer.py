@@ -32,14 +32,16 @@ class Scorer:
         point: costs.
         front: score for a front of acceptance rate and cost ratio: no plan is given up, and both figures are those of
             drafts of one fixed length, so that they can be compared.
+        share: of the trace's windows, which count as the whole.
 
     Attributes:
         checked: of plans scored whole in any case, tokens per second at every stage, the whole last.
     """
 
-    def __init__(self, windows: Windows, point: Point, front: bool = False) -> None:
+    def __init__(self, windows: Windows, point: Point, front: bool = False, share: float = 1.0) -> None:
         self.windows, self.point, self.front = windows, point, front
-        self.parts = [windows.part(share) for _, share, _ in STAGES]
+        self.parts = [windows.part(share * part) for _, part, _ in STAGES]
+        self.whole = windows.part(share)
         self.checked: list[tuple[float, ...]] = []
         self.best: Score | None = None
         self.best_stages: list[float] = []  # its tokens per second at each of them
@@ -60,9 +62,9 @@ class Scorer:
     def _score(self, plan: DraftPlan) -> Score:
         drafts, best = WindowReplay(self.windows, plan), self.best
         if self.front:
-            found = score(drafts, self.point)
+            found = score(drafts, self.point, self.whole)
             lengths = [self.windows.replay.max_length]
-            fixed = estimate(drafts.outcomes(), plan, self.point, lengths, [None])
+            fixed = estimate(drafts.outcomes(self.whole), plan, self.point, lengths, [None])
             return replace(found, acceptance_rate=fixed.acceptance_rate, cost_ratio=fixed.cost_ratio)
         done = self.counts.total()
         check = done < CHECK_FIRST or done % CHECKED == 0
@@ -76,7 +78,7 @@ class Scorer:
                 # Never above what it was given up for, however lucky the best was at this stage.
                 scale = min(near * best.tokens_per_second / stages[-1], self._scale(number))
                 return _scaled(found, scale, fidelity)
-        whole = score(drafts, self.point)
+        whole = score(drafts, self.point, self.whole)
         if check:
             self.checked.append((*stages, whole.tokens_per_second))
         if best is None or whole.tokens_per_second > best.tokens_per_second:

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from skipsearch.compiled.backend import Progress, warm_plan, with_backend
 from skipsearch.draft.copies import copies_bytes
+from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendWarning, PromptError
 from skipsearch.evaluate.cost import Costs, Point, set_up
 from skipsearch.evaluate.design import choose_design
 from skipsearch.evaluate.form_speed import form_seconds, paying_forms
-from skipsearch.evaluate.frequency import head_sizes, tokens_by_frequency
+from skipsearch.evaluate.frequency import frequency, head_sizes
 from skipsearch.evaluate.profile import profile_or_load
 from skipsearch.evaluate.prompts import Prompts, fingerprint, lengthened, load_prompts
 from skipsearch.evaluate.replay import Replay
@@ -50,6 +51,7 @@ class Prepared:
         prompts, trace, costs, space, windows: see their classes.
         identity: everything that scores depend on, by name.
         contexts: context lengths that the mask will serve, in tokens; empty: those of the calibration prompts.
+        copies: views that keep the quantised copies alive, so that each is made once.
     """
 
     target: Target
@@ -60,6 +62,7 @@ class Prepared:
     windows: Windows
     identity: dict[str, str]
     contexts: tuple[int, ...] = ()
+    copies: tuple[PreTrainedModel, ...] = ()
 
     @property
     def point(self) -> Point:
@@ -114,11 +117,8 @@ def prepare(
         space = Space(num_layers=target.num_layers, fixed=SkipMask(num_layers=target.num_layers))
     with budget.stage("compile", on_top=True):
         target = with_backend(target, options.backend, progress)  # slow, so the options are checked first
-        every, forms = range(target.num_layers), candidate_forms(target, space)
-        for kind in KINDS:  # layers that lack one sublayer are all that a mask needs beside
-            warm_plan(target, SkipMask.from_sublayers([(kind, i) for i in every], target.num_layers), progress)
-        for plan in choose_design(target, MAX_LENGTH, forms).plans if forms else ():
-            warm_plan(target, plan, progress)
+        forms = candidate_forms(target, space)
+        _warm(target, forms, progress)
     # Weights and not only the config: a fine-tuned model must not continue the study of its base model.
     identity = {
         "model": str(model_card(target, loaded.name).config_sha256),
@@ -148,19 +148,31 @@ def prepare(
             forms=forms,
         )  # fmt: skip
     space = paying_space(space, costs.at(mean), forms)
-    if len(space.choices) > 2 and (sizes := head_sizes(target.vocabulary)):
-        space = replace(space, tokens=tokens_by_frequency(loaded.tokenizer, trace, target.vocabulary), sizes=sizes)
-    identity["space"] = str(space)
     _warn_of_slow_verifies(target, costs)
     side = min(SIDE, -(-options.new_tokens // TRIAL_LENGTH))
     progress("reference", 0, 1)
     with budget.stage("reference"):
         replay = Replay(target, trace, TRIAL_LENGTH, memory=options.memory, side=side, states=True)
     progress("reference", 1, 1)
+    if len(space.choices) > 2 and (sizes := head_sizes(target.vocabulary)):
+        found = frequency(loaded.tokenizer, trace, target.vocabulary, replay.ids.shape[1])
+        space, replay.ranks_PT = replace(space, tokens=found.tokens, sizes=sizes), found.ranks_PT.to(target.device)
+    identity["space"] = str(space)
+    kept = [DraftPlan.everywhere(form, target.num_layers) for form in QUANTISED if form in space.choices]
     return Prepared(
         target=target, prompts=prompts, trace=trace, costs=costs, space=space, windows=Windows(replay),
-        identity=identity, contexts=options.contexts,
+        identity=identity, contexts=options.contexts, copies=tuple(draft_view(target.model, plan) for plan in kept),
     )  # fmt: skip
+
+
+def _warm(target: Target, forms: Sequence[Quantised], progress: Progress) -> None:
+    """Compile layers that lack one sublayer, which is all that masks need beside, and what a profile drafts."""
+    every = range(target.num_layers)
+    masks = [SkipMask.from_sublayers([(kind, i) for i in every], target.num_layers) for kind in KINDS]
+    plans = [*map(DraftPlan, masks), *(choose_design(target, MAX_LENGTH, forms).plans if forms else ())]
+    for number, plan in enumerate(plans):
+        warm_plan(target, plan, lambda *_: None)
+        progress("compile", number + 1, len(plans))
 
 
 def candidate_forms(target: Target, space: Space) -> list[Quantised]:

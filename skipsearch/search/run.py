@@ -31,7 +31,7 @@ from skipsearch.files import write_json
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import Provenance, load_mask
 from skipsearch.model.load import Loaded, check_mask_belongs, model_card
-from skipsearch.plan import DraftPlan
+from skipsearch.plan import QUANTISED, DraftPlan
 from skipsearch.search.budget import Budget
 from skipsearch.search.export import mask_file, validated
 from skipsearch.search.options import SearchOptions
@@ -42,6 +42,8 @@ from skipsearch.search.sensitivity import TOGETHER, sensitivity_or_load
 from skipsearch.search.study import Study, storage_url
 
 SEEDS, TRIALS, FINALISTS = 0.2, 0.4, 0.25  # shares of what is left of the budget; validation takes the rest
+ENOUGH_TRIALS, LEAST_SHARE = 50, 0.25  # trials that the budget should suffice for; the least share of the trace
+PACE_SHARE = 0.1  # of the trace, to find out how long a trial takes
 SEED_PROMPTS = 8  # on which sublayers are skipped one at a time
 
 
@@ -160,7 +162,9 @@ def search_trials(
         with budget.stage("seeds"):
             study.enqueue(_seeds(loaded, prepared, folder, options, progress, budget))
         with budget.stage("trials"):
-            scorer, seconds = Scorer(prepared.windows, prepared.point, front=options.pareto), budget.share(TRIALS)
+            seconds = budget.share(TRIALS)
+            share = study.shared("share", trial_share(prepared, seconds))
+            scorer = Scorer(prepared.windows, prepared.point, options.pareto, share)
             begin, before = time.monotonic(), len(study.finished())
 
             def told(done: int, best: float) -> None:
@@ -173,6 +177,24 @@ def search_trials(
     if not study.best(1):
         raise SkipsearchError("no trial has finished within the time budget; raise --time-budget")
     return study
+
+
+def trial_share(prepared: Prepared, seconds: float) -> float:
+    """The share of the trace that trials are scored on, so that some tens of them fit into the seconds.
+
+    What a trial takes depends on the plan: the dearest one changes the first layer, so nothing is resumed.
+    """
+    if not math.isfinite(seconds):
+        return 1.0
+    windows, layers = prepared.windows, prepared.space.num_layers
+    part = windows.part(PACE_SHARE)
+    forms = prepared.space.choices
+    quantised = [DraftPlan.everywhere(form, layers) for form in QUANTISED if form in forms]
+    dearest = quantised[0] if quantised else DraftPlan(SkipMask(attention=[0], num_layers=layers))
+    begin = time.monotonic()
+    WindowReplay(windows, dearest).outcomes(part)
+    whole = (time.monotonic() - begin) / PACE_SHARE
+    return min(1.0, max(LEAST_SHARE, round(seconds / (ENOUGH_TRIALS * whole), 2)))
 
 
 def _seeds(

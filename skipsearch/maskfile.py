@@ -1,9 +1,8 @@
 """mask.json: a mask or a plan with its draft policy, evidence and provenance.
 
-Schema version 1 holds a mask. Version 2 adds the other forms of a plan, and is written only where a plan has some.
-
-A loaded file is complete and consistent, and every file written here loads again. Also reads the skip sets of Self-SD
-and SWIFT. No model is needed here: `model.load.check_mask_belongs` compares a mask file with a model.
+Schema version 1 holds a mask. Version 2 adds the other forms of a plan, and is written only where a plan has some. A
+loaded file is complete and consistent, and every file written here loads again. `model.load.check_mask_belongs`
+compares it with a model.
 """
 
 from __future__ import annotations
@@ -199,7 +198,7 @@ def _ids_of(ranges: str) -> list[int]:
     return found
 
 
-def _read_json(path: Path, mend: str = "make one with `skipsearch run`") -> Any:
+def read_json(path: Path, mend: str = "make one with `skipsearch run`") -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -249,46 +248,4 @@ def load_mask(path: str | Path) -> MaskFile:
     Raises:
         MaskError: the file is missing, truncated, of another format or version, or inconsistent.
     """
-    return parse_mask(_read_json(Path(path)), str(path))
-
-
-def import_mask(path: str | Path, *, num_layers: int, key: str | None = None, model_id: str = "unknown") -> MaskFile:
-    """Read a skip set in the format of Self-SD or SWIFT: `{"name": {"attention": [..], "mlp": [..]}}`.
-
-    A single `{"attention": .., "mlp": ..}` is also read, and so are several such sets under a "sources" table.
-
-    Args:
-        num_layers: decoder layers of the model.
-        key: name of the entry; not needed if the file has only one.
-        model_id: hub id of the model, for the new file.
-
-    Raises:
-        MaskError: the entry does not exist, or its ids do not fit `num_layers`.
-    """
-    entries = dict(_skip_sets(_read_json(Path(path), "check the path")))
-    if key is None and len(entries) == 1:
-        key = next(iter(entries))
-    if key not in entries:
-        what = f"no skip set named {key!r}" if key is not None or not entries else f"{len(entries)} skip sets"
-        raise MaskError(f"{path} holds {what}; pass --key with one of: {', '.join(sorted(entries)) or 'none'}")
-    sets = entries[key]
-    for kind in ("attention", "mlp"):
-        if not isinstance(sets.get(kind, []), list):
-            raise MaskError(f"{path}: {key}.{kind} must be a list of layer numbers, got {sets[kind]!r}; correct it")
-    mask = SkipMask(attention=sets.get("attention", []), mlp=sets.get("mlp", []), num_layers=num_layers)
-    return MaskFile.of(
-        mask, model=ModelCard(id=model_id, num_layers=num_layers), provenance=Provenance(study=f"import:{key}")
-    )
-
-
-def _skip_sets(data: Any, name: str = "mask") -> list[tuple[str, dict[str, Any]]]:
-    """Every skip set in the file with its key: the names of the tables around it, joined by "/"."""
-    if not isinstance(data, dict):
-        return []
-    if "attention" in data or "mlp" in data:
-        return [(name, data)]
-    found = []
-    for key, value in data.items():
-        path = key if name in ("mask", "sources") else f"{name}/{key}"
-        found += _skip_sets(value, path)
-    return found
+    return parse_mask(read_json(Path(path)), str(path))

@@ -48,7 +48,7 @@ class DraftPlan:
         head_ids: Iterable[int] | None = None,
     ) -> None:  # fmt: skip
         none = SkipMask(num_layers=skip.num_layers)
-        int8, int4 = int8 or none, int4 or none
+        int8, int4 = none if int8 is None else int8, none if int4 is None else int4
         masks = {"skip": skip, "int8": int8, "int4": int4}
         for one, other in itertools.combinations(masks, 2):
             for kind, i in (masks[one] & masks[other]).sublayers():
@@ -132,6 +132,14 @@ class DraftPlan:
         """`{"skip", "int8", "int4": {"attention", "mlp", "num_layers"}, "head", "head_ids"}`; the latter a number."""
         masks = {form: getattr(self, form).to_dict() for form in ("skip", *QUANTISED)}
         return {**masks, "head": self.head, "head_ids": None if self.head_ids is None else len(self.head_ids)}
+
+    def columns(self) -> dict[str, Any]:
+        """For tables: its skips as 2L bits, and where it does more than skip, its forms as 2L digits, and its head."""
+        found: dict[str, Any] = {"mask": "".join(map(str, self.skip.bits())), "skipped": len(self.skip)}
+        if not self.only_skips:
+            found["plan"] = "".join(str(FORMS.index(form)) for form in self.forms())
+            found |= {"head": self.head, "head_tokens": None if self.head_ids is None else len(self.head_ids)}
+        return found
 
     def __str__(self) -> str:
         """Rows of cells, one column for each layer, in the signs of `CELLS`; then the head."""

@@ -32,7 +32,7 @@ def import_(
     as_json: opt.Json = False, debug: opt.Debug = False,
 ) -> None:  # fmt: skip
     """Turn a skip set of Self-SD or SWIFT into a mask file."""
-    from skipsearch.maskfile import import_mask
+    from skipsearch.maskimport import import_mask
     from skipsearch.report.tables import mask_table
 
     file = import_mask(source, num_layers=layers, key=key, model_id=model_id)

@@ -59,7 +59,8 @@ def run(
     if options.time_budget is not None:
         options = replace(options, time_budget=max(1.0, options.time_budget - loading))
     from skipsearch.report.cells import draw_plan, draw_sensitivity
-    from skipsearch.report.tables import front_table, summary_table, verdict_line
+    from skipsearch.report.summary import summary_table, verdict_line
+    from skipsearch.report.tables import front_table
     from skipsearch.search.result import summary
     from skipsearch.search.run import search
 

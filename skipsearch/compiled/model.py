@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from skipsearch.compiled.buffers import Buffers, Scores
 from skipsearch.compiled.compile import Piece, compiler
-from skipsearch.compiled.pieces import EXAMPLE_IDS, EXAMPLE_POSITIONS, Outside, Pieces, Stack
+from skipsearch.compiled.pieces import EXAMPLE_IDS, EXAMPLE_POSITIONS, Pieces
+from skipsearch.compiled.products import products
+from skipsearch.compiled.stack import Outside, Stack
 from skipsearch.compiled.tracing import EXAMPLE_SLOTS, make_buffer
 from skipsearch.errors import BackendError
 from skipsearch.model.target import Target
@@ -92,7 +94,7 @@ class CompiledModel:
 
     def products(self, modules: Sequence[nn.Module], row: Tensor) -> list[Callable[[Tensor], Any]]:
         """Linear layers of one build, as functions of a row."""
-        return self.pieces.products(modules, row)
+        return products(self.pieces, modules, row)
 
     def fits(self) -> bool:
         """Whether the model's weights are still those that were packed, if any were."""

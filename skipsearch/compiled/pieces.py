@@ -15,8 +15,6 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -26,6 +24,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from skipsearch.compiled.compile import Piece, compile_piece
 from skipsearch.compiled.packing import pack
+from skipsearch.compiled.stack import Layer, Outside, Stack
 from skipsearch.compiled.tracing import (
     EXAMPLE_SLOTS,
     Call,
@@ -48,47 +47,6 @@ from skipsearch.model.target import Target
 
 # Lengths to trace with. They and `EXAMPLE_SLOTS` differ: equal ones would be taken for one symbol.
 EXAMPLE_IDS, EXAMPLE_POSITIONS = 331, 359
-
-
-@dataclass(slots=True, eq=False)
-class Layer:
-    """A layer to be run: its tensors, its build, which selects the piece, and its place in the cache.
-
-    `module` is a copy, with packed weights where there are some.
-    """
-
-    module: nn.Module
-    names: list[str]
-    tensors: list[Tensor]
-    build: str
-    index: int
-
-
-@dataclass(slots=True, eq=False)
-class Outside:
-    """A copy of the model without its layers, with its tensors and its build."""
-
-    module: nn.Module
-    names: list[str]
-    tensors: list[Tensor]
-    build: str
-
-
-@dataclass(slots=True, eq=False)
-class Stack:
-    """What a model or a draft view runs: its layers, and what is around them.
-
-    Attributes:
-        number: differs between all stacks; graphs are kept by it.
-        quantised: whether any weights are.
-        programs: by width, the calls of pieces.
-    """
-
-    layers: list[Layer]
-    outside: Outside
-    number: int
-    quantised: bool
-    programs: dict[int, list[tuple[Piece, int, list[int], list[Tensor]]]] = field(default_factory=dict)
 
 
 class Pieces:
@@ -130,7 +88,7 @@ class Pieces:
             if isinstance(module, RemovedLayer):
                 continue
             if module not in self._layers:
-                copied = self._copy(module)
+                copied = self.copied(module)
                 names, tensors = tensors_of(copied)
                 self._layers[module] = Layer(copied, names, tensors, build_of(copied, names, tensors), index)
             found.append(self._layers[module])
@@ -144,35 +102,18 @@ class Pieces:
         return stack
 
     def _outside_of(self, model: nn.Module) -> Outside:
-        copied = self._copy(model)
+        copied = self.copied(model)
         names, tensors = tensors_of(copied)
         head = cast(PreTrainedModel, copied).get_output_embeddings()
         return Outside(copied, names, tensors, build_of(head, *tensors_of(head)) if isinstance(head, DraftHead) else "")
 
-    def _copy(self, module: nn.Module) -> nn.Module:
+    def copied(self, module: nn.Module) -> nn.Module:
+        """A copy for tracing, with packed weights where there are some, and quantised products as compiled ones."""
         copied = copy_sharing_tensors(module) if self.packed is None else self.packed.module(module)
         for part in copied.modules():
             if isinstance(part, Int8Linear):
                 part.fused = True
         return cast(nn.Module, copied)
-
-    def products(self, modules: Sequence[nn.Module], row: Tensor) -> list[Callable[[Tensor], Any]]:
-        """Linear layers of one build as functions of a row, each one piece."""
-        found: list[Callable[[Tensor], Any]] = []
-        for module in modules:
-            copied = cast(nn.Sequential, self._copy(nn.Sequential(module)))
-            names, tensors = tensors_of(copied)
-
-            def run(row: Tensor, *tensors: Tensor, copied: Any = copied, names: Any = names) -> list[Tensor]:
-                return [torch.func.functional_call(copied, dict(zip(names, tensors, strict=True)), (row,))]
-
-            def examples(tensors: Any = tensors) -> list[Tensor]:
-                return [row, *tensors]
-
-            key = ("product", build_of(copied, names, tensors), row.shape, row.dtype)
-            piece = self._piece(key, run, examples, [()] * (1 + len(tensors)))
-            found.append(partial(_of_row, piece, tensors))
-        return found
 
     def head(self, width: int) -> Piece:
         """(*tensors outside of layers, ids [1, C], positions [N], slots [T], at [2]) -> hidden, slots [Q], extras.
@@ -199,7 +140,7 @@ class Pieces:
             ]  # fmt: skip
 
         dynamic: list[tuple[int, ...]] = [*[()] * count, (1,), (0,), (0,), ()]
-        return self._piece(("head", width), run, examples, dynamic)
+        return self.piece(("head", width), run, examples, dynamic)
 
     def layer(self, layer: Layer, width: int, example: Sequence[Tensor]) -> Piece:
         """(hidden, slots [Q], keys, values [1, H, T, D], *the head's extras it takes, *its tensors) -> hidden."""
@@ -230,7 +171,7 @@ class Pieces:
             tuple(d for d, size in enumerate(shape) if size == EXAMPLE_SLOTS) for shape in shapes
         ]
         key = ("layer", width, layer.build, constants, repr(shapes), self.shapes[layer.index])
-        return self._piece(key, run, examples, [*dynamic, *[()] * len(layer.tensors)])
+        return self.piece(key, run, examples, [*dynamic, *[()] * len(layer.tensors)])
 
     def tail(self, width: int, hidden: Tensor, outside: Outside) -> Piece:
         """(*tensors outside of layers, hidden [1, Q, E]) -> logits [1, Q, V], and [2, Q]: tokens, probabilities.
@@ -252,7 +193,7 @@ class Pieces:
 
         example = hidden.new_zeros((1, width, hidden.shape[-1]))
         dynamic: list[tuple[int, ...]] = [()] * (len(outside.names) + 1)
-        return self._piece(("tail", width, outside.build), run, lambda: [*outside.tensors, example], dynamic)
+        return self.piece(("tail", width, outside.build), run, lambda: [*outside.tensors, example], dynamic)
 
     def _outer(
         self, outside: Outside, model: Any, tensors: Sequence[Tensor], ids: Tensor, slots_Q: Tensor, slots_T: Tensor,
@@ -268,10 +209,11 @@ class Pieces:
             given["position_ids"] = positions_Q[None]
         return torch.func.functional_call(model, dict(zip(outside.names, tensors, strict=False)), (), given)
 
-    def _piece(
+    def piece(
         self, key: Any, run: Callable[..., list[Tensor]], examples: Callable[[], list[Tensor]],
         dynamic: list[tuple[int, ...]],
     ) -> Piece:  # fmt: skip
+        """A piece that is compiled once for each key; see `compile_piece`."""
         with self._lock:  # tracing notes the layers' calls here: one at a time
             if key not in self._compiled:
                 self._compiled[key] = compile_piece(run, examples(), dynamic)
@@ -288,10 +230,6 @@ def _check(model: PreTrainedModel) -> None:
             f"the model's attention is {model.config._attn_implementation!r}, must be 'sdpa' or 'eager'; "
             f"load it with attn_implementation='sdpa'"
         )
-
-
-def _of_row(piece: Piece, tensors: Sequence[Tensor], row: Tensor) -> Any:
-    return piece(row, *tensors)
 
 
 def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:

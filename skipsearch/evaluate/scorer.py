@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -15,6 +17,8 @@ from skipsearch.plan import DraftPlan
 
 AGREEMENT = 0.9  # rank correlation with whole scores from which a stage may give up
 CHECK_FIRST, CHECKED = 12, 15  # plans that are scored whole in any case: the first ones, and then one in so many
+ENOUGH_TRIALS, LEAST_SHARE = 50, 0.25  # trials that a budget should suffice for; the least share of the trace
+PACE_SHARE = 0.1  # of the trace, to find out how long a trial takes
 # Shares of each prompt's windows, and the share of the best below which a plan is given up then.
 STAGES: tuple[tuple[Fidelity, float, float], ...] = (("first", 0.2, 0.92), ("part", 0.5, 0.975))
 
@@ -94,3 +98,17 @@ def _scaled(found: Score, scale: float, fidelity: Fidelity) -> Score:
     return replace(
         found, tokens_per_second=scale * found.tokens_per_second, speedup=scale * found.speedup, fidelity=fidelity
     )  # fmt: skip
+
+
+def affordable_share(windows: Windows, dearest: DraftPlan, seconds: float) -> float:
+    """The share of the trace that trials are scored on, so that some tens of them fit into the seconds.
+
+    Args:
+        dearest: a plan that takes as long as any.
+    """
+    if not math.isfinite(seconds):
+        return 1.0
+    begin = time.monotonic()
+    WindowReplay(windows, dearest).outcomes(windows.part(PACE_SHARE))
+    whole = (time.monotonic() - begin) / PACE_SHARE
+    return min(1.0, max(LEAST_SHARE, round(seconds / (ENOUGH_TRIALS * whole), 2)))

@@ -163,7 +163,7 @@ class Space:
             sub = KINDS[number // self.num_layers], number % self.num_layers
             if form == "skip":
                 form = "skip" if skip.skips(*sub) else "run"
-            elif self.structure == "layers" and form != plan.form(KINDS[0], sub[1]):
+            elif self.structure != "sublayers" and len({plan.form(kind, sub[1]) for kind in KINDS}) > 1:
                 form = "run"
             kept.append(form if sub in free and form in self.choices else "run")
         head: HeadForm = plan.head if plan.head in self.heads else "full"

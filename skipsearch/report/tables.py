@@ -14,11 +14,10 @@ from skipsearch.maskfile import MaskFile
 from skipsearch.report.cells import draw_plan
 
 FEW = ": few, the interval is rough; --num-held-out takes more"
-ENOUGH = 2000  # scored tokens; with fewer the standard error is too large to tell good masks apart
 Justify = Literal["left", "center"]
 
 
-def _pairs(title: str, rows: Iterable[tuple[str, Any]]) -> Table:
+def pairs(title: str, rows: Iterable[tuple[str, Any]]) -> Table:
     """A table of names and values."""
     table = Table(
         Column(style="cyan"), Column(), title=title, show_header=False, title_justify="left", title_style="bold"
@@ -38,7 +37,7 @@ def _listing(
     return table
 
 
-def _evidence_rows(proof: dict[str, Any]) -> list[tuple[str, Any]]:
+def evidence_rows(proof: dict[str, Any]) -> list[tuple[str, Any]]:
     """The evidence of a mask file, as JSON, in words."""
     low, high = proof["speedup_ci"]
     bound = 1 / proof["cost_ratio"] if proof["cost_ratio"] else float("inf")
@@ -95,78 +94,19 @@ def mask_table(file: MaskFile) -> Panel:
     if file.evidence is None:
         rows.append(("evidence", "none yet; measure it with `skipsearch validate`"))
     else:
-        rows += _evidence_rows(file.evidence.model_dump())
+        rows += evidence_rows(file.evidence.model_dump())
     grid = Table.grid(padding=(1, 0))
     if file.quantised_bytes is not None:
-        rows.insert(1, ("quantised copies", _megabytes(file.quantised_bytes)))
+        rows.insert(1, ("quantised copies", megabytes(file.quantised_bytes)))
     none = Text("no mask: n-grams alone, with plain steps where they do not pay")
     grid.add_row(none if file.drafting_plan is None else draw_plan(file.plan))
-    grid.add_row(_pairs("", rows))
+    grid.add_row(pairs("", rows))
     return Panel(grid, title=Text(f"{file.model.id}, {file.model.num_layers} layers"), title_align="left", expand=False)
 
 
-def verdict_line(data: dict[str, Any]) -> str:
-    """What a run found, in one sentence; `data` comes from `search.result.summary`."""
-    arms = {name: _times(arm) for name, arm in data["measured"].items()}
-    what = _what_drafts(arms)
-    if data["serves"] == "n-grams" and data["evidence"]["verdict"] == "use":
-        return (
-            f"No {what} pays on this model ({arms[what]} over plain decoding), but n-grams do: {arms['n-grams']}. "
-            f"The file serves n-grams and no {what}."
-        )
-    served = f"; as served, with n-grams: {arms['served']}" if "served" in arms else ""
-    if data["evidence"]["verdict"] == "use":
-        return f"The {what} pays: {arms[what]} over plain decoding{served}."
-    found = f"the {what} {arms[what]} over plain decoding, n-grams {arms['n-grams']}"
-    return f"Nothing is proven to pay on this model: {found}."
-
-
-def _what_drafts(arms: Iterable[str]) -> str:
-    """The arm that drafts without n-grams: "plan" if it quantises, else "mask"."""
-    return "plan" if "plan" in arms else "mask"
-
-
-def _megabytes(count: float) -> str:
+def megabytes(count: float) -> str:
+    """Bytes, in words."""
     return f"{count / 1e6:,.0f} MB of memory while serving"
-
-
-def _times(arm: dict[str, Any]) -> str:
-    low, high = arm["speedup_ci"]
-    return f"{arm['speedup']:.2f}x ({low:.2f} to {high:.2f})"
-
-
-def summary_table(data: dict[str, Any]) -> Table:
-    """The end of a run; `data` comes from `search.result.summary`."""
-    mask, predicted, seconds = data["mask"], data["predicted"], data["seconds"]
-    few = f", fewer than {ENOUGH:,}: raise --num-prompts" if predicted["tokens"] < ENOUGH else ""
-    what = _what_drafts(data["measured"])
-    quantised = "".join(
-        f", {form} {len(sets['attention'])} attention, {len(sets['mlp'])} MLP"
-        for form, sets in ((form, data["plan"][form]) for form in ("int8", "int4")) if sets["attention"] or sets["mlp"]
-    )  # fmt: skip
-    rows: list[tuple[str, Any]] = [
-        ("model", data["model"]),
-        (
-            f"best {what}", f"skips {len(mask['attention'])} attention, {len(mask['mlp'])} MLP of "
-            f"{mask['num_layers']} layers{quantised}: {_times(data['measured'][what])}",
-        ),
-        ("the file serves", f"n-grams, without a {what}" if data["serves"] == "n-grams" else f"the {what}"),
-        ("draft", policy_line(data["draft"])),
-        *_evidence_rows(data["evidence"]),
-        (
-            "predicted", f"{predicted['speedup']:.2f}x (standard error {predicted['standard_error']:.2f}), "
-            f"{predicted['tokens_per_second']:.1f} tokens/s; scored on {predicted['tokens']:,} tokens{few}",
-        ),
-        (f"n-grams, no {what}", _times(data["measured"]["n-grams"])),
-        ("trials", data["trials"]),
-        ("seconds", f"{sum(seconds.values()):.0f}: {', '.join(f'{k} {v:.0f}' for k, v in seconds.items())}"),
-        ("mask file", data["files"]["mask.json"]),
-    ]  # fmt: skip
-    if data["quantised_bytes"]:
-        rows.insert(2, ("quantised copies", _megabytes(data["quantised_bytes"])))
-    if data["cut_short"]:
-        rows.insert(-1, ("cut short", f"{'; '.join(data['cut_short'])}: a longer --time-budget takes all"))
-    return _pairs("summary", rows)
 
 
 def front_table(front: list[dict[str, Any]], exported: int | None = None) -> Table:
@@ -246,7 +186,7 @@ def doctor_table(data: dict[str, Any]) -> Table:
     """What `doctor.examine` returns."""
     facts = {name: value for name, value in data.items() if name not in ("missing", "versions")}
     missing = Text("; ".join(data["missing"]), style="red") if data["missing"] else "nothing"
-    return _pairs("doctor", [*data["versions"].items(), *facts.items(), ("missing", missing)])
+    return pairs("doctor", [*data["versions"].items(), *facts.items(), ("missing", missing)])
 
 
 def calibration_table(found: dict[str, Any]) -> Table:

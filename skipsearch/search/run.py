@@ -24,13 +24,14 @@ from skipsearch.evaluate.draft_replay import DraftReplay
 from skipsearch.evaluate.hidden_states import draft_states, layer_states
 from skipsearch.evaluate.objective import Score, best_policy, score_policy, standard_error
 from skipsearch.evaluate.prompts import PromptSource
-from skipsearch.evaluate.scorer import Scorer
+from skipsearch.evaluate.scorer import Scorer, affordable_share
 from skipsearch.evaluate.validate import Measured
 from skipsearch.evaluate.windows import Part, WindowReplay
 from skipsearch.files import write_json
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import Provenance, load_mask
 from skipsearch.model.load import Loaded, check_mask_belongs, model_card
+from skipsearch.model.space import Space
 from skipsearch.plan import QUANTISED, DraftPlan
 from skipsearch.search.budget import Budget
 from skipsearch.search.export import mask_file, validated
@@ -42,8 +43,6 @@ from skipsearch.search.sensitivity import TOGETHER, sensitivity_or_load
 from skipsearch.search.study import Study, storage_url
 
 SEEDS, TRIALS, FINALISTS = 0.2, 0.4, 0.25  # shares of what is left of the budget; validation takes the rest
-ENOUGH_TRIALS, LEAST_SHARE = 50, 0.25  # trials that the budget should suffice for; the least share of the trace
-PACE_SHARE = 0.1  # of the trace, to find out how long a trial takes
 SEED_PROMPTS = 8  # on which sublayers are skipped one at a time
 
 
@@ -163,7 +162,7 @@ def search_trials(
             study.enqueue(_seeds(loaded, prepared, folder, options, progress, budget))
         with budget.stage("trials"):
             seconds = budget.share(TRIALS)
-            share = study.shared("share", trial_share(prepared, seconds))
+            share = study.shared("share", affordable_share(prepared.windows, _dearest(prepared.space), seconds))
             scorer = Scorer(prepared.windows, prepared.point, options.pareto, share)
             begin, before = time.monotonic(), len(study.finished())
 
@@ -179,22 +178,11 @@ def search_trials(
     return study
 
 
-def trial_share(prepared: Prepared, seconds: float) -> float:
-    """The share of the trace that trials are scored on, so that some tens of them fit into the seconds.
-
-    What a trial takes depends on the plan: the dearest one changes the first layer, so nothing is resumed.
-    """
-    if not math.isfinite(seconds):
-        return 1.0
-    windows, layers = prepared.windows, prepared.space.num_layers
-    part = windows.part(PACE_SHARE)
-    forms = prepared.space.choices
-    quantised = [DraftPlan.everywhere(form, layers) for form in QUANTISED if form in forms]
-    dearest = quantised[0] if quantised else DraftPlan(SkipMask(attention=[0], num_layers=layers))
-    begin = time.monotonic()
-    WindowReplay(windows, dearest).outcomes(part)
-    whole = (time.monotonic() - begin) / PACE_SHARE
-    return min(1.0, max(LEAST_SHARE, round(seconds / (ENOUGH_TRIALS * whole), 2)))
+def _dearest(space: Space) -> DraftPlan:
+    """A plan that takes longest to score: it changes the first layer, so that nothing is resumed, and all run."""
+    quantised = [form for form in QUANTISED if form in space.choices]
+    first = SkipMask(attention=[0], num_layers=space.num_layers)
+    return DraftPlan.everywhere(quantised[0], space.num_layers) if quantised else DraftPlan(first)
 
 
 def _seeds(

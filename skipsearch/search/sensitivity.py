@@ -78,7 +78,8 @@ def sensitivity_or_load(
             part = tuple(range(min(int(n), most)) for n, most in zip(data["windows"], windows.counts, strict=True))
             for form, of_form in {"skip": data["loss"], **data["forms"]}.items():
                 pairs = ((kind, i, loss) for kind in KINDS for i, loss in of_form[kind].items())
-                known[cast(Form, form)] = {(kind, int(i)): float(loss) for kind, i, loss in pairs}
+                if found := {(kind, int(i)): float(loss) for kind, i, loss in pairs}:
+                    known[cast(Form, form)] = found
     except (OSError, ValueError, KeyError, TypeError):
         pass  # there are none yet, or they are another trace's
     chosen = choose() if part is None else part

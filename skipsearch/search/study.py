@@ -23,7 +23,7 @@ from skipsearch.errors import ResultsError, StudyMismatch
 from skipsearch.evaluate.objective import Score
 from skipsearch.files import write_text
 from skipsearch.model.space import Space
-from skipsearch.plan import FORMS, DraftPlan
+from skipsearch.plan import DraftPlan
 from skipsearch.search.prepare import STUDY
 from skipsearch.search.sampler import TrustRegionSampler
 from skipsearch.search.seeds import Seed
@@ -192,7 +192,7 @@ class Study:
             if plan not in self.memo:  # samplers propose some plans again; their score is known
                 result = scorer(plan)
                 for key, value in (
-                    *_columns(plan),
+                    *plan.columns().items(),
                     ("tokens_per_second", round(result.tokens_per_second, 4)),
                     ("acceptance_rate", round(result.acceptance_rate, 4)), ("tau", round(result.tau, 4)),
                     ("cost_ratio", round(result.cost_ratio, 4)), ("speedup_predicted", round(result.speedup, 4)),
@@ -247,12 +247,3 @@ class Study:
             seconds = t.duration.total_seconds() if t.duration else None
             rows.append({"trial": t.number, "seconds": seconds, "on_front": t.number in front, **t.user_attrs})
         write_text(path, pd.DataFrame(rows).to_csv(index=False))
-
-
-def _columns(plan: DraftPlan) -> list[tuple[str, Any]]:
-    """A plan as columns of the trials' table: its skips as bits, and where it quantises, its forms as digits."""
-    found: list[tuple[str, Any]] = [("mask", "".join(map(str, plan.skip.bits()))), ("skipped", len(plan.skip))]
-    if not plan.only_skips:
-        found.append(("plan", "".join(str(FORMS.index(form)) for form in plan.forms())))
-        found += [("head", plan.head), ("head_tokens", None if plan.head_ids is None else len(plan.head_ids))]
-    return found

@@ -6,8 +6,9 @@
 Parts, in this order, each a row of rows.jsonl; one that fails is a row with its error, and the rest goes on:
 copies      bandwidth of a large copy and of a large product with a vector
 shape X     a Llama of that shape with random weights, bf16: ms a token of `generate`, of our eager and our compiled
-            backend, as percent of the copy bandwidth; seconds of verifying 0, 4, 8, 12 tokens; for each published
-            mask of that shape, the cost ratio c of a draft step, in both backends
+            backend, as percent of the copy bandwidth; seconds of verifying 0, 4, 8, 12 tokens; the cost ratio c of a
+            draft step in both backends: of each published mask of that shape, of every sublayer in int8 and in int4,
+            with the full head, with it quantised too, and over an eighth of the tokens
 widened     the bundled model widened to more than 10^9 parameters, bf16: a mask searched with compiled costs (with
             optuna; without it, the measured mask's policy is fitted anew), validated, and a bench with all arms
 """
@@ -20,7 +21,7 @@ import json
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from skipsearch.bench.bench import BenchOptions, bench, step_costs, weight_bytes
 from skipsearch.bench.groups import prompt_groups
 from skipsearch.bench.machine import copy_bandwidth, read_bandwidth
 from skipsearch.compiled.backend import warm_plan, with_backend
+from skipsearch.draft.copies import possible_forms
 from skipsearch.evaluate.clock import sequence_at, timed
 from skipsearch.evaluate.cost import Costs, Point
 from skipsearch.evaluate.objective import best_policy
@@ -47,7 +49,9 @@ from skipsearch.maskfile import load_mask
 from skipsearch.model.device import device_name
 from skipsearch.model.load import Loaded, load_model
 from skipsearch.model.preset import presets
+from skipsearch.model.space import Space
 from skipsearch.model.target import Target
+from skipsearch.plan import DraftPlan, Quantised
 from skipsearch.policy import DraftPolicy
 from skipsearch.report.bench import save_bench
 from skipsearch.search.options import MAX_LENGTH, SIDE, TRIAL_LENGTH, SearchOptions
@@ -123,9 +127,30 @@ def shape_row(name: str, shape: tuple[int, ...], device: torch.device, bandwidth
         for seed in preset.masks if preset is not None else ():
             if seed.mask.num_layers == shape[2]:
                 warm_plan(target, seed.mask)
-                draft, step = step_costs(target, seed.mask, 128, repeats=7)
+                draft, step = step_costs(target, DraftPlan(seed.mask), 128, repeats=7)
                 row[f"c_{label}"][seed.name] = draft / step
+        row[f"c_forms_{label}"] = form_costs(target)
     return row
+
+
+def form_costs(target: Target) -> dict[str, float | str]:
+    """The cost ratio c of plans that quantise every sublayer, by form and head; or why a form is not possible."""
+    found: dict[str, float | str] = {}
+    few = range(target.vocabulary // 8)
+    for form, why in possible_forms(target.model).items():
+        plans = {
+            form: DraftPlan.everywhere(form, target.num_layers, "full"),
+            f"{form}, head": DraftPlan.everywhere(form, target.num_layers),
+            f"{form}, head of few": DraftPlan.from_forms([form] * 2 * target.num_layers, form, few),
+        }  # fmt: skip
+        for name, plan in plans.items():
+            if why is None:
+                warm_plan(target, plan)
+                draft, step = step_costs(target, plan, 128, repeats=7)
+                found[name] = draft / step
+            else:
+                found[name] = why
+    return found
 
 
 def widened_row(times: int, device: torch.device, folder: Path, per_group: int, tokens: int) -> dict[str, Any]:
@@ -138,34 +163,41 @@ def widened_row(times: int, device: torch.device, folder: Path, per_group: int, 
     wide = wide.to(device, torch.bfloat16)
     narrow.model.to(device)
     target = with_backend(Target.of(wide), "auto")
-    (point,) = profile(target, contexts=[112], max_length=MAX_LENGTH, progress=quiet)
+    from skipsearch.search.prepare import candidate_forms
+
+    forms = candidate_forms(target, Space(num_layers=target.num_layers, fixed=SkipMask(num_layers=target.num_layers)))
+    (point,) = profile(target, contexts=[112], max_length=MAX_LENGTH, progress=quiet, forms=forms)
     row |= {"verify": point.verify, "attention": point.attention[-1], "mlp": point.mlp[-1], "rest": point.rest}
-    mask, policy, how = _search(narrow, point, folder, tokens)
-    warm_plan(target, mask)
+    plan, policy, how = _search(narrow, point, forms, folder, tokens)
+    warm_plan(target, plan)
     policy = dataclasses.replace(policy, ngram=10, never_slower=True)
     groups = prompt_groups(
         ["builtin", "random"], narrow.tokenizer, per_group=per_group, room=300, seed=0,
         vocabulary=target.vocabulary,
     )  # fmt: skip
-    data = bench(target, groups, mask, policy, BenchOptions(new_tokens=tokens, rounds=2), quiet)
+    data = bench(target, groups, plan, policy, BenchOptions(new_tokens=tokens, rounds=2), quiet)
     save_bench(data, folder)
     shown = ("arm", "tokens_per_second", "speedup_hf", "speedup_plain", "speedup_plain_ci", "share_of_own_bound",
              "of_copy_bandwidth", "joules_per_token", "equal_to_plain", "prompts")  # fmt: skip
     row["bench"] = [{k: r.get(k) for k in shown} for r in data["rows"] if r["group"] == "all"]
-    return row | {"mask": mask.to_dict(), "policy": str(policy), "found_by": how}
+    return row | {"plan": plan.columns(), "policy": str(policy), "found_by": how}
 
 
-def _search(narrow: Loaded, point: Point, folder: Path, tokens: int) -> tuple[SkipMask, DraftPolicy, str]:
-    """A mask and a policy for these costs, their drafts replayed on the narrow model; and how they were found."""
+def _search(
+    narrow: Loaded, point: Point, forms: Sequence[Quantised], folder: Path, tokens: int
+) -> tuple[DraftPlan, DraftPolicy, str]:
+    """A plan and a policy for these costs, their drafts replayed on the narrow model; and how they were found."""
     try:
-        from skipsearch.search.prepare import prepare
+        from skipsearch.search.prepare import paying_space, prepare
         from skipsearch.search.run import rescore, search_trials
 
         options = SearchOptions(trials=40, new_tokens=tokens, prompts=12, held_out=4, backend="eager")
         costs = Costs(identity="wide", points=(point,))
         prepared = dataclasses.replace(prepare(narrow, folder, options, quiet), costs=costs)
+        space = paying_space(dataclasses.replace(prepared.space, forms=None), point, forms)
+        prepared = dataclasses.replace(prepared, space=space)
         found, _, _ = rescore(prepared, search_trials(narrow, prepared, folder, options, quiet), quiet)
-        return found.mask, found.policy, f"{options.trials} trials"
+        return found.plan, found.policy, f"{options.trials} trials"
     except ImportError as missing:
         target, file = narrow.target, load_mask(ROOT / "results" / "measured" / "demo.mask.json")
         source = prompt_groups(
@@ -174,7 +206,7 @@ def _search(narrow: Loaded, point: Point, folder: Path, tokens: int) -> tuple[Sk
         trace = record(target, source, DecodeSettings(new_tokens=tokens), quiet)
         outcomes = WindowReplay(Windows(Replay(target, trace, TRIAL_LENGTH, side=SIDE)), file.mask).outcomes()
         found = best_policy(outcomes, file.mask, point)
-        return found.mask, found.policy, f"the measured mask, its policy fitted anew ({missing})"
+        return found.plan, found.policy, f"the measured mask, its policy fitted anew ({missing})"
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Peak memory of speculative decoding against plain decoding of the same tokens.
 
-    python benchmarks/memory.py [--mask results/demo/mask.json]
+    python benchmarks/memory.py [--model demo] [--mask results/demo/mask.json ..]
 
-Each arm is a fresh process that loads the demo model and decodes 4 prompts x 384 tokens. Three figures: the
+Each arm is a fresh process that loads the model and decodes 4 prompts x 384 tokens. Three figures: the
 peak resident size of the process (on a GPU: the allocator's peak); how far that lies above the size before
 the model was loaded, which on a small model is half library code; and the bytes of all tensors alive at
 the end, parameters and caches, shared storage counted once. The last line is JSON.
@@ -28,7 +28,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def arm(mask_path: str) -> None:
+def arm(model: str, mask_path: str, backend: str) -> None:
     import torch
 
     from skipsearch import load_model, self_speculative
@@ -36,8 +36,8 @@ def arm(mask_path: str) -> None:
     from skipsearch.search.prepare import chosen_prompts
 
     before = resident()
-    loaded = load_model("demo")
-    method = self_speculative(mask_path or None)
+    loaded = load_model(model)
+    method = self_speculative(mask_path or None, backend=backend)  # type: ignore[arg-type]
     prompts = chosen_prompts(loaded.target, loaded.tokenizer, SearchOptions()).held_out[:4]
     for prompt in prompts:
         ids = torch.tensor([prompt], device=loaded.model.device)
@@ -68,27 +68,31 @@ def arm(mask_path: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--mask", default="results/demo/mask.json")
-    parser.add_argument("--arm", choices=["plain", "mask"])
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--mask", nargs="+", default=["results/demo/mask.json"])
+    parser.add_argument("--backend", default="eager", choices=["eager", "compiled"])
+    parser.add_argument("--arm")
     args = parser.parse_args()
-    if args.arm:
-        arm(args.mask if args.arm == "mask" else "")
+    if args.arm is not None:
+        arm(args.model, args.arm, args.backend)
         return
-    found: dict[str, list[dict[str, int]]] = {"plain": [], "mask": []}
+    found: dict[str, list[dict[str, int]]] = {path: [] for path in ("", *args.mask)}
     for _ in range(ROUNDS):
-        for name, results in found.items():
-            command = [sys.executable, __file__, "--mask", args.mask, "--arm", name]
+        for path, results in found.items():
+            command = [sys.executable, __file__, "--model", args.model, "--backend", args.backend, "--arm", path]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             results.append(json.loads(output.splitlines()[-1]))
     median = {
-        name: {key: statistics.median(r[key] for r in results) for key in KEYS} for name, results in found.items()
+        path: {key: statistics.median(r[key] for r in results) for key in KEYS} for path, results in found.items()
     }
-    ratio = {key: median["mask"][key] / median["plain"][key] for key in KEYS}
-    for key in KEYS:
-        plain, mask = (median[name][key] / 2**20 for name in ("plain", "mask"))
-        print(f"{key:12} {plain:8.1f} MiB plain, {mask:8.1f} MiB with the mask, ratio {ratio[key]:.3f}")
-    print(json.dumps({"benchmark": "memory", "ratio": {k: round(v, 4) for k, v in ratio.items()}, "bytes": median,
-                      "peaks": {n: [r["peak"] for r in rs] for n, rs in found.items()}}))  # fmt: skip
+    ratio = {path: {key: median[path][key] / median[""][key] for key in KEYS} for path in args.mask}
+    for path in args.mask:
+        for key in KEYS:
+            plain, mask = (median[name][key] / 2**20 for name in ("", path))
+            print(f"{path} {key:12} {plain:8.1f} MiB plain, {mask:8.1f} MiB with it, ratio {ratio[path][key]:.3f}")
+    rounded = {path: {key: round(value, 4) for key, value in of.items()} for path, of in ratio.items()}
+    row = {"benchmark": "memory", "model": args.model, "backend": args.backend, "ratio": rounded, "bytes": median}
+    print(json.dumps(row))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
     python benchmarks/search_efficiency.py --out results/measured/search-demo [--seeds 5] [--arm ours ...]
 
-Every arm runs on the same trace, costs and runtime; its clock covers all that it does, the shared record and profile
-stages excepted. Masks that were the best of an arm for a while are given the policy that suits them best on the
-calibration prompts, and replayed on held-out prompts; their counts are rows of runs.jsonl in the folder. Runs that are
-there are not run again, so that a long comparison may be made in parts. At the end all counts are priced by one new
-set of profiles, which no search has seen and so none can have profited from its errors, and the final mask of every run
-is decoded on the held-out prompts, against plain decoding, all timed side by side. Writes table.csv, summary.json and
-curves.svg. The last line is one JSON object.
+Every arm searches masks, since no rival knows quantised forms, and runs on the same trace, costs and runtime; its clock
+covers all that it does, the shared record and profile stages excepted. Masks that were the best of an arm for a while
+are given the policy that suits them best on the calibration prompts, and replayed on held-out prompts; their counts are
+rows of runs.jsonl in the folder. Runs that are there are not run again, so that a long comparison may be made in parts.
+At the end all counts are priced by one new set of profiles, which no search has seen and so none can have profited from
+its errors, and the final mask of every run is decoded on the held-out prompts, against plain decoding, all timed side
+by side. Writes table.csv, summary.json and curves.svg. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ from skipsearch.evaluate.timing import Arm, Timing, our_arm, time_interleaved
 from skipsearch.evaluate.trace import DecodeSettings, record
 from skipsearch.evaluate.windows import WindowReplay
 from skipsearch.files import write_json, write_text
+from skipsearch.mask import KINDS
 from skipsearch.model.device import device_name
+from skipsearch.model.load import Loaded
+from skipsearch.plan import DraftPlan
 from skipsearch.policy import DraftPolicy
 from skipsearch.search.options import MAX_LENGTH, SearchOptions
 from skipsearch.search.prepare import Prepared, prepare
@@ -60,12 +63,20 @@ EVALUATIONS = {
 }  # fmt: skip
 
 
+def masks_alone(loaded: Loaded, path: Path) -> Path:
+    """A space file: the model's own space, in which a sublayer runs or is skipped."""
+    fixed = SkipMask(num_layers=loaded.target.num_layers) if loaded.preset is None else loaded.preset.space.fixed
+    sets = (f"fixed_{kind} = {sorted(getattr(fixed, kind))}" for kind in KINDS)
+    write_text(path, "\n".join(["[space]", 'forms = ["skip"]', *sets, ""]))
+    return path
+
+
 class Bench:
     """What the arms share."""
 
     def __init__(self, model: str, dtype: str, options: SearchOptions, folder: Path) -> None:
         self.loaded = load_model(model, dtype=dtype)
-        self.options = options
+        self.options = options = replace(options, space=masks_alone(self.loaded, folder / "space.toml"))
         with_backend(self.loaded.target, options.backend)  # compiling is no part of anybody's search
         begin = time.perf_counter()
         self.prepared: Prepared = prepare(self.loaded, folder, self.options, lambda *_: None)
@@ -130,7 +141,7 @@ def ours(bench: Bench, seed: int, evaluations: int, sampler: str = "trust-region
             value = trial.user_attrs.get("tokens_per_second", 0.0)
             if value > top:
                 top = value
-                masks.append(study.mask_of(trial))
+                masks.append(study.plan_of(trial).skip)
         for row, mask in zip(rows, masks, strict=True):
             row["mask"] = mask
         found, _, _ = rescore(bench.prepared, study, lambda *_: None)
@@ -143,13 +154,13 @@ def climb(bench: Bench, evaluations: int, propose: Callable[[SkipMask], SkipMask
     """The best of what is proposed, by our objective, from the empty mask on."""
     scorer = Scorer(bench.prepared.windows, bench.prepared.point)
     best = SkipMask(num_layers=bench.space.num_layers)
-    top, seen = scorer(best).tokens_per_second, {best}
+    top, seen = scorer(DraftPlan(best)).tokens_per_second, {best}
     yield 1, best, top
     for count in range(2, evaluations + 1):
         while (mask := propose(best)) in seen:
             pass
         seen.add(mask)
-        found = scorer(mask)
+        found = scorer(DraftPlan(mask))
         if found.fidelity == "whole" and found.tokens_per_second > top:
             best, top = mask, found.tokens_per_second
         yield count, best, top
@@ -174,10 +185,10 @@ def flips(bench: Bench, seed: int, evaluations: int) -> Stream:
 def strides(bench: Bench, seed: int, evaluations: int) -> Stream:
     """The best of a few uniform strides, by our objective."""
     best, top = SkipMask(num_layers=bench.space.num_layers), 0.0
-    for count, (_, mask) in enumerate(uniform(bench.space), 1):
-        found = score(WindowReplay(bench.prepared.windows, mask), bench.prepared.point).tokens_per_second
+    for count, (_, plan) in enumerate(uniform(bench.space), 1):
+        found = score(WindowReplay(bench.prepared.windows, plan), bench.prepared.point).tokens_per_second
         if found > top:
-            best, top = mask, found
+            best, top = plan.skip, found
         yield count, best, top
 
 

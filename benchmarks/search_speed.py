@@ -39,13 +39,13 @@ def main() -> None:
         study.export_csv(folder / "trials.csv")
         seconds = time.perf_counter() - begin
         best, _, _ = rescore(prepared, study, lambda *_: None)
-        masks = len(study.memo)
+        plans = len(study.memo)
     print(
-        f"{args.trials} trials ({masks} different masks) in {seconds:.1f} s; record and profile {before:.1f} s before"
+        f"{args.trials} trials ({plans} different plans) in {seconds:.1f} s; record and profile {before:.1f} s before"
     )
     print(json.dumps({
         "benchmark": "search_speed", "trials": args.trials, "sampler": args.sampler, "seconds": round(seconds, 1),
-        "prepare_s": round(before, 1), "masks": masks, "predicted_speedup": round(best.speedup, 3),
+        "prepare_s": round(before, 1), "plans": plans, "predicted_speedup": round(best.speedup, 3),
         "threads": torch.get_num_threads(),
     }))  # fmt: skip
 

@@ -31,8 +31,8 @@ from skipsearch import SkipMask, load_mask, load_model
 from skipsearch.compiled.backend import warm_plan
 from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.cost import draft_step
-from skipsearch.evaluate.hidden_states import layer_states
 from skipsearch.evaluate.draft_replay import DraftReplay
+from skipsearch.evaluate.hidden_states import layer_states
 from skipsearch.evaluate.objective import score_policy
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.timing import our_arm

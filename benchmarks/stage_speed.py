@@ -16,6 +16,7 @@ import random
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ from skipsearch.evaluate.prompts import PromptSource
 from skipsearch.evaluate.scorer import Scorer
 from skipsearch.evaluate.windows import WindowReplay
 from skipsearch.model.device import device_name
+from skipsearch.plan import DraftPlan
 from skipsearch.search.budget import Budget
 from skipsearch.search.options import MAX_LENGTH, SearchOptions
 from skipsearch.search.prepare import Prepared, prepare
-from skipsearch.search.seeds import single_skip_loss
+from skipsearch.search.sensitivity import single_losses
 
 
 def quiet(*_: Any) -> None:
@@ -74,7 +76,7 @@ def main() -> None:
     windows, point, space = prepared.windows, prepared.point, prepared.space
     few = windows.few(8, options.trial_tokens)
     with budget.stage("sensitivity"):
-        loss = single_skip_loss(windows, few, space, quiet)
+        loss = single_losses(windows, few, replace(space, forms=("skip",)), quiet)["skip"]
     rng, layers = random.Random(0), space.num_layers
     masks = [
         SkipMask.from_bits([rng.random() < density for _ in range(2 * layers)])
@@ -86,7 +88,7 @@ def main() -> None:
     scorer = Scorer(windows, point)
     with budget.stage("trials"):
         for mask in masks:
-            scorer(mask)
+            scorer(DraftPlan(mask))
     apart = []
     for mask in masks[:4]:
         found = best_policy(WindowReplay(windows, mask).outcomes(), mask, point)

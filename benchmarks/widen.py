@@ -29,12 +29,14 @@ from skipsearch.compiled.backend import warm_plan, with_backend
 from skipsearch.evaluate.cost import Costs, draft_step
 from skipsearch.evaluate.profile import profile
 from skipsearch.evaluate.trace import DecodeSettings
-from skipsearch.evaluate.validate import MASK, SERVED, Validation, evidence
+from skipsearch.evaluate.validate import SERVED, Validation, arm_of, evidence
+from skipsearch.mask import SkipMask
 from skipsearch.maskfile import MaskFile, Provenance
 from skipsearch.model.load import load_model, model_card
+from skipsearch.model.space import Space
 from skipsearch.policy import NGRAM
 from skipsearch.search.options import MAX_LENGTH, SearchOptions
-from skipsearch.search.prepare import prepare
+from skipsearch.search.prepare import candidate_forms, paying_space, prepare
 from skipsearch.search.run import rescore, search_trials
 
 
@@ -94,24 +96,27 @@ def search_wide(narrow: Any, wide: Any, folder: Path, trials: int, new_tokens: i
     prepared = prepare(narrow, folder, replace(options, backend="eager"), progress)
     target = with_backend(wide.target, "auto", progress)
     context = round(prepared.trace.mean_context)
-    (point,) = profile(target, contexts=[context], max_length=MAX_LENGTH, progress=progress)
-    prepared = replace(prepared, costs=Costs(identity="wide", points=(point,)))
+    forms = candidate_forms(target, Space(num_layers=target.num_layers, fixed=SkipMask(num_layers=target.num_layers)))
+    (point,) = profile(target, contexts=[context], max_length=MAX_LENGTH, progress=progress, forms=forms)
+    space = paying_space(replace(prepared.space, forms=None), point, forms)
+    prepared = replace(prepared, costs=Costs(identity="wide", points=(point,)), space=space)
     study = search_trials(narrow, prepared, folder, options, progress)
     found, trial, _ = rescore(prepared, study, progress)
-    warm_plan(target, found.mask)
-    step = draft_step(point, found.mask, found.policy.uses_confidence)
+    warm_plan(target, found.plan)
+    step = draft_step(point, found.plan, found.policy.uses_confidence)
     served = replace(found.policy, ngram=NGRAM, never_slower=True, costs=(step, *point.verify))
     settings = DecodeSettings(new_tokens=new_tokens, rounds=1)
-    plans = {MASK: (found.mask, found.policy), SERVED: (found.mask, served)}
+    alone = arm_of(found.plan)
+    plans = {alone: (found.plan, found.policy), SERVED: (found.plan, served)}
     measured = Validation(target, prepared.prompts.held_out, dict(plans), settings).run(progress)
     MaskFile.of(
-        found.mask, model=model_card(target, folder.name), draft=served,
-        evidence=evidence(target, prepared.prompts.held_out, measured, found.cost_ratio),
+        found.plan, model=model_card(target, folder.name), draft=served,
+        evidence=evidence(target, prepared.prompts.held_out, measured, found.cost_ratio, arm=alone),
         provenance=Provenance(torch=torch.__version__, transformers=transformers.__version__, trial=trial),
     ).save(folder / "mask.json")  # fmt: skip
     return {
-        "mask": found.mask.to_dict(), "policy": str(served), "predicted": found.speedup,
-        "speedup": measured.arms[MASK].speedup, "speedup_ci": measured.arms[MASK].speedup_ci,
+        "plan": found.plan.columns(), "policy": str(served), "predicted": found.speedup,
+        "speedup": measured.arms[alone].speedup, "speedup_ci": measured.arms[alone].speedup_ci,
         "served": measured.arms[SERVED].speedup, "cost_ratio": found.cost_ratio,
         "verify": [seconds / point.verify[0] for seconds in point.verify],
     }  # fmt: skip

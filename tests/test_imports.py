@@ -15,7 +15,7 @@ RANKS = {
     "values": 0, "demo": 0, "model": 1, "draft": 2, "compiled": 3, "decoding": 4, "joint": 5, "evaluate": 5,
     "generate": 6, "search": 6, "online": 7, "bench": 8, "report": 9, "cli": 10,
 }  # fmt: skip
-VALUES = {"mask.py", "policy.py", "maskfile.py", "errors.py", "files.py"}
+VALUES = {"mask.py", "plan.py", "policy.py", "maskfile.py", "maskimport.py", "errors.py", "files.py"}
 
 
 def room(path: Path) -> str:

@@ -11,7 +11,8 @@ from documents import write
 
 from skipsearch.errors import MaskError
 from skipsearch.mask import SkipMask
-from skipsearch.maskfile import import_mask, load_mask
+from skipsearch.maskfile import load_mask
+from skipsearch.maskimport import import_mask
 
 SELF_SD = {
     "llama-2-13b": {"attention": [3, 5, 6], "mlp": [6, 9]},

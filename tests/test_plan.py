@@ -23,7 +23,7 @@ def test_forms_are_the_plan(plan: DraftPlan) -> None:
     """Prevents a form that is lost or changed between a plan, its parameters and its masks."""
     again = DraftPlan.from_forms(plan.forms(), plan.head, plan.head_ids)
     assert again == plan and hash(again) == hash(plan)
-    assert sorted(sum((plan.of_form(form) for form in FORMS), [])) == sorted(
+    assert sorted(sub for form in FORMS for sub in plan.of_form(form)) == sorted(
         (kind, i) for kind in ("attention", "mlp") for i in range(3)
     )
     for form in FORMS:
@@ -32,7 +32,7 @@ def test_forms_are_the_plan(plan: DraftPlan) -> None:
 
 @given(st.lists(st.booleans(), min_size=6, max_size=6))
 def test_a_mask_is_the_plan_that_only_skips(bits: list[bool]) -> None:
-    """Prevents a mask and its plan from being two trials, or a plan from being written as a newer file than it needs."""
+    """Prevents a mask and its plan from being two trials, or a file that is newer than it needs to be."""
     mask = SkipMask.from_bits(bits)
     plan = DraftPlan.of(mask)
     assert plan.skip == mask and plan.only_skips and not plan.quantises and DraftPlan.of(plan) is plan

@@ -13,7 +13,7 @@ import skipsearch
 from skipsearch.cli import app
 
 PARAMETERS = {
-    "draft_view": "model mask",
+    "draft_view": "model plan",
     "load_mask": "path",
     "load_model": "name dtype device revision trust_remote_code",
     "self_speculative": "mask_or_path streamer max_length exit_threshold adaptive ngram never_slower deterministic "
@@ -21,8 +21,11 @@ PARAMETERS = {
 }
 ATTRIBUTES = {
     "SkipMask": "attention mlp num_layers from_bits from_sublayers bits sublayers skips to_dict to_per_layer_config",
-    "MaskFile": "model mask drafting_mask draft evidence provenance of save",
-    "SearchResult": "mask file predicted standard_error scored_tokens front measured folder trials seconds cut_short",
+    "DraftPlan": "skip int8 int4 head head_ids of from_forms in_form everywhere num_layers only_skips quantises drafts "
+    "form forms of_form to_dict",
+    "MaskFile": "model mask plan drafting_plan quantised_bytes draft evidence provenance of save",
+    "SearchResult": "plan mask file predicted standard_error scored_tokens front measured folder trials seconds "
+    "cut_short",
 }
 MODEL = "model dtype device revision trust_remote_code"
 PROMPTS = "prompts prompt_column prompt_config prompt_split chat num_prompts num_held_out prompt_tokens new_tokens"
@@ -82,7 +85,7 @@ def test_public_values_have_what_they_had(name: str) -> None:
 def test_a_method_and_what_was_loaded_have_what_they_had(demo: Any) -> None:
     """Prevents scripts that read a method's counts, or a loaded model's tokenizer, from breaking."""
     method = skipsearch.self_speculative(None)
-    assert all(hasattr(method, name) for name in ("mask", "policy", "deterministic", "backend", "stats", "joint"))
+    assert all(hasattr(method, name) for name in ("plan", "policy", "deterministic", "backend", "stats", "joint"))
     assert list(inspect.signature(method.warm_up).parameters) == ["model", "progress"]
     assert next(iter(inspect.signature(method.tuner_for).parameters)) == "model"
     method.policy = replace(method.policy, max_length=3)  # scripts set it

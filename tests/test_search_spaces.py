@@ -60,7 +60,8 @@ def test_keys_are_exactly_those_of_the_schema(name: str) -> None:
     preset = read(name)
     assert {"model"} <= set(preset) <= {"model", "space", "masks"}
     assert set(preset["model"]) - {"id", "num_layers"} in (set(), {"package", "file"})
-    assert set(preset.get("space", {})) <= {"fixed_attention", "fixed_mlp", "only", "structure", "spans", "max_skipped"}
+    known = {"fixed_attention", "fixed_mlp", "only", "structure", "spans", "max_skipped", "forms"}
+    assert set(preset.get("space", {})) <= known
     assert all(preset.get("space", {"": [0]}).values()), "an empty list says nothing: leave it out"
     for entry in preset.get("masks", []):
         assert set(entry) == {"name", "source", "attention", "mlp"}

@@ -23,7 +23,9 @@ from skipsearch.evaluate.windows import WindowReplay
 from skipsearch.mask import KINDS, SkipMask
 from skipsearch.online.candidates import Candidates, nearest_masks
 from skipsearch.online.live_costs import LiveCosts
+from skipsearch.plan import DraftPlan
 from skipsearch.search.seeds import knapsack, nearest_states
+from skipsearch.search.sensitivity import Loss
 
 PROMPTS, TOKENS = 8, 36
 BUDGETS = [level / 64 for level in range(1, 64)]  # of all harm
@@ -32,8 +34,8 @@ BUDGETS = [level / 64 for level in range(1, 64)]  # of all harm
 def clasp(bench: Any, seed: int, evaluations: int) -> Iterator[tuple[int, SkipMask, float]]:
     part = bench.prepared.trace.head(PROMPTS, TOKENS)
     states = layer_states(bench.target, *part.padded(bench.target.device))
-    ((_, mask),) = nearest_states(bench.space, states, shares=(1 / 2,))
-    yield 1, mask, 0.0
+    ((_, plan),) = nearest_states(bench.space, states, shares=(1 / 2,))
+    yield 1, plan.skip, 0.0
 
 
 def by_sublayers(bench: Any, seed: int, evaluations: int) -> Iterator[tuple[int, SkipMask, float]]:
@@ -43,7 +45,7 @@ def by_sublayers(bench: Any, seed: int, evaluations: int) -> Iterator[tuple[int,
     near = nearest_masks(bench.target, [views[kind] for kind in KINDS], ids, seen)
     best, top = SkipMask(num_layers=layers), 0.0
     for number, chosen in enumerate(Candidates(layers, near, seed).first(), 1):
-        mask = bench.space.mask_within(chosen)
+        mask = bench.space.plan_within(DraftPlan(chosen)).skip
         speed = score(WindowReplay(bench.prepared.windows, mask), bench.prepared.point).tokens_per_second
         if speed > top:
             best, top = mask, speed
@@ -71,9 +73,11 @@ def knapspec(bench: Any, seed: int, evaluations: int) -> Iterator[tuple[int, Ski
     def cosine(mask: SkipMask) -> float:
         return states.cosine(last_states(draft_view(bench.target.model, mask), path, ids)[1], states.hidden[-1])
 
-    single = {sub: 1 - cosine(SkipMask.from_sublayers([sub], bench.space.num_layers)) for sub in bench.space.free}
-    best, best_rate = SkipMask(num_layers=bench.space.num_layers), 0.0
-    for number, (_, mask) in enumerate(knapsack(bench.space, single, point, BUDGETS), 1):
+    layers = bench.space.num_layers
+    loss: Loss = {"skip": {sub: 1 - cosine(SkipMask.from_sublayers([sub], layers)) for sub in bench.space.free}}
+    best, best_rate = SkipMask(num_layers=layers), 0.0
+    for number, (_, plan) in enumerate(knapsack(bench.space, loss, point, BUDGETS), 1):
+        mask = plan.skip
         accept = min(0.999, max(0.0, cosine(mask)))
         step = draft_step(point, mask, exit_check=False)
         rate = max(

@@ -31,7 +31,7 @@ def search(bench: Any, seed: int, evaluations: int) -> Iterator[tuple[int, SkipM
     best, best_rate = SkipMask(num_layers=bench.space.num_layers), 0.0
     for count in range(1, evaluations + 1):
         trial = study.ask(ask)
-        mask = bench.space.mask(trial.params)
+        mask = bench.space.plan(trial.params).skip
         warm_plan(bench.target, mask)
         start, tokens = time.perf_counter(), 0
         for prompt in bench.prepared.trace.prompts[:PROMPTS]:

@@ -17,8 +17,8 @@ from conftest import quiet
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skipsearch import SkipMask
-from skipsearch.bench.arms import AGAIN, HF_ASSISTED, HF_EAGER, HYBRID, MASK, PLAIN, arms, prefix_mask
+from skipsearch import DraftPlan, SkipMask
+from skipsearch.bench.arms import AGAIN, HF_ASSISTED, HF_EAGER, HYBRID, MASK, PLAIN, PLAN, arms, prefix_mask
 from skipsearch.bench.bench import BenchOptions, bench, weight_bytes
 from skipsearch.bench.groups import prompt_groups
 from skipsearch.bench.machine import copy_bandwidth, energy_meter, peak_memory
@@ -31,7 +31,7 @@ from skipsearch.policy import DraftPolicy
 from skipsearch.report.bench import bench_picture, save_bench
 
 ROOT = Path(__file__).parents[2]
-SKIP = SkipMask(attention=[0, 2], mlp=[1], num_layers=4)
+SKIP = DraftPlan(SkipMask(attention=[0, 2], mlp=[1], num_layers=4))
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_machine_says_what_it_can() -> None:
 
 def test_arms_without_a_mask(tiny: Any) -> None:
     """Prevents a benchmark from needing a mask: plain decoding and n-grams need none."""
-    assert not {MASK, HYBRID, HF_ASSISTED} & arms(Target.of(tiny("llama")), None, DraftPolicy(), 64).keys()
+    assert not {MASK, PLAN, HYBRID, HF_ASSISTED} & arms(Target.of(tiny("llama")), None, DraftPolicy(), 64).keys()
 
 
 def test_widened_model_is_the_same_function(tiny: Any) -> None:

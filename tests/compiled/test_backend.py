@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -41,8 +42,8 @@ def test_logits_that_differ_are_refused(tiny: Any, monkeypatch: Any) -> None:
     model = tiny("llama")
     forward = CompiledModel.forward
 
-    def wrong(self: Any, layers: Any, *given: Any, **named: Any) -> Any:
-        return forward(self, layers[:-1], *given, **named)
+    def wrong(self: Any, stack: Any, *given: Any, **named: Any) -> Any:
+        return forward(self, replace(stack, layers=stack.layers[:-1], programs={}), *given, **named)
 
     monkeypatch.setattr(CompiledModel, "forward", wrong)
     with pytest.raises(BackendError, match="compiled logits differ"):

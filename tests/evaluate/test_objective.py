@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from traces import POINT, make_trace
 
-from skipsearch import SkipMask
+from skipsearch import DraftPlan, SkipMask
 from skipsearch.evaluate.cost import Point, draft_step
 from skipsearch.evaluate.draft_replay import DraftReplay
 from skipsearch.evaluate.objective import (
@@ -97,7 +97,7 @@ def test_giving_up_early_needs_evidence_and_keeps_the_best(tiny: Any, monkeypatc
     shares = rng.sample([k / 100 for k in range(5, 80)], 75)
     masks = [SkipMask.from_bits([rng.random() < share for _ in range(8)]) for share in shares]
     scorer, plain = Scorer(windows, POINT), [score(WindowReplay(windows, mask), POINT) for mask in masks]
-    found = [scorer(mask) for mask in masks]
+    found = [scorer(DraftPlan(mask)) for mask in masks]
     for a, b in zip(found, plain, strict=True):
         assert a.fidelity != "whole" or a.tokens_per_second == pytest.approx(b.tokens_per_second, rel=0.03)
     first = module.CHECK_FIRST
@@ -111,7 +111,7 @@ def test_giving_up_early_needs_evidence_and_keeps_the_best(tiny: Any, monkeypatc
     assert sum(scorer.counts.values()) == len(masks) and scorer.counts["first"] + scorer.counts["part"] > 10
     monkeypatch.setattr(module, "AGREEMENT", 1.1)
     never = Scorer(windows, POINT)
-    assert all(never(mask).fidelity == "whole" for mask in masks)
+    assert all(never(DraftPlan(mask)).fidelity == "whole" for mask in masks)
 
 
 def test_a_front_holds_masks_to_one_measure(tiny: Any) -> None:
@@ -120,7 +120,7 @@ def test_a_front_holds_masks_to_one_measure(tiny: Any) -> None:
     windows = Windows(Replay(Target.of(model), make_trace(model, prompts=4, new_tokens=30), 4, side=8))
     scorer, longest = Scorer(windows, POINT, front=True), DraftPolicy(max_length=4)
     for mask in (SkipMask(mlp=[1], num_layers=4), SkipMask(attention=[1, 2], mlp=[1, 2, 3], num_layers=4)):
-        found, blocks = scorer(mask), follow(WindowReplay(windows, mask).outcomes(), longest)
+        found, blocks = scorer(DraftPlan(mask)), follow(WindowReplay(windows, mask).outcomes(), longest)
         drafted, accepted = (sum(pair[i] * count for pair, count in blocks.items()) for i in (0, 1))
         assert found.fidelity == "whole" and found.acceptance_rate == pytest.approx(accepted / drafted)
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import make_tiny, quiet
 from traces import POINT
 
-from skipsearch import SkipMask
+from skipsearch import DraftPlan, SkipMask
 from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.cost import draft_step
 from skipsearch.evaluate.design import Arm, build_groups
@@ -40,18 +40,18 @@ def test_profile_of_prompts_shorter_than_a_draft(tiny: Any) -> None:
 def test_profile_prices_every_part(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents a part from being priced at nothing, or another's seconds from being charged to it."""
     true = replace(POINT, context=16, verify=(15.0, 16.0, 16.5, 17.25, 18.0), first=0.3, crowding=4.0)
-    masks: dict[int, SkipMask] = {}
+    plans: dict[int, DraftPlan] = {}
 
-    def remember(model: Any, mask: SkipMask) -> Any:
-        view = draft_view(model, mask)
-        masks[id(view)] = mask
+    def remember(model: Any, plan: DraftPlan) -> Any:
+        view = draft_view(model, plan)
+        plans[id(view)] = plan
         return view
 
     def seconds(sequence: Any, arm: Arm | None) -> list[tuple[float, float]]:
         """As if all took exactly what the model of costs says."""
         if arm is None:
             return [(0.0, true.verify[0])]
-        step = draft_step(true, masks[id(sequence.draft_model)], arm.with_confidence)
+        step = draft_step(true, plans[id(sequence.draft_model)], arm.with_confidence)
         return [((arm.drafted + true.first) * step, true.verify[arm.verified])]
 
     monkeypatch.setattr("skipsearch.evaluate.profile.draft_view", remember)

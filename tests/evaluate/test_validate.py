@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import quiet
 
-from skipsearch import SkipMask
+from skipsearch import DraftPlan, SkipMask
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.evaluate import validate as module
 from skipsearch.evaluate.timing import Run, interval
@@ -18,7 +18,7 @@ from skipsearch.evaluate.validate import MASK, NGRAMS, SERVED, Validation, evide
 from skipsearch.model.target import Target
 from skipsearch.policy import DraftPolicy
 
-SKIP = SkipMask(mlp=[1], num_layers=4)
+SKIP = DraftPlan(SkipMask(mlp=[1], num_layers=4))
 PLANS: Any = {MASK: (SKIP, DraftPolicy()), NGRAMS: (None, DraftPolicy.ngrams_alone())}
 PROMPTS = tuple((5, 6, 7 + i) for i in range(20))
 Make = Callable[..., Validation]
@@ -30,8 +30,8 @@ def validation(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Make, list[t
     calls: list[tuple[str, int]] = []
 
     def make(speeds: dict[str, float], rounds: int = 1, path: Path | None = None, stop: int = 10**9) -> Validation:
-        def arm(_target: Any, mask: Any = None, policy: Any = None, temperature: float = 0.0) -> Any:
-            name = "plain" if policy is None else MASK if mask is not None else NGRAMS
+        def arm(_target: Any, plan: Any = None, policy: Any = None, temperature: float = 0.0) -> Any:
+            name = "plain" if policy is None else MASK if plan is not None else NGRAMS
 
             def run(prompt: Any, new_tokens: int) -> Run:
                 if new_tokens != 16:  # no warm-up

@@ -8,7 +8,7 @@ from typing import Any
 
 from online_parts import POLICY, free_of
 
-from skipsearch import SkipMask
+from skipsearch import DraftPlan, SkipMask
 from skipsearch.evaluate.cost import Point
 from skipsearch.evaluate.objective import throughput
 from skipsearch.evaluate.windows import PositionOutcomes
@@ -28,7 +28,7 @@ def reader(model: Any, speeds: list[float]) -> Any:
 
     def read(mask: SkipMask) -> Any:
         speed = next(following)
-        return replace(plain, mask=mask, tokens_per_second=speed, speedup=speed), list(OUTCOMES)
+        return replace(plain, plan=DraftPlan(mask), tokens_per_second=speed, speedup=speed), list(OUTCOMES)
 
     return read
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import quiet
 
-from skipsearch import SkipMask, load_mask, self_speculative
+from skipsearch import DraftPlan, SkipMask, load_mask, self_speculative
 from skipsearch.bench.bench import BenchOptions, bench_file
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.errors import DecodingError, MaskError
@@ -20,15 +20,16 @@ from skipsearch.evaluate.validate import MASK, NGRAMS, SERVED, ArmResult, Measur
 from skipsearch.maskfile import MaskFile, Provenance
 from skipsearch.model.load import Loaded, model_card
 from skipsearch.policy import DraftPolicy
-from skipsearch.report.tables import mask_table, verdict_line
+from skipsearch.report.summary import verdict_line
+from skipsearch.report.tables import mask_table
 from skipsearch.search.budget import Budget
 from skipsearch.search.export import mask_file
 from skipsearch.search.options import SearchOptions
 from skipsearch.search.revalidate import audit_file, validate_file
 
 FOUND = Score(
-    mask=SkipMask(mlp=[2, 3], num_layers=20), policy=DraftPolicy(max_length=3), tokens_per_second=9.0, speedup=1.0,
-    acceptance_rate=0.5, tau=2.0, cost_ratio=0.6,
+    plan=DraftPlan(SkipMask(mlp=[2, 3], num_layers=20)), policy=DraftPolicy(max_length=3), tokens_per_second=9.0,
+    speedup=1.0, acceptance_rate=0.5, tau=2.0, cost_ratio=0.6,
 )  # fmt: skip
 
 
@@ -54,14 +55,14 @@ def test_the_file_serves_what_is_proven(demo: Any) -> None:
     """Prevents a mask that does not pay from being served where n-grams pay, and n-grams where the mask pays."""
     pays, not_proven = (1.5, 1.3, 1.7), (0.9, 0.8, 1.05)
     both = exported(demo, mask=pays, served=(2.0, 1.8, 2.2), ngrams=(1.8, 1.6, 2.0))
-    assert both.drafting_mask == FOUND.mask and both.draft.ngram and both.evidence.served_speedup == 2.0
+    assert both.drafting_plan == FOUND.plan and both.draft.ngram and both.evidence.served_speedup == 2.0
     alone = exported(demo, mask=pays, served=(1.4, 1.2, 1.6), ngrams=(1.0, 0.9, 1.1))
-    assert alone.drafting_mask == FOUND.mask and not alone.draft.ngram and alone.evidence.verdict == "use"
+    assert alone.drafting_plan == FOUND.plan and not alone.draft.ngram and alone.evidence.verdict == "use"
     ngrams = exported(demo, mask=not_proven, ngrams=pays)
-    assert ngrams.drafting_mask is None and not ngrams.mask and ngrams.draft.ngram
+    assert ngrams.drafting_plan is None and not ngrams.mask and ngrams.draft.ngram
     assert ngrams.evidence.verdict == "use" and ngrams.evidence.speedup == 1.5
     nothing = exported(demo, mask=not_proven, ngrams=not_proven)
-    assert nothing.drafting_mask == FOUND.mask and nothing.evidence.verdict == "do not use"
+    assert nothing.drafting_plan == FOUND.plan and nothing.evidence.verdict == "do not use"
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def ngram_file(demo: Any, tmp_path: Path) -> Path:
 def test_a_file_of_ngrams_decodes_with_them(demo: Any, ngram_file: Path, tiny: Any) -> None:
     """Prevents the model from being its own draft, a changed output, and a file that any model takes."""
     method = self_speculative(ngram_file)
-    assert method.mask is None and method.policy.ngram
+    assert method.plan is None and method.policy.ngram
     text = "a = [1, 2, 3]\nb = [1, 2, 3]\nc = [1, 2, 3]\nd = ["
     inputs = demo.tokenizer(text, return_tensors="pt")
     options: dict[str, Any] = {"max_new_tokens": 32, "do_sample": False, "attention_mask": inputs.attention_mask}
@@ -109,7 +110,7 @@ def test_joint_decoding_refuses_a_file_without_a_mask(ngram_file: Path) -> None:
 
 def test_nothing_that_pays_is_not_called_ngrams_that_do(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents an empty mask, the only one tried in a short run, from being served as n-grams with its own evidence."""
-    monkeypatch.setattr("test_export.FOUND", replace(FOUND, mask=SkipMask(num_layers=20)))
+    monkeypatch.setattr("test_export.FOUND", replace(FOUND, plan=DraftPlan(SkipMask(num_layers=20))))
     file = exported(demo, mask=(0.9, 0.8, 1.0), served=(1.1, 0.9, 1.3), ngrams=(1.05, 0.9, 1.2))
     assert file.evidence is not None and file.evidence.speedup == 1.05 and file.evidence.verdict == "do not use"
 

@@ -29,10 +29,10 @@ def result(demo: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return search(demo, out=tmp_path_factory.mktemp("results"), options=SMALL)
 
 
-def test_a_run_leaves_a_mask_that_decodes(result: Any, demo: Any) -> None:
+def test_a_run_leaves_a_plan_that_decodes(result: Any, demo: Any) -> None:
     """Prevents an export that the runtime cannot load, or that changes the output."""
     file = load_mask(result.folder / "mask.json")
-    assert file.mask == result.mask and file.evidence is not None and file.evidence.greedy_equal
+    assert file.plan == result.plan and file.evidence is not None and file.evidence.greedy_equal
     assert file.evidence.verdict == ("use" if file.evidence.speedup_ci[0] > 1 else "do not use")
     inputs = demo.tokenizer("def main(argv):\n", return_tensors="pt")
     options: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "attention_mask": inputs.attention_mask}
@@ -124,7 +124,7 @@ def test_no_room_in_the_context(demo: Any) -> None:
 def test_validate_gives_fresh_evidence(result: Any, demo: Any) -> None:
     """Prevents old evidence from being carried along as if measured here."""
     fresh = validate_file(demo, result.file, SMALL, quiet)
-    assert fresh.mask == result.mask and fresh.evidence is not None
+    assert fresh.plan == result.plan and fresh.evidence is not None
     assert fresh.evidence.tokens == result.file.evidence.tokens
     assert fresh.evidence.tokens_per_second != result.file.evidence.tokens_per_second
 

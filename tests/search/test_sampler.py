@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skipsearch import SkipMask
+from skipsearch import DraftPlan, SkipMask
 from skipsearch.errors import SkipsearchError
 from skipsearch.search.options import SearchOptions
 from skipsearch.search.sampler import TrustRegionSampler, trust_region_after
@@ -65,15 +65,15 @@ def test_a_resumed_study_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
     """Prevents sampler state that only one process has."""
     from test_study import SPACE, nothing, scorer
 
-    def masks(folder: Path, stops: tuple[int, ...]) -> list[SkipMask]:
+    def plans(folder: Path, stops: tuple[int, ...]) -> list[DraftPlan]:
         folder.mkdir()
         for stop in stops:
             study = Study(storage_url(folder), "search", SPACE, {"a": "b"}, "trust-region", 0)
-            study.enqueue([("empty", SkipMask(num_layers=4))])
+            study.enqueue([("empty", DraftPlan(SkipMask(num_layers=4)))])
             study.optimize(scorer, trials=stop, time_budget=None, report=nothing)
-        return [study.mask_of(t) for t in study.finished()]
+        return [study.plan_of(t) for t in study.finished()]
 
-    assert masks(tmp_path / "once", (24,)) == masks(tmp_path / "twice", (9, 24))
+    assert plans(tmp_path / "once", (24,)) == plans(tmp_path / "twice", (9, 24))
 
 
 def test_nothing_is_proposed_twice_while_something_is_new() -> None:
@@ -126,15 +126,15 @@ def test_pareto_keeps_what_nothing_beats(tmp_path: Path) -> None:
     from skipsearch.evaluate.objective import Score
     from skipsearch.policy import DraftPolicy
 
-    def both(mask: SkipMask) -> Score:
-        cost = 1 - len(mask) / 10
+    def both(plan: DraftPlan) -> Score:
+        cost = 1 - len(plan.skip) / 10
         return Score(
-            mask=mask, policy=DraftPolicy(), tokens_per_second=10 * cost, speedup=1.0,
-            acceptance_rate=max(0.0, 1 - 0.02 * sum(i * i for _, i in mask.sublayers())), tau=2.0, cost_ratio=cost,
+            plan=plan, policy=DraftPolicy(), tokens_per_second=10 * cost, speedup=1.0,
+            acceptance_rate=max(0.0, 1 - 0.02 * sum(i * i for _, i in plan.skip.sublayers())), tau=2.0, cost_ratio=cost,
         )  # fmt: skip
 
     study = Study(storage_url(tmp_path), "search", SPACE, {"a": "b"}, "nsga2", 0, pareto=True)
-    study.enqueue([("empty", SkipMask(num_layers=4))])
+    study.enqueue([("empty", DraftPlan(SkipMask(num_layers=4)))])
     study.optimize(both, trials=60, time_budget=None, report=nothing)
     front = study.front()
     assert len(front) >= 4 and front[-1]["acceptance_rate"] == 1.0

@@ -26,6 +26,7 @@ from skipsearch.evaluate.windows import Windows
 from skipsearch.model.preset import presets
 from skipsearch.model.space import Space
 from skipsearch.model.target import Target
+from skipsearch.plan import DraftPlan
 from skipsearch.search.seeds import (
     all_seeds,
     block_influence,
@@ -34,10 +35,9 @@ from skipsearch.search.seeds import (
     nearest_states,
     published,
     seconds_saved,
-    sensitivity_or_load,
-    single_skip_loss,
     uniform,
 )
+from skipsearch.search.sensitivity import sensitivity_or_load, single_losses
 
 
 def windows_of(model: Any) -> Windows:
@@ -50,11 +50,11 @@ def test_sensitivity_finds_the_harmless_sublayer(tiny: Any) -> None:
     model.model.layers[2].mlp.down_proj.weight.data.zero_()
     space = Space(num_layers=4, fixed=SkipMask(num_layers=4))
     windows = windows_of(model)
-    loss = single_skip_loss(windows, windows.part(1), space, quiet)
+    loss = single_losses(windows, windows.part(1), space, quiet)["skip"]
     assert loss["mlp", 2] == 0 and max(loss.values()) > 0
     seeds = by_sensitivity(space, loss, POINT)
-    assert all(mask.skips("mlp", 2) for _, mask in seeds)
-    assert [len(mask) for _, mask in seeds] == [1, 2, 3, 4, 5, 6, 7]
+    assert all(plan.only_skips and plan.skip.skips("mlp", 2) for _, plan in seeds)
+    assert [len(plan.skip) for _, plan in seeds] == [1, 2, 3, 4, 5, 6, 7]
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def test_sensitivity_is_that_of_teacher_forced_passes(demo: Any) -> None:
     prompts = tuple(tuple(demo.tokenizer(f"def {name}(")["input_ids"]) for name in ("main", "read", "_split", "add"))
     trace = record(target, prompts, DecodeSettings(new_tokens=40), quiet)
     windows = Windows(Replay(target, trace, 6, side=7, states=True))
-    ours = single_skip_loss(windows, windows.part(1), space, quiet)
+    ours = single_losses(windows, windows.part(1), space, quiet)["skip"]
     ids, generated = trace.padded(target.device)
     theirs = {}
     for sub in space.free:
@@ -84,9 +84,9 @@ def test_seeds_respect_fixed_sublayers() -> None:
     """Prevents seeds that the space cannot express."""
     preset = presets()["llama-2-13b"]
     space = preset.space
-    for _, mask in [*published(preset, space), *uniform(space)]:
-        assert not mask & space.fixed
-        assert space.mask(space.params(mask)) == mask
+    for _, plan in [*published(preset, space), *uniform(space)]:
+        assert not plan.skip & space.fixed
+        assert space.plan(space.params(plan)) == plan
     assert {name for name, _ in published(preset, space)} >= {"published:self-sd"}
 
 
@@ -100,12 +100,14 @@ def test_the_knapsack_is_optimal(data: Any) -> None:
     harm = {sub: -math.log(max(1e-3, 1 - loss[sub])) + 1e-4 for sub in space.free}
     unit = sum(harm.values()) / 256
     weight = {sub: max(1, round(harm[sub] / unit)) for sub in space.free}
-    for label, mask in knapsack(space, loss, point):
+    for label, plan in knapsack(space, {"skip": loss}, point):
+        mask = plan.skip
         room = round(float(label.split(":")[1]) * 256)
         gain = sum(seconds_saved(point, sub) for sub in mask.sublayers())
         subsets = (c for n in range(7) for c in itertools.combinations(space.free, n))
         best = max(sum(seconds_saved(point, s) for s in c) for c in subsets if sum(weight[s] for s in c) <= room)
         assert sum(weight[sub] for sub in mask.sublayers()) <= room and gain == pytest.approx(best)
+        assert plan.only_skips
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_neox"])
@@ -123,21 +125,21 @@ def test_seeds_from_hidden_states_find_the_idle_layer(family: str) -> None:
     states = draft_states(windows.replay, windows.starts(windows.part(1)))
     for i in range(4):
         assert torch.equal(states.run(i, states.hidden[i]), states.hidden[i + 1])
-    idle = SkipMask(attention=[2], mlp=[2], num_layers=4)
-    assert idle in [mask for _, mask in block_influence(space, states)]
-    assert idle in [mask for _, mask in nearest_states(space, states)]
+    idle = DraftPlan(SkipMask(attention=[2], mlp=[2], num_layers=4))
+    assert idle in [plan for _, plan in block_influence(space, states)]
+    assert idle in [plan for _, plan in nearest_states(space, states)]
 
 
 def test_every_seed_is_a_mask_of_the_space(tiny: Any) -> None:
     """Prevents a seed from skipping what is fixed, and an earlier mask from being forgotten."""
     model, fixed = tiny("llama"), SkipMask(attention=[0], mlp=[1], num_layers=4)
-    space, earlier = Space(num_layers=4, fixed=fixed), SkipMask(attention=[2, 3], num_layers=4)
+    space, earlier = Space(num_layers=4, fixed=fixed), DraftPlan(SkipMask(attention=[2, 3], num_layers=4))
     windows = windows_of(model)
     states = draft_states(windows.replay, windows.starts(windows.few(2, 12)))
-    loss = single_skip_loss(windows, windows.few(2, 12), space, quiet)
+    loss = single_losses(windows, windows.few(2, 12), space, quiet)
     seeds = all_seeds(space, loss, states, POINT, None, earlier)
     assert dict(seeds)["earlier"] == earlier
-    assert all(not mask & fixed for _, mask in seeds)
+    assert all(plan.only_skips and not plan.skip & fixed for _, plan in seeds)
     assert {name.split(":")[0] for name, _ in seeds} == {
         "empty", "earlier", "sensitivity", "knapsack", "states", "influence", "uniform"
     }  # fmt: skip
@@ -161,6 +163,6 @@ def test_sensitivity_is_kept_sublayer_by_sublayer(tiny: Any, tmp_path: Path) -> 
     path.write_text(json.dumps({**json.loads(path.read_text()), "loss": kept}))
     never: Any = None  # the windows are those of the file
     loss, kept_part = sensitivity_or_load(path, "a", windows, never, space, quiet)
-    assert kept_part == part
-    assert set(loss) == set(space.free) and loss["attention", 1] == 0.123
-    assert sensitivity_or_load(path, "b", windows, lambda: part, space, quiet)[0]["attention", 1] != 0.123
+    assert kept_part == part and set(loss) == {"skip"}
+    assert set(loss["skip"]) == set(space.free) and loss["skip"]["attention", 1] == 0.123
+    assert sensitivity_or_load(path, "b", windows, lambda: part, space, quiet)[0]["skip"]["attention", 1] != 0.123

@@ -14,6 +14,7 @@ from skipsearch import SkipMask
 from skipsearch.errors import ModelLoadError
 from skipsearch.model.preset import read_space
 from skipsearch.model.space import Space
+from skipsearch.plan import DraftPlan
 
 L = 9
 spaces = st.builds(
@@ -35,15 +36,16 @@ def runs(layers: frozenset[int]) -> int:
 @given(space=spaces, data=st.data())
 def test_parameters_only_make_masks_of_the_space(space: Space, data: Any) -> None:
     """Prevents a mask that the engine cannot serve: with parts of layers, or with too many of them."""
-    mask = space.mask({name: data.draw(st.integers(*bounds)) for name, bounds in space.bounds.items()})
-    assert not mask & space.fixed
+    plan = space.plan({name: data.draw(st.integers(*bounds)) for name, bounds in space.bounds.items()})
+    mask = plan.skip
+    assert plan.only_skips and not mask & space.fixed
     assert space.max_skipped is None or len(mask) <= space.max_skipped
     if space.structure != "sublayers":
         assert mask.attention == mask.mlp
     if space.structure == "spans":
         assert runs(mask.attention) <= space.spans
     if space.structure != "spans":  # spans that overlap, or hold fixed layers, have several spellings
-        assert space.mask(space.params(mask)) == mask
+        assert space.plan(space.params(mask)) == DraftPlan(mask)
 
 
 @given(space=spaces, data=st.data())
@@ -53,7 +55,8 @@ def test_seeds_are_cut_to_the_space(space: Space, data: Any) -> None:
     params = space.params(seed)
     assert params.keys() == space.bounds.keys()
     assert all(low <= params[name] <= high for name, (low, high) in space.bounds.items())
-    assert space.mask(params) <= seed - space.fixed
+    plan = space.plan(params)
+    assert plan.only_skips and plan.skip <= seed - space.fixed
 
 
 def test_space_tables_of_a_file(tmp_path: Path) -> None:
@@ -94,9 +97,9 @@ def test_bad_space_tables_are_one_sentence(text: str, message: str, tmp_path: Pa
 def test_a_span_ends_at_a_fixed_layer() -> None:
     """Prevents a run of layers from becoming two, which an engine that takes one run could not serve."""
     space = Space(num_layers=10, fixed=SkipMask(attention=[5], num_layers=10), structure="spans")
-    mask = space.mask({"span.0.first": 3, "span.0.length": 5})
-    assert mask.attention == mask.mlp == {3, 4}
-    assert space.mask(space.params(mask)) == mask
+    plan = space.plan({"span.0.first": 3, "span.0.length": 5})
+    assert plan.only_skips and plan.skip.attention == plan.skip.mlp == {3, 4}
+    assert space.plan(space.params(plan)) == plan
 
 
 @given(one=spaces, other=spaces)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from skipsearch import SkipMask
+from skipsearch import DraftPlan, SkipMask
 from skipsearch.errors import ResultsError, StudyMismatch
 from skipsearch.evaluate.objective import Score
 from skipsearch.model.space import Space
@@ -23,14 +23,15 @@ from skipsearch.search.study import Study, open_storage, storage_url
 
 SPACE = Space(num_layers=4, fixed=SkipMask(attention=[0], num_layers=4))
 IDENTITY = {"model": "abc", "prompts": "def"}
-BEST = SkipMask(attention=[1, 3], mlp=[2], num_layers=4)
+EMPTY = DraftPlan(SkipMask(num_layers=4))
+BEST = DraftPlan(SkipMask(attention=[1, 3], mlp=[2], num_layers=4))
 
 
-def scorer(mask: SkipMask) -> Score:
+def scorer(plan: DraftPlan) -> Score:
     """A smooth hill with its top at BEST."""
     return Score(
-        mask=mask, policy=DraftPolicy(max_length=3, exit_threshold=0.4), tokens_per_second=100.0 - len(mask ^ BEST),
-        speedup=1.0, acceptance_rate=0.5, tau=2.0, cost_ratio=0.5,
+        plan=plan, policy=DraftPolicy(max_length=3, exit_threshold=0.4),
+        tokens_per_second=100.0 - len(plan.skip ^ BEST.skip), speedup=1.0, acceptance_rate=0.5, tau=2.0, cost_ratio=0.5,
     )  # fmt: skip
 
 
@@ -46,31 +47,31 @@ def nothing(*_: Any) -> None:
 def test_every_sampler_finds_the_top_of_a_small_hill(sampler: str, tmp_path: Path) -> None:
     """The contract of a sampler: proposes masks of the space, gets better, stops at the number of trials."""
     study = open_study(tmp_path, sampler)
-    study.enqueue([("empty", SkipMask(num_layers=4))])
+    study.enqueue([("empty", EMPTY)])
     study.optimize(scorer, trials=40, time_budget=None, report=nothing)
     assert len(study.finished()) == 40
-    mask, number = study.best(1)[0]
-    assert scorer(mask).tokens_per_second >= (100 if sampler == "trust-region" else 97)
+    plan, number = study.best(1)[0]
+    assert scorer(plan).tokens_per_second >= (100 if sampler == "trust-region" else 97)
     attributes = study.finished()[number].user_attrs
     assert (attributes["max_length"], attributes["exit_threshold"]) == (3, 0.4)
-    assert all(not study.mask_of(t).skips("attention", 0) for t in study.finished())
+    assert all(not study.plan_of(t).skip.skips("attention", 0) for t in study.finished())
 
 
 def test_seeds_come_first_and_once(tmp_path: Path) -> None:
     """Prevents warm starts from being tried late, or again on resuming."""
-    seeds = [("empty", SkipMask(num_layers=4)), ("best", BEST)]
+    seeds = [("empty", EMPTY), ("best", BEST)]
     study = open_study(tmp_path)
     study.enqueue(seeds)
     study.enqueue(seeds)
     study.optimize(scorer, trials=3, time_budget=None, report=nothing)
-    masks = [study.mask_of(t) for t in study.finished()]
-    assert masks[:2] == [mask for _, mask in seeds] and masks.count(BEST) == 1
+    plans = [study.plan_of(t) for t in study.finished()]
+    assert plans[:2] == [plan for _, plan in seeds] and plans.count(BEST) == 1
     assert study.finished()[1].user_attrs["seed"] == "best"
 
 
 def test_two_workers_share_the_seeds(tmp_path: Path) -> None:
     """Prevents a worker's own queue from repeating, or from letting the sampler overtake, what another has begun."""
-    seeds = [(str(layer), SkipMask(mlp=[layer], num_layers=4)) for layer in range(4)]
+    seeds = [(str(layer), DraftPlan(SkipMask(mlp=[layer], num_layers=4))) for layer in range(4)]
     workers = [open_study(tmp_path, "trust-region") for _ in range(2)]
     for worker in workers:
         worker.enqueue(seeds)
@@ -78,16 +79,16 @@ def test_two_workers_share_the_seeds(tmp_path: Path) -> None:
         workers[trials % 2].optimize(scorer, trials=trials, time_budget=None, report=nothing)
     trials_now = workers[0].finished()
     assert [t.user_attrs.get("seed") for t in trials_now[:4]] == ["0", "1", "2", "3"]
-    assert len({workers[0].mask_of(t) for t in trials_now}) == 6
+    assert len({workers[0].plan_of(t) for t in trials_now}) == 6
 
 
-def test_masks_are_scored_once(tmp_path: Path) -> None:
-    """Prevents replay from being paid twice for one mask, within a run and after resuming."""
-    calls: list[SkipMask] = []
+def test_plans_are_scored_once(tmp_path: Path) -> None:
+    """Prevents replay from being paid twice for one plan, within a run and after resuming."""
+    calls: list[DraftPlan] = []
 
-    def counting(mask: SkipMask) -> Score:
-        calls.append(mask)
-        return scorer(mask)
+    def counting(plan: DraftPlan) -> Score:
+        calls.append(plan)
+        return scorer(plan)
 
     for trials in (60, 90):
         open_study(tmp_path).optimize(counting, trials=trials, time_budget=None, report=nothing)
@@ -122,9 +123,9 @@ def test_unusable_storage_is_one_sentence(tmp_path: Path) -> None:
 def test_time_budget_ends_the_search(tmp_path: Path) -> None:
     """Prevents a budget from being ignored."""
 
-    def slow(mask: SkipMask) -> Score:
+    def slow(plan: DraftPlan) -> Score:
         time.sleep(0.05)
-        return scorer(mask)
+        return scorer(plan)
 
     study = open_study(tmp_path)
     study.optimize(slow, trials=10_000, time_budget=1.0, report=nothing)
@@ -132,15 +133,15 @@ def test_time_budget_ends_the_search(tmp_path: Path) -> None:
 
 
 def test_an_interruption_keeps_what_is_finished(tmp_path: Path) -> None:
-    """Prevents Ctrl-C from losing trials, or the mask it hit."""
+    """Prevents Ctrl-C from losing trials, or the plan it hit."""
     study, done = open_study(tmp_path), []
 
-    def interrupted(mask: SkipMask) -> Score:
+    def interrupted(plan: DraftPlan) -> Score:
         if len(done) == 5:
-            done.append(mask)
+            done.append(plan)
             raise KeyboardInterrupt
-        done.append(mask)
-        return scorer(mask)
+        done.append(plan)
+        return scorer(plan)
 
     with pytest.raises(KeyboardInterrupt):
         study.optimize(interrupted, trials=20, time_budget=None, report=nothing)
@@ -156,9 +157,9 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_study import open_study, scorer, nothing
-def slow(mask):
+def slow(plan):
     time.sleep(0.05)
-    return scorer(mask)
+    return scorer(plan)
 open_study(Path({folder!r})).optimize(slow, trials=400, time_budget=None, report=lambda n, best: print(n, flush=True))
 """
 

@@ -29,6 +29,7 @@ HF_LOOKUP, HF_ASSISTED = "HF prompt lookup", "HF assisted by view"
 EAGER, PLAIN, AGAIN, MASK = "plain eager", "plain", "plain again (A/A)", "mask"
 LOOKUP, HYBRID, PREFIX, PLAN, ALL_INT8 = "n-gram", "hybrid", "prefix exit", "plan", "all int8"
 NEED_MASK = (HF_ASSISTED, MASK, PLAN, HYBRID, PREFIX)
+OF_PLANS = (MASK, PLAN, PREFIX, ALL_INT8)  # arms of which some plans, or some models, have none
 NAMES = (
     HF_EAGER, HF_STATIC, HF_LOOKUP, HF_ASSISTED, EAGER, PLAIN, AGAIN, LOOKUP, ALL_INT8, MASK, PLAN, HYBRID, PREFIX,
 )  # fmt: skip

@@ -17,7 +17,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from skipsearch.bench.arms import NAMES, NEED_MASK, PLAIN, arms, drafted_by
+from skipsearch.bench.arms import NAMES, NEED_MASK, OF_PLANS, PLAIN, arms, drafted_by
 from skipsearch.bench.groups import prompt_groups
 from skipsearch.bench.machine import copy_bandwidth, energy_meter, peak_memory, read_bandwidth
 from skipsearch.bench.rows import group_rows, joined
@@ -105,7 +105,7 @@ def bench(
     Raises:
         SkipsearchError: an arm is unknown, or needs a mask that was not given.
     """
-    _check_arms(options, plan)
+    _check_arms(options, target, plan)
     target = with_backend(target, options.backend, progress)
     for name, drafted in drafted_by(target, plan).items():
         if not options.only or name in options.only:
@@ -148,12 +148,14 @@ def bench(
     }  # fmt: skip
 
 
-def _check_arms(options: BenchOptions, plan: DraftPlan | None) -> None:
+def _check_arms(options: BenchOptions, target: Target, plan: DraftPlan | None) -> None:
     for name in options.only:
         if name not in NAMES:
             raise SkipsearchError(f"arm is {name!r}, must be one of: {'; '.join(NAMES)}")
         if name in NEED_MASK and plan is None:
             raise SkipsearchError(f"arm {name!r} needs a mask, got none; pass one with --mask")
+        if name in OF_PLANS and name not in drafted_by(target, plan):
+            raise SkipsearchError(f"arm {name!r} does not go with this file or model; leave it out")
 
 
 def _warm_up(

@@ -55,7 +55,9 @@ def frequency(tokenizer: PreTrainedTokenizerBase, trace: Trace, vocabulary: int,
     def counted(ids: Iterable[int]) -> Array:
         return np.bincount(np.fromiter(ids, dtype=np.int64), minlength=vocabulary)[:vocabulary]
 
-    text = counted(tokenizer("\n".join(topics.topics.values()), add_special_tokens=False)["input_ids"])
+    # Not for the model, so longer than its context.
+    texts = tokenizer(list(topics.topics.values()), add_special_tokens=False, verbose=False)["input_ids"]
+    text = counted(token for ids in texts for token in ids)
     written, read = [counted(row) for row in trace.continuations], [counted(row) for row in trace.prompts]
     every = np.arange(vocabulary)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from skipsearch.mask import KINDS, SkipMask, Sublayer
-from skipsearch.plan import FORMS, DraftPlan, Form, HeadForm
+from skipsearch.plan import FORMS, QUANTISED, DraftPlan, Form, HeadForm, Quantised
 
 Structure = Literal["sublayers", "layers", "spans"]
 T = TypeVar("T")
@@ -65,6 +65,11 @@ class Space:
     def choices(self) -> tuple[Form, ...]:
         """The forms of a sublayer by the number that a parameter has."""
         return ("run", *(("skip",) if self.forms is None else self.forms))
+
+    @property
+    def quantised(self) -> list[Quantised]:
+        """The quantised forms among them."""
+        return [form for form in QUANTISED if form in self.choices]
 
     @property
     def free(self) -> list[Sublayer]:

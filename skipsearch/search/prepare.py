@@ -154,11 +154,11 @@ def prepare(
     with budget.stage("reference"):
         replay = Replay(target, trace, TRIAL_LENGTH, memory=options.memory, side=side, states=True)
     progress("reference", 1, 1)
-    if len(space.choices) > 2 and (sizes := head_sizes(target.vocabulary)):
+    if space.quantised and (sizes := head_sizes(target.vocabulary)):
         found = frequency(loaded.tokenizer, trace, target.vocabulary, replay.ids.shape[1])
         space, replay.ranks_PT = replace(space, tokens=found.tokens, sizes=sizes), found.ranks_PT.to(target.device)
     identity["space"] = str(space)
-    kept = [DraftPlan.everywhere(form, target.num_layers) for form in QUANTISED if form in space.choices]
+    kept = [DraftPlan.everywhere(form, target.num_layers) for form in space.quantised]
     return Prepared(
         target=target, prompts=prompts, trace=trace, costs=costs, space=space, windows=Windows(replay),
         identity=identity, contexts=options.contexts, copies=tuple(draft_view(target.model, plan) for plan in kept),

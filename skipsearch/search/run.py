@@ -32,7 +32,7 @@ from skipsearch.mask import SkipMask
 from skipsearch.maskfile import Provenance, load_mask
 from skipsearch.model.load import Loaded, check_mask_belongs, model_card
 from skipsearch.model.space import Space
-from skipsearch.plan import QUANTISED, DraftPlan
+from skipsearch.plan import DraftPlan
 from skipsearch.search.budget import Budget
 from skipsearch.search.export import mask_file, validated
 from skipsearch.search.options import SearchOptions
@@ -180,7 +180,7 @@ def search_trials(
 
 def _dearest(space: Space) -> DraftPlan:
     """A plan that takes longest to score: it changes the first layer, so that nothing is resumed, and all run."""
-    quantised = [form for form in QUANTISED if form in space.choices]
+    quantised = space.quantised
     first = SkipMask(attention=[0], num_layers=space.num_layers)
     return DraftPlan.everywhere(quantised[0], space.num_layers) if quantised else DraftPlan(first)
 
@@ -196,7 +196,7 @@ def _seeds(
         for _ in range(2):  # the first pass of a shape is slower
             begin = time.monotonic()
             WindowReplay(windows, SkipMask(mlp=[layers // 2], num_layers=layers)).outcomes(few)
-        passes = len(space.free) + 2 * TOGETHER * (len(space.choices) - 2)
+        passes = len(space.free) * ("skip" in space.choices) + 2 * TOGETHER * len(space.quantised)
         share = budget.share(SEEDS) / ((time.monotonic() - begin) * max(1, passes))
         return few if share >= 1 else windows.few(max(2, round(SEED_PROMPTS * share)), options.trial_tokens)
 

@@ -12,7 +12,7 @@ from skipsearch.evaluate.hidden_states import HiddenStates, nearest
 from skipsearch.mask import KINDS, SkipMask, Sublayer
 from skipsearch.model.preset import Preset
 from skipsearch.model.space import Space
-from skipsearch.plan import FORMS, QUANTISED, DraftPlan, Form, HeadForm, Quantised
+from skipsearch.plan import FORMS, DraftPlan, Form, HeadForm, Quantised
 from skipsearch.search.sensitivity import Loss
 
 Seed = tuple[str, DraftPlan]
@@ -47,7 +47,7 @@ def quantised_seeds(space: Space, loss: Loss, point: Point, masks: list[Seed]) -
     Args:
         masks: seeds that only skip; the best of them are tried on top of the mildest quantised form.
     """
-    forms = [form for form in QUANTISED if form in space.choices]
+    forms = space.quantised
     if not forms:
         return []
     every = SkipMask.from_sublayers(space.free, space.num_layers)

@@ -58,6 +58,8 @@ def quantised_seeds(space: Space, loss: Loss, point: Point, masks: list[Seed]) -
 
     seeds = [(f"all {form}", plan(form)) for form in forms]
     mild = forms[0]
+    others = [head for head in space.heads[1:] if head != plan(mild).head]
+    seeds += [(f"all {mild}, {head} head", replaced(plan(mild), head)) for head in others]
     seeds += [(f"all {mild}, {size} tokens", plan(mild, size=size)) for size in space.sizes]
     if len(forms) > 1:
         by_harm = sorted(space.free, key=lambda sub: loss[forms[-1]][sub])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import assert_one_sentence
 from hypothesis import HealthCheck, given, settings
-from plans import plans
+from random_plans import plans
 
 from skipsearch import DraftPlan, MaskFile, SkipMask, load_mask
 from skipsearch.errors import MaskError

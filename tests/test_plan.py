@@ -9,7 +9,7 @@ import pytest
 from conftest import assert_one_sentence
 from hypothesis import given
 from hypothesis import strategies as st
-from plans import plans
+from random_plans import plans
 
 from skipsearch import DraftPlan, SkipMask
 from skipsearch.errors import MaskError

@@ -10,7 +10,7 @@ import torch
 from conftest import SUPPORTED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from plans import plans, random_plan
+from random_plans import plans, random_plan
 
 from skipsearch import DraftPlan, self_speculative
 from skipsearch.compiled.backend import with_backend

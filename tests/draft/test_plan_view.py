@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_one_sentence, make_tiny
-from plans import random_plan
+from random_plans import random_plan
 from torch import nn
 
 from skipsearch import DraftPlan, SkipMask, draft_view

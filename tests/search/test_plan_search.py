@@ -14,7 +14,7 @@ import torch
 from conftest import quiet
 from hypothesis import given
 from hypothesis import strategies as st
-from plans import plans
+from random_plans import plans
 from traces import POINT, make_trace
 
 from skipsearch import DraftPlan, SkipMask, load_mask, search, self_speculative

@@ -1,8 +1,7 @@
 """mask.json: a mask or a plan with its draft policy, evidence and provenance.
 
 Schema version 1 holds a mask. Version 2 adds the other forms of a plan, and is written only where a plan has some. A
-loaded file is complete and consistent, and every file written here loads again. `model.load.check_mask_belongs`
-compares it with a model.
+loaded file is complete and consistent, and every file written here loads again.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from skipsearch.policy import DraftPolicy
 
 FORMAT: Final = "skipsearch-mask"
 VERSIONS: Final = (1, 2)
-MOST_IDS = 1 << 24  # of one range; no vocabulary is larger
+MOST_IDS = 1 << 24  # no vocabulary is larger
 
 
 class _Part(BaseModel):
@@ -192,7 +191,8 @@ def _ids_of(ranges: str) -> list[int]:
     found: list[int] = []
     for part in ranges.split():
         first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) - int(first) > MOST_IDS:
+        plain = first.isdecimal() and (last.isdecimal() or not dash) and len(part) < 20
+        if not plain or not 0 <= int(last or first) - int(first) < MOST_IDS - len(found):
             raise MaskError(f"head.ids holds {part!r}, must hold numbers and ranges like 0-255; export it again")
         found += range(int(first), int(last or first) + 1)
     return found
@@ -212,7 +212,7 @@ def read_json(path: Path, mend: str = "make one with `skipsearch run`") -> Any:
 
 
 def parse_mask(data: Any, source: str = "mask") -> MaskFile:
-    """Check parsed JSON against the schema.
+    """Check parsed JSON.
 
     Raises:
         MaskError: names the first wrong field, its value and what to do.

@@ -68,6 +68,8 @@ def test_n_grams_alone_draft_with_no_plan() -> None:
         ({"head": {"form": "int2"}}, ["head.form", "int2"]),
         ({"head": {"form": "int8", "ids": ""}}, ["head.ids", "empty"]),
         ({"head": {"form": "int8", "ids": "4-2x"}}, ["head.ids", "4-2x"]),
+        ({"head": {"form": "int8", "ids": "9-5"}}, ["head.ids", "9-5"]),
+        ({"head": {"form": "int8", "ids": "9" * 5000}}, ["head.ids", "999"]),
         ({"head": {"form": "int8", "ids": "0-99999999999"}}, ["head.ids", "0-99999999999"]),
         ({"head": {"form": "int8", "tokens": 4}}, ["head.tokens"]),
     ],

@@ -72,6 +72,8 @@ def weight_bytes(model: PreTrainedModel) -> int:
     shared = head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
     if embedding is not None and (not shared or isinstance(head, DraftHead)):
         unique.pop(embedding.weight.data_ptr(), None)
+    if isinstance(head, DraftHead):  # reads the product's weights, and few rows of these
+        unique.pop(head.weight.data_ptr(), None)
     return sum(unique.values())
 
 

@@ -118,11 +118,15 @@ def check_forms(model: PreTrainedModel, plan: DraftPlan) -> None:
                 raise MaskError(f"{form} holds {sub[0]} {sub[1]}, which cannot be quantised here: {why}; remove it")
     if plan.head != "full" or plan.head_ids is not None:
         weight = _head(model).weight
+        if weight.device.type == "meta":
+            raise MaskError("head.form or head.ids is given, but the head's weights are offloaded; use a plan without")
+        weight = weight if plan.head_ids is None else weight[: len(plan.head_ids)]
+        vocabulary = len(_head(model).weight)
         if plan.head != "full" and (why := why_not(weight, plan.head)):
             raise MaskError(f"head.form is {plan.head!r}, which is not possible here: {why}; use 'full'")
-        if plan.head_ids is not None and plan.head_ids[-1] >= len(weight):
+        if plan.head_ids is not None and plan.head_ids[-1] >= vocabulary:
             raise MaskError(
-                f"head.ids holds {plan.head_ids[-1]}, must be below {len(weight)}, the model's vocabulary; "
+                f"head.ids holds {plan.head_ids[-1]}, must be below {vocabulary}, the model's vocabulary; "
                 f"use a plan made for this model"
             )
     needed, free = copies_bytes(model, plan, made=False), free_memory(model.device)
@@ -156,14 +160,14 @@ def copies_bytes(model: PreTrainedModel, plan: DraftPlan, made: bool = True) -> 
 
 
 def possible_forms(model: PreTrainedModel) -> dict[Quantised, str | None]:
-    """For each quantised form, why not even half of the sublayers, or not the head, can have it; None if they can."""
+    """For each quantised form, why not every sublayer and the head can have it; None if they can."""
     found: dict[Quantised, str | None] = {}
     every = [(kind, i) for kind in KINDS for i in range(find_sublayers(model).num_layers)]
     head = model.get_output_embeddings()
     weight = None if head is None else weight_of(head)
     for form in QUANTISED:
         reasons = [why for sub in every if (why := obstacle(model, sub, form))]
-        found[form] = reasons[0] if 2 * len(reasons) > len(every) else None
+        found[form] = reasons[0] if reasons else None
         if found[form] is None:
             found[form] = f"its head is a {type(head).__name__}" if weight is None else why_not(weight, form)
     return found

@@ -65,7 +65,8 @@ class Int8Linear(nn.Module):
             # With float32 rows the operator is slower than any other product.
             packed: Tensor = torch._weight_int8pack_mm(order_MI.bfloat16(), bytes_OI, self.scale.bfloat16())
             return packed
-        return F.linear(order_MI, bytes_OI.to(rows_MI.dtype)) * self.scale.to(rows_MI.dtype)
+        dtype = torch.float32 if rows_MI.dtype == torch.float16 else rows_MI.dtype  # sums of bytes leave its range
+        return F.linear(order_MI.to(dtype), bytes_OI.to(dtype)) * self.scale.to(dtype)
 
 
 class Int4Linear(nn.Module):
@@ -78,14 +79,14 @@ class Int4Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight_OI.shape
         self.on_cpu, self.bias = weight_OI.device.type == "cpu", bias
-        groups = weight_OI.float().view(self.out_features, -1, GROUP)
+        groups = weight_OI.float().reshape(self.out_features, -1, GROUP)
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
         scale = ((high - low) / 15).clamp(min=1e-12)
-        whole_OI = ((groups - low) / scale).round_().clamp_(0, 15).to(torch.int32).view(weight_OI.shape)
+        whole_OI = ((groups - low) / scale).round_().clamp_(0, 15).to(torch.int32).reshape(weight_OI.shape)
         if self.on_cpu:
             packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole_OI, 1)
         else:
-            pairs = (whole_OI[:, ::2] << 4 | whole_OI[:, 1::2]).to(torch.uint8)
+            pairs = (whole_OI[:, ::2] << 4 | whole_OI[:, 1::2]).to(torch.uint8).contiguous()
             tiles = next(tiles for tiles in (8, 4, 2) if self.in_features % (16 * tiles) == 0)
             packed = torch.ops.aten._convert_weight_to_int4pack(pairs, tiles)
         self.register_buffer("packed", packed)
@@ -93,7 +94,7 @@ class Int4Linear(nn.Module):
         self.register_buffer("scales", scales.bfloat16().contiguous())
 
     def forward(self, rows: Tensor) -> Tensor:
-        flat_MI = rows.reshape(-1, self.in_features).bfloat16()
+        flat_MI = rows.reshape(-1, self.in_features).bfloat16().contiguous()
         product = torch.ops.aten._weight_int4pack_mm_for_cpu if self.on_cpu else torch.ops.aten._weight_int4pack_mm
         out: Tensor = product(flat_MI, self.packed, GROUP, self.scales).to(rows.dtype)
         out = out.view(*rows.shape[:-1], self.out_features)
@@ -134,6 +135,8 @@ def why_not(weight_OI: Tensor, form: Quantised) -> str | None:
         return None if in_features % 4 == 0 else f"{in_features} input features are no multiple of 4"
     if in_features % GROUP or out_features % 16:
         return f"{out_features} x {in_features} weights do not divide into groups of 16 x {GROUP}"
+    if device == "cuda" and torch.cuda.get_device_capability(weight_OI.device) < (8, 0):
+        return "int4 products need a GPU of compute capability 8.0"
     name = "_weight_int4pack_mm_for_cpu" if device == "cpu" else "_weight_int4pack_mm"
     return None if has_operator(name, device) else f"this torch has no int4 product for {device}"
 

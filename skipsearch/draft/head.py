@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from skipsearch.draft.forms import quantised
 from skipsearch.plan import HeadForm
 
+NEVER = -1e4
 BEST = 8  # tokens that are scored again in full precision
 
 
 class DraftHead(nn.Module):
-    """Logits [.., V]; those of tokens that a draft may not choose are minus infinity.
+    """Logits [.., V]; tokens that a draft may not choose have `NEVER`, whose probability is zero.
+
+    It is finite, so that a processor that allows none of the others leaves a distribution to draw from.
 
     Of a quantised head the best few are scored again with the model's own weights: the best two are often so near that
     rounding would exchange them.
@@ -37,6 +40,7 @@ class DraftHead(nn.Module):
         self.exact = form == "full"
 
     def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.to(self.weight.device)  # layers may lie on several devices
         logits: Tensor = self.product(hidden)
         if not self.exact:
             best = logits.topk(min(BEST, logits.shape[-1]), -1).indices
@@ -46,7 +50,7 @@ class DraftHead(nn.Module):
             logits = logits.scatter(-1, best, scores)
         if self.ids is None:
             return logits
-        out = logits.new_full((*logits.shape[:-1], len(self.weight)), -torch.inf)
+        out = logits.new_full((*logits.shape[:-1], len(self.weight)), NEVER)
         return out.index_copy(-1, self.ids, logits)
 
 

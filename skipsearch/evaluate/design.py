@@ -132,7 +132,7 @@ def _plans(
     plans = [DraftPlan(half), DraftPlan(none), *map(DraftPlan, uneven())]
     tokens = target.vocabulary
     heads: list[tuple[HeadForm, int]] = [("full", tokens)]
-    few = max(1, tokens // FEWER)
+    few = max(1, tokens // FEWER // 16 * 16)  # int4 takes rows by 16
     for form in forms:
         whole = SkipMask(attention=range(0, layers, 2), mlp=range(0, layers, 2), num_layers=layers)
         heads += [(form, few), (form, tokens)]

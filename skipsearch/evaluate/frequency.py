@@ -24,7 +24,7 @@ Array = NDArray[Any]
 
 def head_sizes(vocabulary: int) -> tuple[int, ...]:
     """Numbers of tokens for smaller heads, falling."""
-    halves = (vocabulary >> shift for shift in range(1, SIZES + 1))
+    halves = ((vocabulary >> shift) // 16 * 16 for shift in range(1, SIZES + 1))  # int4 takes rows by 16
     return tuple(size for size in halves if size >= SMALLEST)
 
 

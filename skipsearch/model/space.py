@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 from skipsearch.mask import KINDS, SkipMask, Sublayer
 from skipsearch.plan import FORMS, QUANTISED, DraftPlan, Form, HeadForm, Quantised
@@ -65,6 +65,15 @@ class Space:
     def choices(self) -> tuple[Form, ...]:
         """The forms of a sublayer by the number that a parameter has."""
         return ("run", *(("skip",) if self.forms is None else self.forms))
+
+    def choice(self) -> dict[str, Any]:
+        """What was chosen by measurement and by calibration text, as JSON."""
+        return {"forms": self.forms, "heads": self.heads, "tokens": self.tokens, "sizes": self.sizes}
+
+    def chosen_as(self, choice: Mapping[str, Any]) -> Space:
+        """The space with another's choice, as `choice` gives it or JSON gives it back."""
+        given: dict[str, Any] = {name: None if value is None else tuple(value) for name, value in choice.items()}
+        return replace(self, **given)
 
     @property
     def quantised(self) -> list[Quantised]:

@@ -74,7 +74,12 @@ def examine() -> dict[str, Any]:
         facts["backend"] = (
             f"compiled (kept in {keep_compiled()})" if compiler() else "eager; install g++ for the compiled one"
         )
-        facts["draft forms"] = _forms(device)
+        try:
+            facts["draft forms"] = _forms(device)
+        except Exception as error:  # a broken compiler raises anything, and doctor is for such machines
+            facts["draft forms"] = (
+                f"not measured ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})"
+            )
     model = Path(__file__).resolve().parents[1] / "demo" / "model" / "model.safetensors"
     facts["bundled model"] = "present" if model.is_file() else "absent"
     if not model.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -13,9 +14,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from skipsearch.compiled.backend import Progress, warm_plan, with_backend
-from skipsearch.draft.copies import copies_bytes
+from skipsearch.draft.copies import copies_bytes, possible_forms
 from skipsearch.draft.view import draft_view
-from skipsearch.errors import BackendWarning, PromptError
+from skipsearch.errors import BackendWarning, PromptError, SkipsearchError
 from skipsearch.evaluate.cost import Costs, Point, set_up
 from skipsearch.evaluate.design import choose_design
 from skipsearch.evaluate.form_speed import form_seconds, paying_forms
@@ -115,20 +116,25 @@ def prepare(
         space = loaded.preset.space
     else:
         space = Space(num_layers=target.num_layers, fixed=SkipMask(num_layers=target.num_layers))
+    card, weights = str(model_card(target, loaded.name).config_sha256), _weights_fingerprint(target.model)
     with budget.stage("compile", on_top=True):
         target = with_backend(target, options.backend, progress)  # slow, so the options are checked first
-        forms = candidate_forms(target, space)
+        made_with = f"{card} {weights} {set_up(target)}"
+        forms = priced_forms(folder / "costs.json", made_with, space)
+        forms = candidate_forms(target, space) if forms is None else forms
+        # From here on quantised copies are kept, so that each is made once.
+        copies = tuple(draft_view(target.model, DraftPlan.everywhere(form, target.num_layers)) for form in forms)
         _warm(target, forms, progress)
     # Weights and not only the config: a fine-tuned model must not continue the study of its base model.
     identity = {
-        "model": str(model_card(target, loaded.name).config_sha256),
-        "weights": _weights_fingerprint(target.model),
+        "model": card,
+        "weights": weights,
         "set_up": set_up(target),
+        "space": str(space),
         "tokens": f"{options.new_tokens} recorded",
         "context": ", ".join(map(str, options.contexts)) or "as the prompts",
         "temperature": str(options.temperature),
     }
-    made_with = f"{identity['model']} {identity['weights']} {identity['set_up']}"
     with budget.stage("record"):  # workers that share a study must score on one trace, whatever time each has
         seconds = math.inf if options.storage else budget.share(RECORD)
         trace = record_or_load(
@@ -157,11 +163,9 @@ def prepare(
     if space.quantised and (sizes := head_sizes(target.vocabulary)):
         found = frequency(loaded.tokenizer, trace, target.vocabulary, replay.ids.shape[1])
         space, replay.ranks_PT = replace(space, tokens=found.tokens, sizes=sizes), found.ranks_PT.to(target.device)
-    identity["space"] = str(space)
-    kept = [DraftPlan.everywhere(form, target.num_layers) for form in space.quantised]
     return Prepared(
         target=target, prompts=prompts, trace=trace, costs=costs, space=space, windows=Windows(replay),
-        identity=identity, contexts=options.contexts, copies=tuple(draft_view(target.model, plan) for plan in kept),
+        identity=identity, contexts=options.contexts, copies=copies,
     )  # fmt: skip
 
 
@@ -176,15 +180,30 @@ def _warm(target: Target, forms: Sequence[Quantised], progress: Progress) -> Non
 
 
 def candidate_forms(target: Target, space: Space) -> list[Quantised]:
-    """The quantised forms that a space asks for, or all, as far as model and memory allow and their products pay."""
-    asked = [form for form in QUANTISED if space.forms is None or form in space.forms]
-    if not asked:
-        return []
-    free = free_memory(target.device)
+    """The quantised forms that a space asks for; or those that model and memory allow, and whose products pay here."""
+    if space.forms is not None:  # what is asked for is tried, whatever it costs
+        obstacles = possible_forms(target.model)
+        found = [form for form in QUANTISED if form in space.forms and obstacles[form] is None]
+        if not found and "skip" not in space.forms:
+            why = next(why for form, why in obstacles.items() if form in space.forms)
+            raise SkipsearchError(f"space.forms is {list(space.forms)}, none is possible here: {why}; add 'skip'")
+        return found
+    free, layers = free_memory(target.device), target.num_layers
     return [
         form for form in paying_forms(form_seconds(target))
-        if form in asked and copies_bytes(target.model, DraftPlan.everywhere(form, target.num_layers)) < MEMORY * free
+        if copies_bytes(target.model, DraftPlan.everywhere(form, layers)) < MEMORY * free
     ]  # fmt: skip
+
+
+def priced_forms(path: Path, made_with: str, space: Space) -> list[Quantised] | None:
+    """The quantised forms that an earlier run in this folder has priced; None if there are no such costs."""
+    try:
+        found = Costs.of(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not found.identity.startswith(made_with) or not found.points:
+        return None
+    return [form for form in QUANTISED if form in found.points[0].forms and form in (space.forms or QUANTISED)]
 
 
 def paying_space(space: Space, point: Point, forms: Sequence[Quantised]) -> Space:
@@ -192,7 +211,7 @@ def paying_space(space: Space, point: Point, forms: Sequence[Quantised]) -> Spac
     kept, heads, last = list[Form](), list[HeadForm](["full"]), _seconds(space, point, "run")
     head = point.rest
     for form in forms:
-        if (seconds := _seconds(space, point, form)) < last:
+        if (seconds := _seconds(space, point, form)) < last or space.forms is not None:
             kept, last = [*kept, form], seconds
         if (rest := point.heads[form][-1][1]) < head:
             heads, head = [*heads, form], rest

@@ -156,13 +156,15 @@ def search_trials(
         url, options.study, prepared.space, prepared.identity, options.sampler, options.seed, options.pareto
     )  # fmt: skip
     # All trials of a study are scored with the same costs: those of the worker that created it.
-    prepared = replace(prepared, costs=Costs.of(study.shared("costs", asdict(prepared.costs))))
+    prepared = replace(prepared, costs=Costs.of(study.shared("costs", asdict(prepared.costs))), space=study.space)
     if len(study.finished()) < options.trials:
         with budget.stage("seeds"):
             study.enqueue(_seeds(loaded, prepared, folder, options, progress, budget))
         with budget.stage("trials"):
             seconds = budget.share(TRIALS)
-            share = study.shared("share", affordable_share(prepared.windows, _dearest(prepared.space), seconds))
+            share = study.study.user_attrs.get("share")
+            if share is None:
+                share = study.shared("share", affordable_share(prepared.windows, _dearest(prepared.space), seconds))
             scorer = Scorer(prepared.windows, prepared.point, options.pareto, share)
             begin, before = time.monotonic(), len(study.finished())
 

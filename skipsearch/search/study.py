@@ -15,6 +15,7 @@ from typing import Any
 import optuna
 import pandas as pd
 import sqlalchemy
+from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
@@ -106,16 +107,12 @@ class Study:
         self, url: str, name: str, space: Space, identity: dict[str, str], sampler: str, seed: int,
         pareto: bool = False,
     ) -> None:  # fmt: skip
-        self.space, self.pareto = space, pareto
-        self.distributions: dict[str, optuna.distributions.BaseDistribution] = {
-            n: optuna.distributions.IntDistribution(*b) for n, b in space.bounds.items()
-        }
+        self.pareto = pareto
         identity = {**identity, "objective": "acceptance rate, cost ratio" if pareto else "tokens per second"}
         with warnings.catch_warnings(action="ignore", category=EXPERIMENTAL):
             self.study = optuna.create_study(
                 storage=open_storage(url), study_name=name, load_if_exists=True,
                 directions=["maximize", "minimize"] if pareto else ["maximize"],
-                sampler=make_sampler(sampler, space, seed),
             )  # fmt: skip
             known = self.study.user_attrs.get("identity")
             if known is None:
@@ -129,6 +126,12 @@ class Study:
                 f"study {name} was made with another {', '.join(different)} ({field}: {known.get(field)!r} then, "
                 f"{identity.get(field)!r} now); run with the old settings, or start a new study with --out or --study"
             )
+        # What pays was measured by the run that began the study.
+        self.space = space.chosen_as(self.shared("space", space.choice()))
+        bounds = self.space.bounds.items()
+        self.distributions: dict[str, BaseDistribution] = {name: IntDistribution(*pair) for name, pair in bounds}
+        with warnings.catch_warnings(action="ignore", category=EXPERIMENTAL):
+            self.study.sampler = make_sampler(sampler, self.space, seed)
         self._queue: deque[tuple[dict[str, Any], str]] = deque()
         self.memo: dict[DraftPlan, tuple[float, ...]] = {self.plan_of(t): tuple(t.values) for t in self.finished()}
 

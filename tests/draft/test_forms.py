@@ -110,5 +110,5 @@ def test_tokens_that_may_not_be_chosen(form: Any) -> None:
     head, ids = linear(out=64), (*range(0, 40, 2), *range(40, 52))
     x = torch.randn(1, 3, 128)
     logits = DraftHead(head, form, ids)(x)
-    assert logits.shape == (1, 3, 64) and set(torch.isfinite(logits[0, 0]).nonzero()[:, 0].tolist()) == set(ids)
+    assert logits.shape == (1, 3, 64) and set((logits[0, 0] > -100).nonzero()[:, 0].tolist()) == set(ids)
     assert (logits[..., list(ids)] - head(x)[..., list(ids)]).abs().max() < (1e-5 if form == "full" else 0.4)

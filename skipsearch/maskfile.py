@@ -1,7 +1,6 @@
 """mask.json: a mask or a plan with its draft policy, evidence and provenance.
 
-Schema version 1 holds a mask. Version 2 adds the other forms of a plan, and is written only where a plan has some. A
-loaded file is complete and consistent, and every file written here loads again.
+Version 1 holds a mask. Version 2 adds forms of a plan, and is written only where there are some. What loads is complete.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The study: trials in an Optuna storage, which the dashboard reads and several workers can share.
 
-A finished trial is never lost, a killed run continues where it stopped, and trials of different set-ups never mix.
-Only this module and the sampler import Optuna.
+A finished trial is never lost, and trials of different set-ups never mix. The sampler alone imports Optuna beside this.
 """
 
 from __future__ import annotations
@@ -126,7 +125,6 @@ class Study:
                 f"study {name} was made with another {', '.join(different)} ({field}: {known.get(field)!r} then, "
                 f"{identity.get(field)!r} now); run with the old settings, or start a new study with --out or --study"
             )
-        # What pays was measured by the run that began the study.
         self.space = space.chosen_as(self.shared("space", space.choice()))
         bounds = self.space.bounds.items()
         self.distributions: dict[str, BaseDistribution] = {name: IntDistribution(*pair) for name, pair in bounds}
@@ -247,6 +245,6 @@ class Study:
         """Write all finished trials as a CSV table, atomically."""
         rows, front = [], {row["trial"] for row in self.front()}
         for t in self.finished():
-            seconds = t.duration.total_seconds() if t.duration else None
-            rows.append({"trial": t.number, "seconds": seconds, "on_front": t.number in front, **t.user_attrs})
+            took = t.duration.total_seconds() if t.duration else None
+            rows.append({"trial": t.number, "seconds": took, "on_front": t.number in front, **t.user_attrs})
         write_text(path, pd.DataFrame(rows).to_csv(index=False))

@@ -1,6 +1,6 @@
 """mask.json: a mask or a plan with its draft policy, evidence and provenance.
 
-Version 1 holds a mask. Version 2 adds forms of a plan, and is written only where there are some. What loads is complete.
+Version 1 holds a mask. Version 2 adds forms of a plan, and is written only where there are some.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ _copies: weakref.WeakKeyDictionary[PreTrainedModel, weakref.WeakValueDictionary[
 
 
 def clone(module: M) -> M:
-    """A shallow copy with child and parameter tables of its own; the tensors stay shared."""
+    """A shallow copy with a table of children of its own; the tensors stay shared."""
     new = copy.copy(module)
     new._modules = module._modules.copy()
     if "_hf_hook" in vars(module):  # accelerate binds forward to the original: bind it to the copy

@@ -9,24 +9,25 @@ shape X     a Llama of that shape with random weights, bf16: ms a token of `gene
             backend, as percent of the copy bandwidth; seconds of verifying 0, 4, 8, 12 tokens; the cost ratio c of a
             draft step in both backends: of each published mask of that shape, of every sublayer in int8 and in int4,
             with the full head, with it quantised too, and over an eighth of the tokens
-widened     the bundled model widened to more than 10^9 parameters, bf16: a mask searched with compiled costs (with
-            optuna; without it, the measured mask's policy is fitted anew), validated, and a bench with all arms
+widened     the bundled model widened to more than 10^9 parameters, bf16: searches over masks and over plans with
+            compiled costs, both decoded beside plain decoding, n-grams and all int8, and a bench with all arms
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from plans import compare, uniform
 from transformers import LlamaConfig, LlamaForCausalLM
 from widen import difference, widen
 
@@ -37,30 +38,28 @@ from skipsearch.bench.machine import copy_bandwidth, read_bandwidth
 from skipsearch.compiled.backend import warm_plan, with_backend
 from skipsearch.draft.copies import possible_forms
 from skipsearch.evaluate.clock import sequence_at, timed
-from skipsearch.evaluate.cost import Costs, Point
-from skipsearch.evaluate.objective import best_policy
+from skipsearch.evaluate.cost import Costs
+from skipsearch.evaluate.form_speed import form_seconds
 from skipsearch.evaluate.profile import profile
-from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.timing import our_arm
-from skipsearch.evaluate.trace import DecodeSettings, record
-from skipsearch.evaluate.windows import WindowReplay, Windows
+from skipsearch.evaluate.trace import DecodeSettings
 from skipsearch.mask import SkipMask
-from skipsearch.maskfile import load_mask
 from skipsearch.model.device import device_name
-from skipsearch.model.load import Loaded, load_model
+from skipsearch.model.load import load_model
 from skipsearch.model.preset import presets
 from skipsearch.model.space import Space
 from skipsearch.model.target import Target
-from skipsearch.plan import DraftPlan, Quantised
-from skipsearch.policy import DraftPolicy
+from skipsearch.plan import DraftPlan
+from skipsearch.policy import NGRAM, DraftPolicy
 from skipsearch.report.bench import save_bench
-from skipsearch.search.options import MAX_LENGTH, SIDE, TRIAL_LENGTH, SearchOptions
+from skipsearch.search.options import MAX_LENGTH, SearchOptions
+from skipsearch.search.prepare import candidate_forms, paying_space, prepare
+from skipsearch.search.run import rescore, search_trials
 
-ROOT = Path(__file__).parents[1]
-SHAPES = {  # hidden, MLP, layers, heads, KV heads, vocabulary; the preset whose published masks fit
-    "llama-2-7b": (4096, 11008, 32, 32, 32, 32000),
-    "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128256),
+SHAPES = {  # hidden, MLP, layers, heads, KV heads, vocabulary; the presets of these names hold masks that fit
     "llama-2-13b": (5120, 13824, 40, 40, 40, 32000),
+    "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128256),
+    "llama-2-7b": (4096, 11008, 32, 32, 32, 32000),
 }
 TINY = {"llama-2-13b": (64, 128, 40, 4, 4, 512)}
 
@@ -153,8 +152,10 @@ def form_costs(target: Target) -> dict[str, float | str]:
     return found
 
 
-def widened_row(times: int, device: torch.device, folder: Path, per_group: int, tokens: int) -> dict[str, Any]:
-    """The bundled model widened, searched for and measured."""
+def widened_row(
+    times: int, device: torch.device, folder: Path, tokens: int, then: dict[str, Any]
+) -> dict[str, Any]:  # fmt: skip
+    """The bundled model widened, searched for over masks and over plans, and measured."""
     narrow = load_model("demo", dtype="float32", device="cpu")
     wide = widen(narrow.model, times)
     row: dict[str, Any] = {"times": times, "parameters": sum(p.numel() for p in wide.parameters())}
@@ -163,56 +164,53 @@ def widened_row(times: int, device: torch.device, folder: Path, per_group: int, 
     wide = wide.to(device, torch.bfloat16)
     narrow.model.to(device)
     target = with_backend(Target.of(wide), "auto")
-    from skipsearch.search.prepare import candidate_forms
-
+    row["backend"], row["form_seconds"] = target.backend, form_seconds(target)
     forms = candidate_forms(target, Space(num_layers=target.num_layers, fixed=SkipMask(num_layers=target.num_layers)))
     (point,) = profile(target, contexts=[112], max_length=MAX_LENGTH, progress=quiet, forms=forms)
     row |= {"verify": point.verify, "attention": point.attention[-1], "mlp": point.mlp[-1], "rest": point.rest}
-    plan, policy, how = _search(narrow, point, forms, folder, tokens)
-    warm_plan(target, plan)
-    policy = dataclasses.replace(policy, ngram=10, never_slower=True)
+    row["forms"] = {form: {kind: of[-1] for kind, of in costs.items()} for form, costs in point.forms.items()}
+    options = SearchOptions(trials=50, new_tokens=tokens, prompts=8, held_out=8, backend="eager")
+    begin = time.perf_counter()
+    prepared = replace(prepare(narrow, folder, options, quiet), costs=Costs(identity="wide", points=(point,)))
+    row["trace_seconds"] = time.perf_counter() - begin
+    chosen = uniform(target.num_layers)
+    for name, possible in (("mask", ()), ("plan", forms)):
+        begin = time.perf_counter()
+        space = paying_space(replace(prepared.space, forms=None), point, possible)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        study = search_trials(narrow, replace(prepared, space=space), folder / name, options, quiet)
+        found, _, _ = rescore(replace(prepared, space=space), study, quiet)
+        chosen[name] = found.plan, found.policy
+        row[f"search_seconds_{name}"], row[f"predicted_{name}"] = time.perf_counter() - begin, found.speedup
+    plan, policy = chosen["plan"]
+    served = replace(policy, ngram=NGRAM, never_slower=True)
+    chosen["plan, served"] = plan, served
+    for drafted, _ in chosen.values():
+        warm_plan(target, drafted)
+    row["arms"] = compare(target, prepared.prompts.held_out, chosen, DecodeSettings(new_tokens=tokens, rounds=2))
+    then |= {"tokenizer": narrow.tokenizer, "target": target, "plan": plan, "served": served}
+    return row
+
+
+def bench_row(
+    folder: Path, per_group: int, tokens: int, tokenizer: Any, target: Target, plan: DraftPlan, served: DraftPolicy
+) -> dict[str, Any]:  # fmt: skip
+    """All arms of the bench on the widened model."""
     groups = prompt_groups(
-        ["builtin", "random"], narrow.tokenizer, per_group=per_group, room=300, seed=0,
-        vocabulary=target.vocabulary,
-    )  # fmt: skip
-    data = bench(target, groups, plan, policy, BenchOptions(new_tokens=tokens, rounds=2), quiet)
+        ["builtin", "random"], tokenizer, per_group=per_group, room=300, seed=0, vocabulary=target.vocabulary
+    )
+    data = bench(target, groups, plan, served, BenchOptions(new_tokens=tokens, rounds=2), quiet)
     save_bench(data, folder)
     shown = ("arm", "tokens_per_second", "speedup_hf", "speedup_plain", "speedup_plain_ci", "share_of_own_bound",
              "of_copy_bandwidth", "joules_per_token", "equal_to_plain", "prompts")  # fmt: skip
-    row["bench"] = [{k: r.get(k) for k in shown} for r in data["rows"] if r["group"] == "all"]
-    return row | {"plan": plan.columns(), "policy": str(policy), "found_by": how}
-
-
-def _search(
-    narrow: Loaded, point: Point, forms: Sequence[Quantised], folder: Path, tokens: int
-) -> tuple[DraftPlan, DraftPolicy, str]:
-    """A plan and a policy for these costs, their drafts replayed on the narrow model; and how they were found."""
-    try:
-        from skipsearch.search.prepare import paying_space, prepare
-        from skipsearch.search.run import rescore, search_trials
-
-        options = SearchOptions(trials=40, new_tokens=tokens, prompts=12, held_out=4, backend="eager")
-        costs = Costs(identity="wide", points=(point,))
-        prepared = dataclasses.replace(prepare(narrow, folder, options, quiet), costs=costs)
-        space = paying_space(dataclasses.replace(prepared.space, forms=None), point, forms)
-        prepared = dataclasses.replace(prepared, space=space)
-        found, _, _ = rescore(prepared, search_trials(narrow, prepared, folder, options, quiet), quiet)
-        return found.plan, found.policy, f"{options.trials} trials"
-    except ImportError as missing:
-        target, file = narrow.target, load_mask(ROOT / "results" / "measured" / "demo.mask.json")
-        source = prompt_groups(
-            ["builtin"], narrow.tokenizer, per_group=8, room=300, seed=1, vocabulary=target.vocabulary
-        )["held-out code"]
-        trace = record(target, source, DecodeSettings(new_tokens=tokens), quiet)
-        outcomes = WindowReplay(Windows(Replay(target, trace, TRIAL_LENGTH, side=SIDE)), file.mask).outcomes()
-        found = best_policy(outcomes, file.mask, point)
-        return found.plan, found.policy, f"the measured mask, its policy fitted anew ({missing})"
+    return {"arms": [{k: r.get(k) for k in shown} for r in data["rows"] if r["group"] == "all"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=8.5)
+    parser.add_argument("--parts", nargs="+", help="only these, by the beginning of their names")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, for a CPU")
     args = parser.parse_args()
     begin = time.monotonic()
@@ -224,6 +222,8 @@ def main() -> None:
 
     def part(name: str, run: Callable[[], dict[str, Any]], needs: float) -> None:
         nonlocal bandwidth
+        if args.parts and name != "copies" and not any(name.startswith(wanted) for wanted in args.parts):
+            return
         left = 60 * args.minutes - (time.monotonic() - begin)
         row: dict[str, Any] = {"benchmark": "gpu_suite", "part": name, **here}
         start = time.monotonic()
@@ -249,8 +249,11 @@ def main() -> None:
     tokens = 24 if args.tiny else 64
     for name, shape in (TINY if args.tiny else SHAPES).items():
         part(f"shape {name}", lambda n=name, s=shape: shape_row(n, s, device, bandwidth, tokens), 45)  # type: ignore[misc]
-    times, per_group = (2, 2) if args.tiny else (16, 6)
-    part("widened", lambda: widened_row(times, device, args.out / "widened", per_group, tokens), 120)
+    (times, per_group), then = (2, 2) if args.tiny else (16, 3), dict[str, Any]()
+    folder = args.out / "widened"
+    part("widened", lambda: widened_row(times, device, folder, tokens, then), 120)
+    if then:
+        part("bench of widened", lambda: bench_row(folder, per_group, tokens, **then), 60)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from skipsearch import load_mask, load_model
 from skipsearch.bench.bench import step_costs, weight_bytes
 from skipsearch.compiled.backend import warm_plan, with_backend
 from skipsearch.draft.copies import copies_bytes
-from skipsearch.evaluate.prompts import PromptSource
+from skipsearch.evaluate.prompts import Ids, PromptSource
 from skipsearch.evaluate.timing import Arm, our_arm, time_interleaved
+from skipsearch.evaluate.trace import DecodeSettings
 from skipsearch.model.device import device_name
+from skipsearch.model.target import Target
 from skipsearch.plan import DraftPlan
-from skipsearch.policy import DraftPolicy
+from skipsearch.policy import NGRAM, DraftPolicy
 from skipsearch.search.options import SearchOptions
 from skipsearch.search.prepare import chosen_prompts
 
@@ -36,18 +39,50 @@ def quiet(*_: Any) -> None:
     pass
 
 
+def uniform(layers: int) -> dict[str, tuple[DraftPlan, DraftPolicy]]:
+    """Everything in int8, with each fixed length."""
+    plan = DraftPlan.everywhere("int8", layers)
+    return {f"all int8, K = {length}": (plan, DraftPolicy(max_length=length)) for length in LENGTHS}
+
+
 def drafts(args: argparse.Namespace, layers: int) -> dict[str, tuple[DraftPlan, DraftPolicy]]:
     """What drafts, and how, by arm; plain decoding and n-grams are not among them."""
-    found: dict[str, tuple[DraftPlan, DraftPolicy]] = {}
-    for length in LENGTHS:
-        found[f"all int8, K = {length}"] = DraftPlan.everywhere("int8", layers), DraftPolicy(max_length=length)
+    found = uniform(layers)
     for name, path in (("mask", args.mask), ("plan", args.plan)):
         file = None if path is None else load_mask(path)
         if file is not None and file.drafting_plan is not None:
             found[name] = file.drafting_plan, file.draft.mask_alone()
             if name == "plan":
-                found["plan, served"] = file.drafting_plan, replace(file.draft, ngram=10, never_slower=True)
+                found["plan, served"] = file.drafting_plan, replace(file.draft, ngram=NGRAM, never_slower=True)
     return found
+
+
+def compare(
+    target: Target, prompts: Sequence[Ids], chosen: dict[str, tuple[DraftPlan, DraftPolicy]], settings: DecodeSettings
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Time plain decoding, n-grams and these plans on the same prompts; a row an arm."""
+    arms: dict[str, Arm] = {"plain": our_arm(target), "plain again (A/A)": our_arm(target)}
+    arms |= {name: our_arm(target, plan, policy) for name, (plan, policy) in chosen.items()}
+    arms["n-grams"] = our_arm(target, None, DraftPolicy.ngrams_alone())
+    timings = time_interleaved(arms, prompts, settings, quiet, "plans")
+    context = round(sum(map(len, prompts)) / len(prompts))
+    rows: list[dict[str, Any]] = []
+    for name, found in timings.items():
+        speedup, interval = found.speedup(timings["plain"])
+        row = {
+            "arm": name, "tokens_per_second": round(found.tokens_per_second, 2), "speedup": round(speedup, 3),
+            "speedup_ci": [round(bound, 3) for bound in interval], "acceptance": round(found.stats.acceptance_rate, 4),
+            "tau": round(found.stats.tau, 3), "equal_to_plain": found.ids() == timings["plain"].ids(),
+        }  # fmt: skip
+        if name in chosen:
+            plan, policy = chosen[name]
+            draft, plain = step_costs(target, plan, context)
+            row |= {"c": round(draft / plain, 4), "copies_bytes": round(copies_bytes(target.model, plan)),
+                    "plan": plan.columns(), "policy": str(policy)}  # fmt: skip
+        rows.append(row)
+        print(f"{name:20} {speedup:5.2f}x ({interval[0]:.2f} to {interval[1]:.2f})  acceptance "
+              f"{found.stats.acceptance_rate:.3f}  equal {row['equal_to_plain']}", flush=True)  # fmt: skip
+    return rows
 
 
 def main() -> None:
@@ -71,35 +106,13 @@ def main() -> None:
     chosen = drafts(args, target.num_layers)
     for plan, _ in chosen.values():
         warm_plan(target, plan, quiet)
-    arms: dict[str, Arm] = {"plain": our_arm(target), "plain again (A/A)": our_arm(target)}
-    arms |= {name: our_arm(target, plan, policy) for name, (plan, policy) in chosen.items()}
-    arms["n-grams"] = our_arm(target, None, DraftPolicy.ngrams_alone())
-    timings = time_interleaved(arms, prompts, options.decoding, quiet, "plans")
-    context = round(sum(map(len, prompts)) / len(prompts))
-    costs = {}
-    for name, (plan, _) in chosen.items():
-        draft, plain = step_costs(target, plan, context)
-        costs[name] = draft / plain
-    rows: list[dict[str, Any]] = []
-    for name, found in timings.items():
-        speedup, interval = found.speedup(timings["plain"])
-        own = chosen[name][0] if name in chosen else None
-        rows.append({
-            "arm": name, "tokens_per_second": round(found.tokens_per_second, 2), "speedup": round(speedup, 3),
-            "speedup_ci": [round(bound, 3) for bound in interval], "acceptance": round(found.stats.acceptance_rate, 4),
-            "tau": round(found.stats.tau, 3), "c": round(costs[name], 4) if name in costs else None,
-            "equal_to_plain": found.ids() == timings["plain"].ids(),
-            "copies_bytes": 0 if own is None else round(copies_bytes(target.model, own)),
-            "plan": None if own is None else own.columns(), "policy": None if own is None else str(chosen[name][1]),
-        })  # fmt: skip
-        print(f"{name:20} {speedup:5.2f}x ({interval[0]:.2f} to {interval[1]:.2f})  acceptance "
-              f"{found.stats.acceptance_rate:.3f}  equal {rows[-1]['equal_to_plain']}", flush=True)  # fmt: skip
-    uniform = max((row for row in rows if row["arm"].startswith("all int8")), key=lambda row: float(row["speedup"]))
-    gain = next((row["speedup"] / uniform["speedup"] for row in rows if row["arm"] == "plan"), None)
+    rows = compare(target, prompts, chosen, options.decoding)
+    best = max((row for row in rows if row["arm"].startswith("all int8")), key=lambda row: float(row["speedup"]))
+    gain = next((row["speedup"] / best["speedup"] for row in rows if row["arm"] == "plan"), None)
     row = {
         "benchmark": "plans", "model": loaded.name, "device": device_name(target.device), "backend": target.backend,
         "dtype": str(target.dtype).removeprefix("torch."), "prompts": len(prompts), "new_tokens": args.tokens,
-        "rounds": args.rounds, "weight_bytes": weight_bytes(target.model), "best_all_int8": uniform["arm"],
+        "rounds": args.rounds, "weight_bytes": weight_bytes(target.model), "best_all_int8": best["arm"],
         "plan_over_best_all_int8": None if gain is None else round(gain, 3), "rows": rows,
     }  # fmt: skip
     if args.rows:

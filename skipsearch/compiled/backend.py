@@ -13,7 +13,7 @@ from typing import Literal, cast
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from skipsearch.compiled.model import GUESS, WIDTHS, CompiledModel
+from skipsearch.compiled.model import GUESS, CompiledModel
 from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendError, BackendWarning
 from skipsearch.mask import SkipMask
@@ -80,7 +80,7 @@ def with_backend(target: Target, backend: Backend, progress: Progress | None = N
 
 def widths_of(compiled: CompiledModel) -> list[int]:
     """Every width, the prefill's first: what is left of a prompt may be of any length."""
-    return [compiled.chunk, *WIDTHS]
+    return [compiled.chunk, *compiled.widths]
 
 
 class _Check:

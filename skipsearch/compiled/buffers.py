@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Buffers:
     """The tensors of one sequence, at fixed addresses.
 
@@ -27,8 +27,7 @@ class Buffers:
     at: Tensor
     layers: list[tuple[Tensor, Tensor]]
     slices: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    graphs: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
-    pool: Any = None  # memory of the graphs; each overwrites the output of the others
+    pool: Any = None  # memory of the graphs that run in them; each overwrites the output of the others
 
     def first(self, slots: int) -> list[tuple[Tensor, Tensor]]:
         """The first slots of each layer's buffers."""

@@ -7,16 +7,19 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from skipsearch.compiled.packing import packed_lowerings
 
 Piece = Callable[..., Sequence[Tensor]]
+sdpa = torch.nn.functional.scaled_dot_product_attention
 attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
@@ -36,6 +39,15 @@ def keep_compiled() -> Path:
     return Path(os.environ[name])
 
 
+def as_rows(query: Tensor, mask: Tensor, key_heads: int, times: int = 1) -> tuple[Tensor, Tensor]:
+    """The query heads of each key head as rows of one product, and the mask of these rows; both `times` over."""
+    batch, heads, tokens, size = query.shape
+    rows = heads // key_heads * tokens
+    mask = mask.repeat(1, 1, heads // key_heads, 1) if mask.shape[1] == 1 else mask.reshape(batch, key_heads, rows, -1)
+    query = query.reshape(batch, key_heads, rows, size)
+    return query.repeat(1, 1, times, 1), mask.repeat(1, 1, times, 1)
+
+
 def grouped_attention(
     query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, causal: bool = False,
     *, attn_mask: Tensor | None = None, scale: float | None = None,
@@ -44,21 +56,51 @@ def grouped_attention(
 
     With one row a head, its kernel for half precision is several times slower than with some; a single row is doubled.
     """
-    (batch, heads, tokens, size), groups = query.shape, query.shape[1] // key.shape[1]
+    (batch, heads, tokens, _), groups = query.shape, query.shape[1] // key.shape[1]
     rows = groups * tokens
     double = 2 if rows == 1 and query.dtype != torch.float32 else 1
     if attn_mask is None or causal or groups * double == 1:
         return NotImplemented
-    if attn_mask.shape[1] == 1:
-        attn_mask = attn_mask.repeat(1, 1, groups, 1)
-    else:
-        attn_mask = attn_mask.reshape(batch, key.shape[1], rows, -1)
-    query = query.reshape(batch, key.shape[1], rows, size).repeat(1, 1, double, 1)
-    out, weight = attention(
-        query, key, value, dropout, causal, attn_mask=attn_mask.repeat(1, 1, double, 1), scale=scale
-    )  # fmt: skip
-    out = out[:, :, :rows].reshape(batch, heads, tokens, size)
+    query, attn_mask = as_rows(query, attn_mask, key.shape[1], double)
+    out, weight = attention(query, key, value, dropout, causal, attn_mask=attn_mask, scale=scale)
+    out = out[:, :, :rows].reshape(batch, heads, tokens, -1)
     return out, weight[:, :, :rows].reshape(batch, heads, tokens)
+
+
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """A GPU's attention with an added mask: one kernel, which torch would not choose for lengths that are symbols.
+
+    Rows of the mask lie at multiples of 16 elements, as the kernel requires: see `EXAMPLE_SLOTS` and `STEP`.
+    """
+    if attn_mask is None or is_causal or query.shape[-1] % 8 or value.shape[-1] % 8:
+        with sdpa_kernel(SDPBackend.MATH):
+            return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    rows, mask = as_rows(query, attn_mask, key.shape[1])
+    mask = mask.to(query.dtype).expand(*rows.shape[:3], key.shape[2])
+    out: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
+        rows, key, value, mask, False, dropout_p, False, scale=scale
+    )[0]  # fmt: skip
+    return out.reshape(*query.shape[:3], value.shape[-1])
+
+
+def single_row(rows: Tensor, weight: Tensor) -> Any:
+    """A product of one row as a sum, which on a GPU reaches more of the bandwidth than a matrix product does."""
+    return (rows[0, :, None] * weight).sum(0)[None] if len(rows) == 1 else NotImplemented
+
+
+def single_row_and_bias(bias: Tensor, rows: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    """The same with a bias."""
+    product = single_row(rows, weight) if beta == alpha == 1 else NotImplemented
+    return product if product is NotImplemented else bias + product
+
+
+DECOMPOSITIONS: dict[str, dict[Any, Callable[..., Any]]] = {
+    "cpu": {attention: grouped_attention},
+    "cuda": {torch.ops.aten.mm.default: single_row, torch.ops.aten.addmm.default: single_row_and_bias},
+}
 
 
 @torch.no_grad()
@@ -80,16 +122,16 @@ def compile_piece(
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
     # On a CPU the wrapper around the kernels is compiled as well: in Python it costs as much as the kernels do.
-    # On a GPU graphs remove it; there, products of few rows become reductions, which reach more of the bandwidth.
+    # On a GPU graphs remove it.
     on_cpu = examples[0].device.type == "cpu"
-    settings = config.patch({"cpp_wrapper": True} if on_cpu else {"coordinate_descent_tuning": True})
+    settings = config.patch({"cpp_wrapper": on_cpu})
     fakes_of = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     fakes: list[Any] = []
     for example, dims in zip(examples, dynamic, strict=True):
         sizes = [DimDynamic.DYNAMIC if d in dims else DimDynamic.STATIC for d in range(example.dim())]
         fakes.append(fakes_of.from_tensor(example, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
-    # On a CPU the kernel of transformers' choice for grouped heads copies all keys for a few tokens.
-    grouped = patch.dict(os.environ, {"TRANSFORMERS_SDPA_FORCE_GQA": "1"} if on_cpu else {})
+    # By itself transformers copies all keys once for each query head of a group.
+    grouped = patch.dict(os.environ, {"TRANSFORMERS_SDPA_FORCE_GQA": "1"})
     packed = patch.dict(
         lowering.lowerings, packed_lowerings() if on_cpu and torch.backends.mkldnn.is_available() else {}
     )
@@ -100,7 +142,8 @@ def compile_piece(
         warnings.simplefilter("ignore")
         log.setLevel(logging.CRITICAL)
         try:
-            graph = make_fx(run, decomposition_table={attention: grouped_attention})(*fakes)
+            with nullcontext() if on_cpu else patch.object(torch.nn.functional, sdpa.__name__, masked_attention):
+                graph = make_fx(run, decomposition_table=DECOMPOSITIONS["cpu" if on_cpu else "cuda"])(*fakes)
             return cast(Piece, standalone_compile(graph, fakes, dynamic_shapes="from_graph"))
         finally:
             log.setLevel(level)

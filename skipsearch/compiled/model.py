@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from skipsearch.compiled.buffers import Buffers, Scores
 from skipsearch.compiled.compile import Piece, compiler
+from skipsearch.compiled.graphs import capture
 from skipsearch.compiled.pieces import EXAMPLE_IDS, EXAMPLE_POSITIONS, Pieces
 from skipsearch.compiled.products import products
 from skipsearch.compiled.stack import Outside, Stack
@@ -26,7 +27,8 @@ from skipsearch.compiled.tracing import EXAMPLE_SLOTS, make_buffer
 from skipsearch.errors import BackendError
 from skipsearch.model.target import Target
 
-WIDTHS = (1, 2, 4, 6, 9, 13)  # forwards of a block: a plain step, and drafts with the token before them
+# Forwards of a block: a plain step, and drafts with the token before them. 2 to 13 tokens take a GPU the same time.
+WIDTHS = {"cpu": (1, 2, 4, 6, 9, 13), "cuda": (1, 13)}
 GUESS = 3  # tokens that a draft reads in one forward beside its own last one
 CHUNK = {"cpu": 64, "cuda": 256}  # tokens of a forward of the prefill
 STEP = {"cpu": 64, "cuda": 256}  # attention reads slots in multiples of this; on a GPU each multiple is a graph
@@ -50,7 +52,7 @@ class CompiledModel:
         self.pieces = Pieces(target)
         self.device = self.pieces.device
         kind = "cuda" if self.device.type == "cuda" else "cpu"
-        self.chunk, self.step = CHUNK[kind], STEP[kind]
+        self.chunk, self.step, self.widths = CHUNK[kind], STEP[kind], WIDTHS[kind]
         self._heads: dict[int, tuple[Piece, list[Tensor]]] = {}
         self._tails: dict[tuple[int, str], Piece] = {}
         self._padded_to: dict[int, int] = {}
@@ -92,9 +94,10 @@ class CompiledModel:
     def packs(self) -> bool:
         return self.pieces.packed is not None
 
-    def products(self, modules: Sequence[nn.Module], row: Tensor) -> list[Callable[[Tensor], Any]]:
-        """Linear layers of one build, as functions of a row."""
-        return products(self.pieces, modules, row)
+    def products(self, modules: Sequence[nn.Module], row: Tensor) -> Callable[[], Any]:
+        """A function that multiplies a row [1, I] with each of some linear layers of one build."""
+        run = products(self.pieces, modules, row)
+        return capture(run, self.device)[0] if self.device.type == "cuda" else run
 
     def fits(self) -> bool:
         """Whether the model's weights are still those that were packed, if any were."""
@@ -104,26 +107,26 @@ class CompiledModel:
 
     def width_for(self, tokens: int, stack: Stack | None = None) -> int:
         """The width of the forward that so many tokens take; without a stack, of the model itself."""
-        width = next((w for w in WIDTHS if w >= tokens), self.chunk)
+        width = next((w for w in self.widths if w >= tokens), self.chunk)
         # Products of quantised weights take a time for each row.
         return width if stack is not None and stack.quantised else self._padded_to.get(width, width)
 
     def guesses(self, stack: Stack) -> bool:
         """Whether a forward of several tokens costs about as much as one of one token."""
-        return not stack.quantised or self.device.type == "cuda"
+        return not stack.quantised
 
     def choose_widths(self, stack: Stack, buffers: Buffers) -> None:
         """Pad to a wider forward where that is faster: on CPUs, kernels for one or two rows can be the slowest."""
         if self.device.type == "cuda":
             return
-        at, slots = torch.zeros(2, dtype=torch.long), self.slots_for(max(WIDTHS))
-        seconds = {width: math.inf for width in WIDTHS}
-        for width in WIDTHS * TIMED:
+        at, slots = torch.zeros(2, dtype=torch.long), self.slots_for(max(self.widths))
+        seconds = {width: math.inf for width in self.widths}
+        for width in self.widths * TIMED:
             begin = time.perf_counter()
             self.run(stack, buffers, at, width, slots)
             seconds[width] = min(seconds[width], time.perf_counter() - begin)
-        for width in WIDTHS:
-            best = min((w for w in WIDTHS if w >= width), key=seconds.__getitem__)
+        for width in self.widths:
+            best = min((w for w in self.widths if w >= width), key=seconds.__getitem__)
             if seconds[best] < FASTER * seconds[width]:
                 self._padded_to[width] = best
 
@@ -192,7 +195,7 @@ class CompiledModel:
         if last is not None:  # a part of the prefill: bound by arithmetic, so a graph would gain nothing
             return self.run(stack, buffers, buffers.at, width, slots, last)
         scores: Scores = self.graph(
-            buffers, ("forward", width, slots, stack.number),
+            stack, buffers, ("forward", width, slots),
             lambda: self.run(stack, buffers, buffers.at, width, slots),
         )  # fmt: skip
         return scores
@@ -210,7 +213,7 @@ class CompiledModel:
                 at = at + 1
                 buffers.ids.index_copy_(1, at[1:], top[:1, :1].long())
 
-        self.graph(buffers, ("draft", steps, slots, stack.number), run)
+        self.graph(stack, buffers, ("draft", steps, slots), run)
 
     def slots_for(self, end: int) -> int:
         """How many slots attention reads if all tokens lie below slot `end`."""
@@ -220,23 +223,15 @@ class CompiledModel:
         """Choose where the next forward begins."""
         buffers.at.copy_(torch.tensor([start, place]), non_blocking=True)
 
-    def graph(self, buffers: Buffers, key: Any, run: Callable[[], Any]) -> Any:
+    def graph(self, stack: Stack, buffers: Buffers, key: Any, run: Callable[[], Any]) -> Any:
         """Run a function; on a GPU replay its graph, captured at the first call. The next call overwrites it."""
         if self.device.type != "cuda":
             return run()
         if buffers.pool is None:
             buffers.pool = torch.cuda.graph_pool_handle()
-        if key not in buffers.graphs:
-            stream = torch.cuda.Stream(self.device)
-            stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(stream):
-                for _ in range(2):  # so that nothing is compiled or autotuned during the capture
-                    run()
-            torch.cuda.current_stream(self.device).wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=buffers.pool):
-                out = run()
-            buffers.graphs[key] = graph, out
-        graph, out = buffers.graphs[key]
-        graph.replay()
+        graphs = stack.graphs.setdefault(buffers, {})
+        if key not in graphs:
+            graphs[key] = capture(run, self.device, buffers.pool)
+        replay, out = graphs[key]
+        replay()
         return out

@@ -11,7 +11,6 @@ Shapes: Q tokens of a forward, C tokens of a buffer, T slots that attention read
 
 from __future__ import annotations
 
-import itertools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -73,7 +72,6 @@ class Pieces:
         self.shapes = cache_shapes(target)
         self._layers: weakref.WeakKeyDictionary[nn.Module, Layer] = weakref.WeakKeyDictionary()
         self._stacks: weakref.WeakKeyDictionary[nn.Module, Stack] = weakref.WeakKeyDictionary()
-        self._numbers = itertools.count()
         self._compiled: dict[Any, Piece] = {}
         self._lock = threading.Lock()
         self.layer_calls: list[Call] = []
@@ -98,7 +96,7 @@ class Pieces:
             outside = self._outside_of(with_layers(cast(PreTrainedModel, model), self.path, recorders))
         parts = [*(layer.module for layer in found), outside.module]
         quantised = any(is_quantised(m) for part in parts for m in part.modules())
-        self._stacks[model] = stack = Stack(found, outside, next(self._numbers), quantised)
+        self._stacks[model] = stack = Stack(found, outside, quantised)
         return stack
 
     def _outside_of(self, model: nn.Module) -> Outside:

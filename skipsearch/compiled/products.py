@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipsearch.compiled.compile import Piece
 from skipsearch.compiled.pieces import Pieces
 from skipsearch.compiled.tracing import build_of, tensors_of
 
 
-def products(pieces: Pieces, modules: Sequence[nn.Module], row: Tensor) -> list[Callable[[Tensor], Any]]:
-    """Linear layers of one build as functions of a row [1, I], as they run in forwards."""
-    found: list[Callable[[Tensor], Any]] = []
+def products(pieces: Pieces, modules: Sequence[nn.Module], row: Tensor) -> Callable[[], Any]:
+    """A function that multiplies a row [1, I] with each of these layers of one build, as forwards do."""
+    found: list[Callable[[], Any]] = []
     for module in modules:
         copied = pieces.copied(nn.Sequential(module))
         names, tensors = tensors_of(copied)
@@ -28,13 +27,9 @@ def products(pieces: Pieces, modules: Sequence[nn.Module], row: Tensor) -> list[
 
         key = ("product", build_of(copied, names, tensors), row.shape, row.dtype)
         piece = pieces.piece(key, run, partial(_with, row, tensors), [()] * (1 + len(tensors)))
-        found.append(partial(_run, piece, tensors))
-    return found
+        found.append(partial(piece, row, *tensors))
+    return lambda: [product() for product in found]
 
 
 def _with(row: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     return [row, *tensors]
-
-
-def _run(piece: Piece, tensors: list[Tensor], row: Tensor) -> Any:
-    return piece(row, *tensors)

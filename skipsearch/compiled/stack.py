@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
+from skipsearch.compiled.buffers import Buffers
 from skipsearch.compiled.compile import Piece
 
 
@@ -38,13 +42,15 @@ class Stack:
     """What a model or a draft view runs: its layers, and what is around them.
 
     Attributes:
-        number: differs between all stacks; graphs are kept by it.
         quantised: whether any weights are.
         programs: by width, the calls of pieces.
+        graphs: by buffers and kind of forward, a replay and its output; they end with the stack.
     """
 
     layers: list[Layer]
     outside: Outside
-    number: int
     quantised: bool
     programs: dict[int, list[tuple[Piece, int, list[int], list[Tensor]]]] = field(default_factory=dict)
+    graphs: weakref.WeakKeyDictionary[Buffers, dict[Any, tuple[Callable[[], None], Any]]] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )

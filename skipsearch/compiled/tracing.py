@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from skipsearch.errors import BackendError
 from skipsearch.model.target import Target
 
-EXAMPLE_SLOTS = 197  # slots to trace with
+EXAMPLE_SLOTS = 208  # slots to trace with; a GPU's attention pads masks whose length is no multiple of 16
 
 
 class Recorder(nn.Module):

@@ -61,8 +61,8 @@ class Int8Linear(nn.Module):
         # The bytes of a word are columns that lie apart, so the rows' columns are put into the same order.
         order_MI = rows_MI.view(len(rows_MI), 4, -1).transpose(1, 2).reshape(rows_MI.shape)
         bytes_OI = self.words.view(torch.int8)
-        if len(rows_MI) <= FEW and has_operator("_weight_int8pack_mm", rows_MI.device.type):
-            # With float32 rows the operator is slower than any other product.
+        if len(rows_MI) <= FEW and rows_MI.device.type == "cpu" and has_operator("_weight_int8pack_mm", "cpu"):
+            # With float32 rows the operator is slower than any other product; a GPU's is slower than unpacking.
             packed: Tensor = torch._weight_int8pack_mm(order_MI.bfloat16(), bytes_OI, self.scale.bfloat16())
             return packed
         dtype = torch.float32 if rows_MI.dtype == torch.float16 else rows_MI.dtype  # sums of bytes leave its range

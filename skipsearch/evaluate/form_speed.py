@@ -15,7 +15,8 @@ from skipsearch.model.device import synchronize
 from skipsearch.model.target import Target
 from skipsearch.plan import QUANTISED, Form, Quantised
 
-SAMPLE, MOST = 1.5e8, 64  # bytes of weights that are timed, more than caches hold; and matrices
+SAMPLE = {"cpu": 1.5e8, "cuda": 1e9}  # bytes of weights that are timed: a quarter of them is more than caches hold
+MOST = 64  # matrices
 ROUNDS = 5
 PAYS = 0.87  # seconds of a form over those of the next milder one, below which it is worth its harm
 
@@ -65,7 +66,8 @@ def _sample(target: Target) -> list[nn.Module]:
                 by_shape.setdefault(tuple(weight.shape), []).append(module)
     linears = max(by_shape.values(), key=lambda some: sum(_weight(m).numel() for m in some), default=[])
     size = _weight(linears[0]).numel() * _weight(linears[0]).element_size() if linears else 1
-    return linears[: max(1, min(MOST, int(SAMPLE / size)))]
+    sample = SAMPLE["cuda" if target.device.type == "cuda" else "cpu"]
+    return linears[: max(1, min(MOST, int(sample / size)))]
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -79,15 +81,14 @@ def _timed(target: Target, modules: Sequence[nn.Module]) -> Callable[[], float]:
     weight = _weight(modules[0]) if weight_of(modules[0]) is not None else None
     columns = int(getattr(modules[0], "in_features", 0) or (weight.shape[1] if weight is not None else 0))
     row = torch.ones((1, columns), dtype=target.dtype, device=target.device)
-    products: Sequence[Callable[[Tensor], object]] = modules
+    products: Callable[[], object] = lambda: [module(row) for module in modules]
     if target.compiled is not None:
         products = target.compiled.products(modules, row)
 
     def run() -> float:
         synchronize(target.device)
         begin = time.perf_counter()
-        for product in products:
-            product(row)
+        products()
         synchronize(target.device)
         return time.perf_counter() - begin
 

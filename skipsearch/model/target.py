@@ -51,7 +51,7 @@ class CompiledForwards(Protocol):
     def guesses(self, stack: Any) -> bool:
         """Whether a forward of several tokens costs about as much as one of one token."""
 
-    def products(self, modules: Sequence[nn.Module], row: Tensor) -> list[Callable[[Tensor], Any]]:
+    def products(self, modules: Sequence[nn.Module], row: Tensor) -> Callable[[], Any]:
         """Linear layers of one build, as functions of a row that run as they do in forwards."""
 
     def draft(self, stack: Any, buffers: Any, start: int, place: int, steps: int) -> None:

@@ -240,20 +240,6 @@ def test_a_view_is_left_as_it_was(llama: Any, ids: Any) -> None:
     assert model(ids).logits.isfinite().all()
 
 
-@pytest.mark.gpu
-def test_graphs_replay_what_was_captured(tiny: Any) -> None:
-    """Prevents a graph from reading a place that has moved since it was captured."""
-    from skipsearch.model.families import tiny_model
-
-    model = tiny_model("llama").to("cuda")
-    target = with_backend(Target.of(model), "compiled")
-    assert target.compiled is not None
-    for length in (5, 70, 9):
-        ids = torch.arange(length, device="cuda")[None] % 90 + 3
-        for policy in POLICIES:
-            assert decoded(target, ids, 40, MASK, policy)[0] == greedy(model, ids, 40)
-
-
 def test_refused_by_generate_as_before(llama: Any, ids: Any) -> None:
     """Prevents the compiled backend from bypassing what cannot be honoured."""
     model = llama.model

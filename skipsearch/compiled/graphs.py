@@ -9,7 +9,7 @@ import torch
 
 
 def capture(run: Callable[[], Any], device: torch.device, pool: Any = None) -> tuple[Callable[[], None], Any]:
-    """Record what a function does.
+    """Record what a function does. The caller keeps the tensors that it reads: a graph holds their addresses alone.
 
     Args:
         pool: memory that graphs which are never in use together share.

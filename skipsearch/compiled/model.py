@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from skipsearch.compiled.products import products
 from skipsearch.compiled.stack import Outside, Stack
 from skipsearch.compiled.tracing import EXAMPLE_SLOTS, make_buffer
 from skipsearch.errors import BackendError
+from skipsearch.model.device import synchronize
 from skipsearch.model.target import Target
 
 # Forwards of a block: a plain step, and drafts with the token before them. 2 to 13 tokens take a GPU the same time.
@@ -97,7 +99,14 @@ class CompiledModel:
     def products(self, modules: Sequence[nn.Module], row: Tensor) -> Callable[[], Any]:
         """A function that multiplies a row [1, I] with each of some linear layers of one build."""
         run = products(self.pieces, modules, row)
-        return capture(run, self.device)[0] if self.device.type == "cuda" else run
+        if self.device.type != "cuda":
+            return run
+        replay, _ = capture(run, self.device)
+
+        def again(kept: object = run) -> None:  # `kept` holds what the graph reads
+            replay()
+
+        return again
 
     def fits(self) -> bool:
         """Whether the model's weights are still those that were packed, if any were."""
@@ -116,14 +125,15 @@ class CompiledModel:
         return not stack.quantised
 
     def choose_widths(self, stack: Stack, buffers: Buffers) -> None:
-        """Pad to a wider forward where that is faster: on CPUs, kernels for one or two rows can be the slowest."""
-        if self.device.type == "cuda":
-            return
-        at, slots = torch.zeros(2, dtype=torch.long), self.slots_for(max(self.widths))
+        """Pad to a wider forward where that is faster: kernels for one or two rows can be the slowest."""
+        slots = self.slots_for(max(self.widths))
+        self.seek(buffers, 0, 0)
         seconds = {width: math.inf for width in self.widths}
         for width in self.widths * TIMED:
+            synchronize(self.device)
             begin = time.perf_counter()
-            self.run(stack, buffers, at, width, slots)
+            self._replay(stack, buffers, width, slots)
+            synchronize(self.device)
             seconds[width] = min(seconds[width], time.perf_counter() - begin)
         for width in self.widths:
             best = min((w for w in self.widths if w >= width), key=seconds.__getitem__)
@@ -194,10 +204,11 @@ class CompiledModel:
         self.seek(buffers, start, place)
         if last is not None:  # a part of the prefill: bound by arithmetic, so a graph would gain nothing
             return self.run(stack, buffers, buffers.at, width, slots, last)
-        scores: Scores = self.graph(
-            stack, buffers, ("forward", width, slots),
-            lambda: self.run(stack, buffers, buffers.at, width, slots),
-        )  # fmt: skip
+        return self._replay(stack, buffers, width, slots)
+
+    def _replay(self, stack: Stack, buffers: Buffers, width: int, slots: int) -> Scores:
+        run = partial(self.run, stack, buffers, buffers.at, width, slots)
+        scores: Scores = self.graph(stack, buffers, ("forward", width, slots), run)
         return scores
 
     def draft(self, stack: Stack, buffers: Buffers, start: int, place: int, steps: int) -> None:

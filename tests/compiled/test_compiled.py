@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -269,5 +270,5 @@ def test_the_fastest_width_serves(tiny: Any, monkeypatch: Any) -> None:
     took = {1: 3.0, 2: 4.0, 4: 2.0, 6: 1.95, 9: 5.0, 13: 4.9}
     monkeypatch.setattr("skipsearch.compiled.model.time.perf_counter", lambda: now[0])
     monkeypatch.setattr(compiled, "run", lambda _l, _b, _at, width, _s: now.__setitem__(0, now[0] + took[width]))
-    compiled.choose_widths([], None)
+    compiled.choose_widths([], SimpleNamespace(at=torch.zeros(2, dtype=torch.long)))
     assert [compiled.width_for(n) for n in (1, 2, 3, 5, 7, 10)] == [6, 6, 4, 6, 9, 13]

@@ -21,15 +21,14 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from plans import compare, uniform
+from plans import compare
 from transformers import LlamaConfig, LlamaForCausalLM
-from widen import difference, widen
+from widen import difference, searched, widen
 
 from skipsearch.bench.arms import hf_arm
 from skipsearch.bench.bench import BenchOptions, bench, step_costs, weight_bytes
@@ -38,23 +37,17 @@ from skipsearch.bench.machine import copy_bandwidth, read_bandwidth
 from skipsearch.compiled.backend import warm_plan, with_backend
 from skipsearch.draft.copies import possible_forms
 from skipsearch.evaluate.clock import sequence_at, timed
-from skipsearch.evaluate.cost import Costs
 from skipsearch.evaluate.form_speed import form_seconds
-from skipsearch.evaluate.profile import profile
 from skipsearch.evaluate.timing import our_arm
 from skipsearch.evaluate.trace import DecodeSettings
-from skipsearch.mask import SkipMask
 from skipsearch.model.device import device_name
 from skipsearch.model.load import load_model
 from skipsearch.model.preset import presets
-from skipsearch.model.space import Space
 from skipsearch.model.target import Target
 from skipsearch.plan import DraftPlan
-from skipsearch.policy import NGRAM, DraftPolicy
+from skipsearch.policy import DraftPolicy
 from skipsearch.report.bench import save_bench
 from skipsearch.search.options import MAX_LENGTH, SearchOptions
-from skipsearch.search.prepare import candidate_forms, paying_space, prepare
-from skipsearch.search.run import rescore, search_trials
 
 SHAPES = {  # hidden, MLP, layers, heads, KV heads, vocabulary; the presets of these names hold masks that fit
     "llama-2-13b": (5120, 13824, 40, 40, 40, 32000),
@@ -165,29 +158,14 @@ def widened_row(
     narrow.model.to(device)
     target = with_backend(Target.of(wide), "auto")
     row["backend"], row["form_seconds"] = target.backend, form_seconds(target)
-    forms = candidate_forms(target, Space(num_layers=target.num_layers, fixed=SkipMask(num_layers=target.num_layers)))
-    (point,) = profile(target, contexts=[112], max_length=MAX_LENGTH, progress=quiet, forms=forms)
-    row |= {"verify": point.verify, "attention": point.attention[-1], "mlp": point.mlp[-1], "rest": point.rest}
-    row["forms"] = {form: {kind: of[-1] for kind, of in costs.items()} for form, costs in point.forms.items()}
-    options = SearchOptions(trials=50, new_tokens=tokens, prompts=8, held_out=8, backend="eager")
-    begin = time.perf_counter()
-    prepared = replace(prepare(narrow, folder, options, quiet), costs=Costs(identity="wide", points=(point,)))
-    row["trace_seconds"] = time.perf_counter() - begin
-    chosen = uniform(target.num_layers)
-    for name, possible in (("mask", ()), ("plan", forms)):
-        begin = time.perf_counter()
-        space = paying_space(replace(prepared.space, forms=None), point, possible)
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        study = search_trials(narrow, replace(prepared, space=space), folder / name, options, quiet)
-        found, _, _ = rescore(replace(prepared, space=space), study, quiet)
-        chosen[name] = found.plan, found.policy
-        row[f"search_seconds_{name}"], row[f"predicted_{name}"] = time.perf_counter() - begin, found.speedup
-    plan, policy = chosen["plan"]
-    served = replace(policy, ngram=NGRAM, never_slower=True)
-    chosen["plan, served"] = plan, served
+    options = SearchOptions(trials=50, new_tokens=tokens, prompts=8, held_out=8)
+    chosen, found = searched(narrow, target, folder, options)
+    plan, served = chosen["plan, served"]
+    row |= found
     for drafted, _ in chosen.values():
         warm_plan(target, drafted)
-    row["arms"] = compare(target, prepared.prompts.held_out, chosen, DecodeSettings(new_tokens=tokens, rounds=2))
+    prompts = chosen_prompts(narrow.target, narrow.tokenizer, options).held_out
+    row["arms"] = compare(target, prompts, chosen, DecodeSettings(new_tokens=tokens, rounds=2))
     then |= {"tokenizer": narrow.tokenizer, "target": target, "plan": plan, "served": served}
     return row
 

@@ -1,7 +1,7 @@
 """Is the output the same? Token by token against `generate`, in parts, each with one JSON line last.
 
-    python benchmarks/lossless.py families [--masks 7]           every supported family, tiny random models, fp32
-    python benchmarks/lossless.py demo [--masks 100]             random masks on the bundled model, fp32
+    python benchmarks/lossless.py families [--plans 9]           every supported family, tiny random models, fp32
+    python benchmarks/lossless.py demo [--plans 100]             random plans on the bundled model, fp32
     python benchmarks/lossless.py batch [--mask FILE]            batch 8 against eight runs of one
     python benchmarks/lossless.py prompts FILE [--mask FILE]     a prompt file: equal in fp32, audited in bf16,
                                                                  bit for bit in the deterministic mode, and its cost
@@ -24,14 +24,18 @@ from typing import Any
 
 import torch
 
-from skipsearch import SkipMask, draft_view, load_mask, load_model, self_speculative
+from skipsearch import DraftPlan, SkipMask, draft_view, load_mask, load_model, self_speculative
 from skipsearch.decoding.batch import ALIGNED
+from skipsearch.draft.copies import obstacle
+from skipsearch.draft.forms import why_not
 from skipsearch.errors import UnsupportedModel
 from skipsearch.evaluate.audit import audit
 from skipsearch.evaluate.prompts import PromptSource
 from skipsearch.evaluate.timing import OurArm
+from skipsearch.mask import KINDS
 from skipsearch.model.families import FAMILIES, tiny_model
 from skipsearch.model.sublayers import find_sublayers
+from skipsearch.plan import QUANTISED
 from skipsearch.search.options import SearchOptions
 from skipsearch.search.prepare import chosen_prompts
 
@@ -43,16 +47,27 @@ def generate(model: Any, ids: torch.Tensor, tokens: int, **changes: Any) -> torc
     return out[:, ids.shape[1] :]
 
 
-def random_mask(rng: random.Random, number: int, layers: int) -> SkipMask:
-    """The corners first: layer 0, all attention, all MLP, everything; then every density."""
-    every = range(layers)
-    corners: list[dict[str, Any]] = [
+def random_plan(rng: random.Random, number: int, model: Any, layers: int) -> DraftPlan:
+    """The corners first: layer 0, all attention, all MLP or everything skipped, everything in a quantised form.
+
+    Then every density of every form, and heads in a form, over all tokens or some.
+    """
+    every, vocabulary = range(layers), model.config.get_text_config().vocab_size
+    able = [
+        form for form in QUANTISED if all(obstacle(model, (kind, i), form) is None for kind in KINDS for i in every)
+    ]
+    heads = [form for form in able if (head := model.get_output_embeddings()) and why_not(head.weight, form) is None]
+    skips: list[dict[str, Any]] = [
         {"attention": [0]}, {"attention": every}, {"mlp": every}, {"attention": every, "mlp": every},
     ]  # fmt: skip
+    corners = [DraftPlan(SkipMask(num_layers=layers, **skip)) for skip in skips]
+    corners += [DraftPlan.everywhere(form, layers, form if form in heads else "full") for form in able]
     if number < len(corners):
-        return SkipMask(num_layers=layers, **corners[number])
-    density = rng.random()
-    return SkipMask.from_bits(rng.random() < density for _ in range(2 * layers))
+        return corners[number]
+    shares = [rng.random() ** 2 for _ in (*able, "skip", "run")]
+    ids = rng.sample(range(vocabulary), vocabulary // 2) if heads and rng.random() < 0.3 else None
+    chosen = rng.choices([*able, "skip", "run"], shares, k=2 * layers)
+    return DraftPlan.from_forms(chosen, rng.choice(["full", *(form for form in heads if ids is None)]), ids)
 
 
 def families(args: argparse.Namespace) -> dict[str, Any]:
@@ -71,9 +86,9 @@ def families(args: argparse.Namespace) -> dict[str, Any]:
         padded = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
         expected = [generate(model, torch.tensor([p]), args.tokens, eos_token_id=None)[0] for p in prompts]
         wrong = done = accepted = 0
-        for number in range(args.masks):
-            mask = random_mask(rng, number, 4)
-            method = self_speculative(mask, max_length=rng.randint(1, 8), exit_threshold=rng.choice([None, 0.2, 0.5]))
+        for number in range(args.plans):
+            plan = random_plan(rng, number, model, 4)
+            method = self_speculative(plan, max_length=rng.randint(1, 8), exit_threshold=rng.choice([None, 0.2, 0.5]))
             groups = [range(8), range(8, 16)] if number % 3 else [[i] for i in range(8)]
             for rows in map(list, groups):
                 out = generate(model, padded[rows], args.tokens, eos_token_id=None, custom_generate=method)
@@ -85,21 +100,21 @@ def families(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{family:22} {done} tokens, {accepted} of them drafted, {wrong} rows differ", flush=True)
     divergences = sum(counts.values())
     print(f"{len(counts)} families supported, {len(refused)} refused; {tokens} tokens, {divergences} divergences")
-    return {"supported": len(counts), "refused": len(refused), "masks": args.masks, "tokens": tokens,
+    return {"supported": len(counts), "refused": len(refused), "plans": args.plans, "tokens": tokens,
             "divergences": divergences, "failed": bool(divergences)}  # fmt: skip
 
 
 def demo(args: argparse.Namespace) -> dict[str, Any]:
-    """A different held-out prompt for each mask."""
+    """A different held-out prompt for each plan."""
     loaded, rng = load_model("demo"), random.Random(0)
     options = SearchOptions(new_tokens=args.tokens)
     prompts = chosen_prompts(loaded.target, loaded.tokenizer, options).held_out
     expected: dict[int, torch.Tensor] = {}
     blocks: Counter[tuple[int, int]] = Counter()
     wrong = tokens = 0
-    for number in range(args.masks):
-        mask = random_mask(rng, number, 20)
-        method = self_speculative(mask, max_length=rng.randint(1, 8), exit_threshold=rng.choice([None, 0.3, 0.6]))
+    for number in range(args.plans):
+        plan = random_plan(rng, number, loaded.model, 20)
+        method = self_speculative(plan, max_length=rng.randint(1, 8), exit_threshold=rng.choice([None, 0.3, 0.6]))
         which = number % len(prompts)
         ids = torch.tensor([prompts[which]])
         if which not in expected:
@@ -108,8 +123,8 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
         wrong += not torch.equal(out, expected[which])
         tokens, blocks = tokens + out.shape[1], blocks + method.stats.blocks
     drafted, accepted = (sum(pair[i] * n for pair, n in blocks.items()) for i in (0, 1))
-    print(f"{args.masks} masks, {tokens} tokens ({accepted} of {drafted} drafted accepted): {wrong} divergences")
-    return {"masks": args.masks, "tokens": tokens, "drafted": drafted, "accepted": accepted, "divergences": wrong,
+    print(f"{args.plans} plans, {tokens} tokens ({accepted} of {drafted} drafted accepted): {wrong} divergences")
+    return {"plans": args.plans, "tokens": tokens, "drafted": drafted, "accepted": accepted, "divergences": wrong,
             "failed": bool(wrong)}  # fmt: skip
 
 
@@ -196,12 +211,12 @@ def prompts(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
-    for part, masks, tokens in ((families, 7, 96), (demo, 100, 128), (batch, 0, 96), (prompts, 0, 128)):
+    for part, plans, tokens in ((families, 9, 96), (demo, 100, 128), (batch, 0, 96), (prompts, 0, 128)):
         one = parts.add_parser(part.__name__)
         one.set_defaults(part=part)
         one.add_argument("--tokens", type=int, default=tokens)
-        if masks:
-            one.add_argument("--masks", type=int, default=masks)
+        if plans:
+            one.add_argument("--plans", type=int, default=plans)
         else:
             one.add_argument("--mask", type=Path, default=Path("results/measured/demo.mask.json"))
         if part is prompts:

@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py [--model demo] [--mask results/demo/mask.json ..]
 
-Each arm is a fresh process that loads the model and decodes 4 prompts x 384 tokens. Three figures: the
+Each arm is a fresh process that loads the model and decodes 4 prompts. Three figures: the
 peak resident size of the process (on a GPU: the allocator's peak); how far that lies above the size before
 the model was loaded, which on a small model is half library code; and the bytes of all tensors alive at
 the end, parameters and caches, shared storage counted once. The last line is JSON.
@@ -19,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROUNDS, TOKENS = 3, 384
+ROUNDS = 3
 KEYS = ("peak", "above_start", "tensors")
 
 
@@ -28,7 +28,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def arm(model: str, mask_path: str, backend: str) -> None:
+def arm(model: str, mask_path: str, backend: str, tokens: int) -> None:
     import torch
 
     from skipsearch import load_model, self_speculative
@@ -42,7 +42,7 @@ def arm(model: str, mask_path: str, backend: str) -> None:
     for prompt in prompts:
         ids = torch.tensor([prompt], device=loaded.model.device)
         out = loaded.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False, custom_generate=method,
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, custom_generate=method,
             return_dict_in_generate=True,
         )  # fmt: skip
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -71,15 +71,17 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--mask", nargs="+", default=["results/demo/mask.json"])
     parser.add_argument("--backend", default="eager", choices=["eager", "compiled"])
+    parser.add_argument("--tokens", type=int, default=384, help="new tokens of each of 4 prompts")
     parser.add_argument("--arm")
     args = parser.parse_args()
     if args.arm is not None:
-        arm(args.model, args.arm, args.backend)
+        arm(args.model, args.arm, args.backend, args.tokens)
         return
     found: dict[str, list[dict[str, int]]] = {path: [] for path in ("", *args.mask)}
     for _ in range(ROUNDS):
         for path, results in found.items():
-            command = [sys.executable, __file__, "--model", args.model, "--backend", args.backend, "--arm", path]
+            command = [sys.executable, __file__, "--model", args.model, "--backend", args.backend, "--arm", path,
+                       "--tokens", str(args.tokens)]  # fmt: skip
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             results.append(json.loads(output.splitlines()[-1]))
     median = {

@@ -33,20 +33,21 @@ from skipsearch.search.options import SearchOptions
 from skipsearch.search.prepare import chosen_prompts
 
 LENGTHS = (3, 5, 8)
+Drafts = dict[str, tuple[DraftPlan, DraftPolicy]]  # what drafts, and how, by arm
 
 
 def quiet(*_: Any) -> None:
     pass
 
 
-def uniform(layers: int) -> dict[str, tuple[DraftPlan, DraftPolicy]]:
+def uniform(layers: int) -> Drafts:
     """Everything in int8, with each fixed length."""
     plan = DraftPlan.everywhere("int8", layers)
     return {f"all int8, K = {length}": (plan, DraftPolicy(max_length=length)) for length in LENGTHS}
 
 
-def drafts(args: argparse.Namespace, layers: int) -> dict[str, tuple[DraftPlan, DraftPolicy]]:
-    """What drafts, and how, by arm; plain decoding and n-grams are not among them."""
+def drafts(args: argparse.Namespace, layers: int) -> Drafts:
+    """By arm; plain decoding and n-grams are not among them."""
     found = uniform(layers)
     for name, path in (("mask", args.mask), ("plan", args.plan)):
         file = None if path is None else load_mask(path)
@@ -58,7 +59,7 @@ def drafts(args: argparse.Namespace, layers: int) -> dict[str, tuple[DraftPlan, 
 
 
 def compare(
-    target: Target, prompts: Sequence[Ids], chosen: dict[str, tuple[DraftPlan, DraftPolicy]], settings: DecodeSettings
+    target: Target, prompts: Sequence[Ids], chosen: Drafts, settings: DecodeSettings
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Time plain decoding, n-grams and these plans on the same prompts; a row an arm."""
     arms: dict[str, Arm] = {"plain": our_arm(target), "plain again (A/A)": our_arm(target)}

@@ -6,9 +6,7 @@ were (for a power of two n also in half precision, but for the order of sums), a
 model, while every layer streams n squared times the bytes.
 
     python benchmarks/widen.py --times 4 --out /tmp/demo-x4                 # save it; then --model /tmp/demo-x4
-    python benchmarks/widen.py --times 4 --out /tmp/demo-x4 --trials 100    # and search a mask for it
-
-The search replays drafts on the narrow model, which accepts the same, and takes seconds from the wide one.
+    python benchmarks/widen.py --times 4 --out /tmp/demo-x4 --trials 100    # search for it, and decode what was found
 """
 
 from __future__ import annotations
@@ -16,12 +14,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from plans import Drafts, compare, quiet, uniform
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -29,14 +28,14 @@ from skipsearch.compiled.backend import warm_plan, with_backend
 from skipsearch.evaluate.cost import Costs, draft_step
 from skipsearch.evaluate.profile import profile
 from skipsearch.evaluate.trace import DecodeSettings
-from skipsearch.evaluate.validate import SERVED, Validation, arm_of, evidence
 from skipsearch.mask import SkipMask
-from skipsearch.maskfile import MaskFile, Provenance
-from skipsearch.model.load import load_model, model_card
+from skipsearch.model.device import device_name
+from skipsearch.model.load import Loaded, load_model
 from skipsearch.model.space import Space
+from skipsearch.model.target import Target
 from skipsearch.policy import NGRAM
 from skipsearch.search.options import MAX_LENGTH, SearchOptions
-from skipsearch.search.prepare import candidate_forms, paying_space, prepare
+from skipsearch.search.prepare import candidate_forms, chosen_prompts, paying_space, prepare
 from skipsearch.search.run import rescore, search_trials
 
 
@@ -85,41 +84,34 @@ def difference(narrow: PreTrainedModel, wide: PreTrainedModel) -> float:
     return float((expected - got).abs().max() / expected.abs().max())
 
 
-def search_wide(narrow: Any, wide: Any, folder: Path, trials: int, new_tokens: int, held_out: int) -> dict[str, Any]:
-    """A mask for the wide model: replay on the narrow one, seconds of the wide one, validated on the wide one."""
+def searched(narrow: Loaded, target: Target, folder: Path, options: SearchOptions) -> tuple[Drafts, dict[str, Any]]:
+    """The best mask and the best plan for the wide model, with what the searches found and took.
 
-    def progress(stage: str, done: int, total: int) -> None:
-        if done == total:
-            print(f"{stage}: {done}", flush=True)
-
-    options = SearchOptions(trials=trials, held_out=held_out, new_tokens=new_tokens)
-    prepared = prepare(narrow, folder, replace(options, backend="eager"), progress)
-    target = with_backend(wide.target, "auto", progress)
+    Drafts are replayed on the narrow model, which accepts the same; seconds are the wide one's.
+    """
+    prepared = prepare(narrow, folder, replace(options, backend="eager"), quiet)
     context = round(prepared.trace.mean_context)
     forms = candidate_forms(target, Space(num_layers=target.num_layers, fixed=SkipMask(num_layers=target.num_layers)))
-    (point,) = profile(target, contexts=[context], max_length=MAX_LENGTH, progress=progress, forms=forms)
-    space = paying_space(replace(prepared.space, forms=None), point, forms)
-    prepared = replace(prepared, costs=Costs(identity="wide", points=(point,)), space=space)
-    study = search_trials(narrow, prepared, folder, options, progress)
-    found, trial, _ = rescore(prepared, study, progress)
-    warm_plan(target, found.plan)
-    step = draft_step(point, found.plan, found.policy.uses_confidence)
-    served = replace(found.policy, ngram=NGRAM, never_slower=True, costs=(step, *point.verify))
-    settings = DecodeSettings(new_tokens=new_tokens, rounds=1)
-    alone = arm_of(found.plan)
-    plans = {alone: (found.plan, found.policy), SERVED: (found.plan, served)}
-    measured = Validation(target, prepared.prompts.held_out, dict(plans), settings).run(progress)
-    MaskFile.of(
-        found.plan, model=model_card(target, folder.name), draft=served,
-        evidence=evidence(target, prepared.prompts.held_out, measured, found.cost_ratio, arm=alone),
-        provenance=Provenance(torch=torch.__version__, transformers=transformers.__version__, trial=trial),
-    ).save(folder / "mask.json")  # fmt: skip
-    return {
-        "plan": found.plan.columns(), "policy": str(served), "predicted": found.speedup,
-        "speedup": measured.arms[alone].speedup, "speedup_ci": measured.arms[alone].speedup_ci,
-        "served": measured.arms[SERVED].speedup, "cost_ratio": found.cost_ratio,
-        "verify": [seconds / point.verify[0] for seconds in point.verify],
+    (point,) = profile(target, contexts=[context], max_length=MAX_LENGTH, progress=quiet, forms=forms)
+    row: dict[str, Any] = {
+        "backend": target.backend, "verify": [seconds / point.verify[0] for seconds in point.verify],
+        "plain_seconds": point.verify[0], "rest": point.rest,
+        "sublayer_seconds": {form: {kind: of[-1] for kind, of in costs.items()} for form, costs in point.forms.items()}
+        | {"run": {"attention": point.attention[-1], "mlp": point.mlp[-1]}},
     }  # fmt: skip
+    chosen = Drafts()
+    prepared = replace(prepared, costs=Costs(identity="wide", points=(point,)))
+    for name, possible in (("mask", []), ("plan", forms)):
+        space = paying_space(replace(prepared.space, forms=None), point, possible)
+        begin, mine = time.perf_counter(), replace(prepared, space=space)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        found, _, _ = rescore(mine, search_trials(narrow, mine, folder / name, options, quiet), quiet)
+        chosen[name] = found.plan, found.policy
+        row[name] = {"search_seconds": time.perf_counter() - begin, "predicted": found.speedup}
+    plan, policy = chosen["plan"]
+    step = draft_step(point, plan, policy.uses_confidence)
+    chosen["plan, served"] = plan, replace(policy, ngram=NGRAM, never_slower=True, costs=(step, *point.verify))
+    return chosen | uniform(target.num_layers), row
 
 
 def main() -> None:
@@ -130,6 +122,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=0)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--held-out", type=int, default=8)
+    parser.add_argument("--rows", type=Path, help="keep the last line here")
     args = parser.parse_args()
     narrow = load_model("demo", dtype="float32", device="cpu")
     wide = widen(narrow.model, args.times)
@@ -142,7 +135,16 @@ def main() -> None:
     del wide
     if args.trials:
         loaded = load_model(str(args.out), dtype=args.dtype)
-        row |= search_wide(narrow, loaded, args.out, args.trials, args.tokens, args.held_out)
+        options = SearchOptions(trials=args.trials, held_out=args.held_out, new_tokens=args.tokens)
+        target = with_backend(loaded.target, "auto", quiet)
+        chosen, found = searched(narrow, target, args.out, options)
+        for plan, _ in chosen.values():
+            warm_plan(target, plan)
+        prompts = chosen_prompts(target, narrow.tokenizer, options).held_out
+        row |= found | {"device": device_name(target.device), "dtype": args.dtype}
+        row["rows"] = compare(target, prompts, chosen, DecodeSettings(new_tokens=args.tokens, rounds=2))
+    if args.rows:
+        args.rows.write_text(json.dumps(row, indent=1) + "\n")
     print(json.dumps(row))
 
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: the library for matrix products keeps megabytes of memory for each stream."""
+    return torch.cuda.Stream(device)
 
 
 def capture(run: Callable[[], Any], device: torch.device, pool: Any = None) -> tuple[Callable[[], None], Any]:
@@ -17,7 +24,7 @@ def capture(run: Callable[[], Any], device: torch.device, pool: Any = None) -> t
     Returns:
         A function that does it again, and what `run` returned, which each replay overwrites.
     """
-    stream = torch.cuda.Stream(device)
+    stream = _side_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for _ in range(2):  # so that nothing is compiled or autotuned during the capture

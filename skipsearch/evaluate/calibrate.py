@@ -1,8 +1,9 @@
 """Calibration: does the cost model predict what decoding then takes? Predicted against measured tokens per second.
 
-Masks from sparse to dense, every other one with a confidence exit, at two context lengths. Predicted: counts from exact
-replay, seconds from the profile. Measured: the same prompts decoded, masks in random order, plain decoding among them
-in every round; each round has a profile of its own, and medians are compared.
+Plans from sparse to dense, with sublayers and heads in the forms that pay here, every other one with a confidence exit,
+at two context lengths. Predicted: counts from exact replay, seconds from the profile. Measured: the same prompts
+decoded, plans in random order, plain decoding among them in every round; each round has a profile of its own, and
+medians are compared.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ from scipy.stats import bootstrap, spearmanr
 from skipsearch.compiled.backend import Progress, warm_plan
 from skipsearch.evaluate.cost import Point
 from skipsearch.evaluate.draft_replay import DraftReplay
+from skipsearch.evaluate.form_speed import form_seconds, paying_forms
 from skipsearch.evaluate.objective import score_policy
 from skipsearch.evaluate.profile import profile
 from skipsearch.evaluate.prompts import Ids
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.timing import our_arm
 from skipsearch.evaluate.trace import DecodeSettings, Trace, record
-from skipsearch.mask import SkipMask
 from skipsearch.model.device import device_name
 from skipsearch.model.target import Target
+from skipsearch.plan import QUANTISED, DraftPlan, Quantised
 from skipsearch.policy import DraftPolicy
 
 PROMPTS, TOKENS, SHORT, LONGEST = 4, 48, 64, 8
@@ -41,7 +43,8 @@ class Calibration:
 
     Attributes:
         context: tokens of each prompt.
-        rows: {"attention", "mlp" (skipped), "policy", "predicted", "measured" (tokens per second)}, one a mask.
+        rows: {"attention", "mlp" (skipped), "int8", "int4" (sublayers), "head", "policy", "predicted", "measured"
+            (tokens per second)}, one a plan.
         plain: predicted and measured tokens per second of plain decoding.
         spearman, spearman_ci: rank correlation of predicted and measured.
         median_error: of predicted tokens per second, relative to measured.
@@ -60,13 +63,14 @@ class Calibration:
 
 
 def calibrate(
-    target: Target, prompts: tuple[Ids, ...], progress: Progress, *, seed: int = 0, masks: int = 40, rounds: int = 3
+    target: Target, prompts: tuple[Ids, ...], progress: Progress, *, seed: int = 0, plans: int = 40, rounds: int = 3
 ) -> dict[str, Any]:
     """Measure at a short and at a long context, on the tokens of these prompts.
 
     Returns:
-        {"device", "backend", "dtype", "passed", "contexts": [Calibration as a dict, ..]}.
+        {"device", "backend", "dtype", "passed", "forms", "contexts": [Calibration as a dict, ..]}.
     """
+    forms = paying_forms(form_seconds(target))
     stream = [token for prompt in prompts for token in prompt]
     most = target.context - TOKENS - LONGEST - 4
     long = max(SHORT + 1, min(most, len(stream) // 2, 8 * SHORT))
@@ -75,34 +79,48 @@ def calibrate(
         stride = max(1, (len(stream) - context) // PROMPTS)
         pieces = tuple(tuple(stream[i * stride : i * stride + context]) for i in range(PROMPTS))
         trace = record(target, pieces, DecodeSettings(new_tokens=TOKENS), progress)
-        found.append(_at(target, trace, _sparse_to_dense(target, masks, seed), rounds, seed, progress))
+        found.append(_at(target, trace, _sparse_to_dense(target, forms, plans, seed), rounds, seed, progress))
     return {
         "device": device_name(target.device), "backend": target.backend,
         "dtype": str(target.dtype).removeprefix("torch."),
+        "forms": forms,
         "passed": all(c.spearman >= SPEARMAN and c.median_error <= MEDIAN_ERROR for c in found),
         "contexts": [{name: getattr(c, name) for name in c.__slots__} for c in found],
     }  # fmt: skip
 
 
-def _sparse_to_dense(target: Target, masks: int, seed: int) -> list[tuple[SkipMask, DraftPolicy]]:
-    """Masks that skip more and more, each with a policy. All keep the first layer: without it little is accepted."""
+def _sparse_to_dense(
+    target: Target, forms: Sequence[Quantised], plans: int, seed: int
+) -> list[tuple[DraftPlan, DraftPolicy]]:  # fmt: skip
+    """Plans that skip more and more, each with a policy. All keep the first layer: without it little is accepted.
+
+    Of what is not skipped, a share that differs between plans is quantised.
+    """
     layers, rng = target.num_layers, random.Random(seed)
     chosen = []
-    for number in range(masks):
-        density = (number + 0.5) / masks * 0.85
-        mask = SkipMask.from_bits([i % layers > 0 and rng.random() < density for i in range(2 * layers)])
+    for number in range(plans):
+        density, share = (number + 0.5) / plans * 0.85, rng.random() if forms else 0.0
+        drawn = [
+            "skip" if i % layers > 0 and rng.random() < density
+            else rng.choice(forms) if rng.random() < share
+            else "run"
+            for i in range(2 * layers)
+        ]  # fmt: skip
+        plan = DraftPlan.from_forms(drawn, rng.choice(["full", *forms]))
         exit_threshold = rng.choice(EXITS) if number % 2 else None
-        chosen.append((mask, DraftPolicy(max_length=rng.randint(1, LONGEST), exit_threshold=exit_threshold)))
+        chosen.append((plan, DraftPolicy(max_length=rng.randint(1, LONGEST), exit_threshold=exit_threshold)))
     return chosen
 
 
 def _at(
-    target: Target, trace: Trace, chosen: list[tuple[SkipMask, DraftPolicy]], rounds: int, seed: int, progress: Progress
-) -> Calibration:
-    """Hold predictions for these masks against decoding at the trace's context length."""
-    for mask, _ in chosen:
-        warm_plan(target, mask)
-    arms = [our_arm(target), *(our_arm(target, mask, policy) for mask, policy in chosen)]
+    target: Target, trace: Trace, chosen: list[tuple[DraftPlan, DraftPolicy]], rounds: int, seed: int,
+    progress: Progress,
+) -> Calibration:  # fmt: skip
+    """Hold predictions for these plans against decoding at the trace's context length."""
+    for plan, _ in chosen:
+        warm_plan(target, plan)
+    arms = [our_arm(target), *(our_arm(target, plan, policy) for plan, policy in chosen)]
+    forms = [form for form in QUANTISED if any(plan.head == form or getattr(plan, form) for plan, _ in chosen)]
     for arm in arms:
         arm(trace.prompts[0], 4)
     seconds: list[list[float]] = [[] for _ in arms]
@@ -110,30 +128,33 @@ def _at(
     context = round(trace.mean_context)
     for turn in range(rounds):
         # A profile in every round: the speed of a shared machine changes within minutes.
-        points += profile(target, contexts=[context], max_length=LONGEST, progress=progress)
+        points += profile(target, contexts=[context], max_length=LONGEST, progress=progress, forms=forms)
         for done, i in enumerate(rng.sample(range(len(arms)), len(arms))):
             runs = [arms[i](prompt, TOKENS) for prompt in trace.prompts]
             seconds[i].append(sum(run.seconds for run in runs))
             tokens[i] = sum(run.tokens for run in runs)
             progress("calibrate", turn * len(arms) + done + 1, rounds * len(arms))
-    plain, *measured = [n / statistics.median(s) for n, s in zip(tokens, seconds, strict=True)]
+    speed, *measured = [n / statistics.median(s) for n, s in zip(tokens, seconds, strict=True)]
     expected = statistics.median(1 / point.verify[0] for point in points)
     replay, predicted, at_first = Replay(target, trace, LONGEST), list[float](), list[float]()
-    for mask, policy in chosen:
-        drafts = DraftReplay(replay, mask)
+    for plan, policy in chosen:
+        drafts = DraftReplay(replay, plan)
         speeds = [score_policy(drafts, policy, point).tokens_per_second for point in points]
         predicted.append(statistics.median(speeds))
         at_first.append(speeds[0])  # by the first profile alone, which is what a search has
     return Calibration(
-        context=len(trace.prompts[0]), plain=(expected, plain),
+        context=len(trace.prompts[0]), plain=(expected, speed),
         rows=tuple(
-            {"attention": len(m.attention), "mlp": len(m.mlp), "policy": str(p), "predicted": a, "measured": b}
-            for (m, p), a, b in zip(chosen, predicted, measured, strict=True)
+            {
+                "attention": len(plan.skip.attention), "mlp": len(plan.skip.mlp), "int8": len(plan.int8),
+                "int4": len(plan.int4), "head": plan.head, "policy": str(policy), "predicted": a, "measured": b,
+            }
+            for (plan, policy), a, b in zip(chosen, predicted, measured, strict=True)
         ),
         spearman=float(spearmanr(predicted, measured).statistic), spearman_ci=_interval(predicted, measured),
         median_error=_median_error(predicted, measured), median_error_of_first=_median_error(at_first, measured),
         median_error_of_speedup=statistics.median(
-            abs(a / expected - b / plain) / (b / plain) for a, b in zip(predicted, measured, strict=True)
+            abs(a / expected - b / speed) / (b / speed) for a, b in zip(predicted, measured, strict=True)
         ),
     )  # fmt: skip
 

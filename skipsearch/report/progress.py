@@ -26,7 +26,7 @@ _WHAT = {
     "sensitivity": "search: one sublayer skipped at a time",
     "trials": "search: trials",
     "finalists": "search: finalists on the whole trace",
-    "calibrate": "calibrate: real decoding, sparse to dense masks",
+    "calibrate": "calibrate: real decoding, sparse to dense plans",
     "validate": "validate: real decoding, held-out prompts",
     "audit": "audit: drafted against plain decoding",
 }

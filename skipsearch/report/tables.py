@@ -190,14 +190,15 @@ def doctor_table(data: dict[str, Any]) -> Table:
 
 
 def calibration_table(found: dict[str, Any]) -> Table:
-    """Predicted against measured tokens per second of each mask, at one context length."""
+    """Predicted against measured tokens per second of each plan, at one context length."""
     low, high = found["spearman_ci"]
     title = (
         f"context {found['context']}: Spearman {found['spearman']:.3f} ({low:.3f} to {high:.3f}), median error "
         f"{found['median_error']:.1%}, of the speed-up {found['median_error_of_speedup']:.1%}"
     )
+    counted = ("attention", "mlp", "int8", "int4", "head")
     rows = [
-        (row["attention"], row["mlp"], row["policy"], f"{row['predicted']:.1f}", f"{row['measured']:.1f}")
+        (*(row[name] for name in counted), row["policy"], f"{row['predicted']:.1f}", f"{row['measured']:.1f}")
         for row in sorted(found["rows"], key=lambda row: float(row["measured"]))
     ]
-    return _listing(title, ("attention", "mlp", "draft", "predicted", "measured"), rows)
+    return _listing(title, (*counted, "draft", "predicted", "measured"), rows)

@@ -18,7 +18,7 @@ def test_calibration_holds_predictions_against_decoding(monkeypatch: Any) -> Non
     monkeypatch.setattr(module, "TOKENS", 10)
     loaded = load_model("demo")
     prompts = chosen_prompts(loaded.target, loaded.tokenizer, SearchOptions()).calibration
-    data = module.calibrate(loaded.target, prompts, quiet, masks=6, rounds=1)
+    data = module.calibrate(loaded.target, prompts, quiet, plans=6, rounds=1)
     short, long = data["contexts"]
     assert short["context"] == 64 < long["context"] and data["backend"] == "eager"
     skipped = [row["attention"] + row["mlp"] for row in long["rows"]]

@@ -48,6 +48,7 @@ from skipsearch.plan import DraftPlan
 from skipsearch.policy import DraftPolicy
 from skipsearch.report.bench import save_bench
 from skipsearch.search.options import MAX_LENGTH, SearchOptions
+from skipsearch.search.prepare import chosen_prompts
 
 SHAPES = {  # hidden, MLP, layers, heads, KV heads, vocabulary; the presets of these names hold masks that fit
     "llama-2-13b": (5120, 13824, 40, 40, 40, 32000),

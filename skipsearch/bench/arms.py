@@ -28,6 +28,7 @@ HF_EAGER, HF_STATIC = "HF eager", "HF static compiled"
 HF_LOOKUP, HF_ASSISTED = "HF prompt lookup", "HF assisted by view"
 EAGER, PLAIN, AGAIN, MASK = "plain eager", "plain", "plain again (A/A)", "mask"
 LOOKUP, HYBRID, PREFIX, PLAN, ALL_INT8 = "n-gram", "hybrid", "prefix exit", "plan", "all int8"
+RIVALS = (HF_STATIC, HF_LOOKUP, HF_ASSISTED)  # methods of transformers beside its plain one
 NEED_MASK = (HF_ASSISTED, MASK, PLAN, HYBRID, PREFIX)
 OF_PLANS = (MASK, PLAN, PREFIX, ALL_INT8)  # arms of which some plans, or some models, have none
 NAMES = (

@@ -17,7 +17,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from skipsearch.bench.arms import NAMES, NEED_MASK, OF_PLANS, PLAIN, arms, drafted_by
+from skipsearch.bench.arms import NAMES, NEED_MASK, OF_PLANS, PLAIN, RIVALS, arms, drafted_by
 from skipsearch.bench.groups import prompt_groups
 from skipsearch.bench.machine import copy_bandwidth, energy_meter, peak_memory, read_bandwidth
 from skipsearch.bench.rows import group_rows, joined
@@ -116,6 +116,7 @@ def bench(
     every = arms(target, plan, policy, longest, options.hf)
     chosen = {name: arm for name, arm in every.items() if not options.only or name in options.only or name == PLAIN}
     memory = _warm_up(target, chosen, next(iter(groups.values()))[0], options.new_tokens, progress)
+    chosen = {name: arm for name, arm in chosen.items() if name in memory}
     energy = {name: list[tuple[float, int]]() for name in chosen}
     metered = {name: _metered(arm, energy_meter(target.device), energy[name]) for name, arm in chosen.items()}
     context = round(statistics.mean(len(p) + options.new_tokens / 2 for group in groups.values() for p in group))
@@ -163,11 +164,20 @@ def _check_arms(options: BenchOptions, target: Target, plan: DraftPlan | None) -
 def _warm_up(
     target: Target, chosen: dict[str, Arm], prompt: Ids, new_tokens: int, progress: Progress
 ) -> dict[str, float]:
-    """Run each arm, so that all that is compiled at first use is compiled; returns its peak memory in bytes."""
+    """Run each arm, so that all that is compiled at first use is compiled; returns its peak memory in bytes.
+
+    Methods of transformers in which the installed release fails are left out, with a warning.
+    """
     memory = {}
     for number, (name, arm) in enumerate(chosen.items()):
-        arm(prompt, min(24, new_tokens))
-        memory[name] = peak_memory(target.device, partial(arm, prompt, new_tokens))
+        try:
+            arm(prompt, min(24, new_tokens))
+            memory[name] = peak_memory(target.device, partial(arm, prompt, new_tokens))
+        except Exception as error:
+            if name not in RIVALS:
+                raise
+            why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            warnings.warn(f"arm {name!r} is left out, transformers fails in it ({why})", BackendWarning, stacklevel=3)
         progress("warm-up", number + 1, len(chosen))
     return memory
 

@@ -24,7 +24,7 @@ from skipsearch.bench.groups import prompt_groups
 from skipsearch.bench.machine import copy_bandwidth, energy_meter, peak_memory
 from skipsearch.bench.rows import group_rows
 from skipsearch.decoding.stats import DecodeStats
-from skipsearch.errors import PromptError, SkipsearchError
+from skipsearch.errors import BackendWarning, PromptError, SkipsearchError
 from skipsearch.evaluate.timing import Run, Timing
 from skipsearch.model.target import Target
 from skipsearch.policy import DraftPolicy
@@ -172,3 +172,22 @@ def test_bench_on_the_command_line(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)
     assert {r["arm"] for r in data["rows"]} == {"plain", "n-gram"} and Path(data["files"]["bench.svg"]).exists()
+
+
+def test_a_method_that_transformers_cannot_run_is_left_out(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a bug in a rival, met with some releases on a GPU, from costing the whole bench."""
+    from skipsearch.bench import bench as module
+
+    def broken(*_: Any) -> Run:
+        raise TypeError("'NoneType' object is not subscriptable")
+
+    every = module.arms
+    monkeypatch.setattr(module, "arms", lambda *given: {**every(*given), HF_ASSISTED: broken})
+    options = BenchOptions(new_tokens=6, rounds=1, backend="eager")
+    groups = {"one": (tuple(range(3, 12)),)}
+    with pytest.warns(BackendWarning, match="HF assisted by view"):
+        data = bench(Target.of(tiny("llama")), groups, SKIP, DraftPolicy(max_length=3), options, quiet)
+    assert {HF_EAGER, MASK} <= {r["arm"] for r in data["rows"]} and HF_ASSISTED not in {r["arm"] for r in data["rows"]}
+    monkeypatch.setattr(module, "arms", lambda *given: {**every(*given), MASK: broken})
+    with pytest.raises(TypeError):
+        bench(Target.of(tiny("llama")), groups, SKIP, DraftPolicy(max_length=3), options, quiet)

@@ -51,7 +51,7 @@ def arm(model: str, mask_path: str, backend: str, tokens: int) -> None:
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for t in gc.get_objects()
-        if isinstance(t, torch.Tensor)
+        if type(t) in (torch.Tensor, torch.nn.Parameter) and not t.is_mkldnn  # not the compiler's stand-ins
     }
     assert out is not None
     print(

@@ -22,7 +22,8 @@ from skipsearch import load_mask, load_model
 from skipsearch.bench.bench import step_costs, weight_bytes
 from skipsearch.compiled.backend import warm_plan, with_backend
 from skipsearch.draft.copies import copies_bytes
-from skipsearch.evaluate.prompts import Ids, PromptSource
+from skipsearch.evaluate.prompt_row import Ids
+from skipsearch.evaluate.prompts import PromptSource
 from skipsearch.evaluate.timing import Arm, our_arm, time_interleaved
 from skipsearch.evaluate.trace import DecodeSettings
 from skipsearch.model.device import device_name

@@ -41,3 +41,7 @@ class BackendError(SkipsearchError):
 
 class BackendWarning(UserWarning):
     """Decoding is eager, or its backend is not the one that the mask was tuned for. The CLI prints one line."""
+
+
+class PromptWarning(UserWarning):
+    """Some rows of a prompt source were left out, or taken in another way than the others."""

@@ -199,7 +199,7 @@ def _ids_of(ranges: str) -> list[int]:
 
 def read_json(path: Path, mend: str = "make one with `skipsearch run`") -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise MaskError(f"mask file {path} does not exist; {mend}") from None
     except json.JSONDecodeError as error:

@@ -15,7 +15,7 @@ from transformers import CompileConfig, StaticCache, StoppingCriteria, StoppingC
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.draft.copies import possible_forms
 from skipsearch.draft.view import draft_view
-from skipsearch.evaluate.prompts import Ids
+from skipsearch.evaluate.prompt_row import Ids
 from skipsearch.evaluate.timing import Arm, Run, our_arm
 from skipsearch.evaluate.validate import arm_of
 from skipsearch.mask import SkipMask

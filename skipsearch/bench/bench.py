@@ -27,12 +27,13 @@ from skipsearch.draft.head import DraftHead
 from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendWarning, SkipsearchError
 from skipsearch.evaluate.clock import sequence_at, timed
-from skipsearch.evaluate.prompts import Ids
+from skipsearch.evaluate.prompt_row import Ids
 from skipsearch.evaluate.timing import Arm, Run, time_interleaved
 from skipsearch.evaluate.trace import DecodeSettings
 from skipsearch.maskfile import MaskFile
 from skipsearch.model.device import device_name
-from skipsearch.model.load import Loaded, check_mask_belongs
+from skipsearch.model.identity import check_mask_belongs
+from skipsearch.model.load import Loaded
 from skipsearch.model.target import Target
 from skipsearch.plan import DraftPlan
 from skipsearch.policy import DraftPolicy

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from skipsearch.errors import PromptError
 from skipsearch.evaluate.builtin import CHAT, CODE, CODE_TOKENS, built_in
-from skipsearch.evaluate.prompts import Ids, PromptSource, load_prompts
+from skipsearch.evaluate.prompt_file import read_rows
+from skipsearch.evaluate.prompt_row import Ids
+from skipsearch.evaluate.prompts import PromptSource, load_prompts
 
 RANDOM = "random"
 RANDOM_TOKENS = 64
@@ -59,15 +60,11 @@ def _split(name: str) -> list[tuple[str, PromptSource]]:
     if name in (CODE, CHAT):
         return [("held-out code" if name == CODE else "instructions", PromptSource(name=name))]
     if path.suffix == ".jsonl" and path.is_file():
-        by_category: dict[str, list[str]] = {}
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise PromptError(f"prompt file {path} is not JSON lines ({error}); mend the file") from error
-            if isinstance(row, dict) and "category" in row and "turns" in row:
+        by_category: dict[str, list[Any]] = {}
+        for row in read_rows(path):
+            if "category" in row and "turns" in row:
                 category = "mt_bench" if row["category"] in MT_BENCH else str(row["category"])
-                by_category.setdefault(category, []).append(row["turns"][0])
+                by_category.setdefault(category, []).append(row["turns"])
         if by_category:
             return [(c, PromptSource(name=f"{path.name}: {c}", texts=tuple(texts))) for c, texts in by_category.items()]
     return [(path.stem or name, PromptSource(name=name))]

@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from skipsearch.cli import run, generate, measure, files  # isort: skip  # noqa: F401 (the order of --help)
 from skipsearch.cli.options import app, err
-from skipsearch.errors import BackendWarning, SkipsearchError
+from skipsearch.errors import BackendWarning, PromptWarning, SkipsearchError
 
 
 def main() -> None:
@@ -23,7 +23,8 @@ def main() -> None:
     debug = "--debug" in sys.argv
     if not debug:
         warnings.filterwarnings("ignore")
-        warnings.filterwarnings("once", category=BackendWarning)
+        for category in (BackendWarning, PromptWarning):
+            warnings.filterwarnings("once", category=category)
         warnings.showwarning = lambda message, *_, **__: err.print(f"note: {message}", markup=False, soft_wrap=True)
         logging.getLogger("transformers").setLevel(logging.ERROR)
         os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # our own error reports the same

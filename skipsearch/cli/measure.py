@@ -36,7 +36,7 @@ def validate(
         temperature=temperature, contexts=tuple(context or ()),
     )  # fmt: skip
     loaded = opt.load(model, dtype, device, revision, trust)
-    from skipsearch.model.load import check_mask_belongs
+    from skipsearch.model.identity import check_mask_belongs
     from skipsearch.report.progress import stages
     from skipsearch.report.tables import mask_table
     from skipsearch.search.revalidate import validate_file

@@ -17,6 +17,7 @@ from skipsearch.compiled.model import GUESS, CompiledModel
 from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendError, BackendWarning
 from skipsearch.mask import SkipMask
+from skipsearch.model.state import ModelState
 from skipsearch.model.target import Target
 from skipsearch.plan import DraftPlan
 
@@ -24,15 +25,12 @@ Backend = Literal["auto", "eager", "compiled"]
 Progress = Callable[[str, int, int], None]  # told a stage, steps done, steps in all
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.02}  # of the largest logit
 
-# Per model: its state when it was compiled, and the result or the reason why there is none.
-_known: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, CompiledModel | str]] = weakref.WeakKeyDictionary()
+# Per model: the state of its weights, and for states of its code the compiled model, or the reason why there is none.
+Found = CompiledModel | str
+_known: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, dict[int, Found]]] = weakref.WeakKeyDictionary()
+KEPT = 4  # states of code
 _log = logging.getLogger(__name__)
 _lock = threading.RLock()  # the compiler changes settings of the whole process
-
-
-def state_of(model: PreTrainedModel) -> int:
-    """A number that changes when the model is moved, converted, or given other modules or weights."""
-    return hash(tuple((p.data_ptr(), p.dtype, p.device) for p in model.parameters()))
 
 
 def with_backend(target: Target, backend: Backend, progress: Progress | None = None) -> Target:
@@ -52,18 +50,27 @@ def with_backend(target: Target, backend: Backend, progress: Progress | None = N
         raise BackendError(f"backend is {backend!r}, must be auto, eager or compiled")
     if backend == "eager":
         return replace(target, compiled=None)
-    model = target.model
+    with torch.inference_mode(False), torch.no_grad():  # what is made here serves later calls in any mode
+        return replace(target, compiled=_compiled_for(target, progress))
+
+
+def _compiled_for(target: Target, progress: Progress | None) -> CompiledModel | None:
+    """What was compiled for the model as it is now, or None after a warning that says why nothing is."""
+    model, state = target.model, ModelState.of(target.model)
     with _lock:
-        state = state_of(model)
-        known, found = _known.get(model, (None, ""))
-        if known == state and isinstance(found, str):
-            return replace(target, compiled=None)
+        weights, by_code = _known.get(model, (state.weights, {}))
+        if weights != state.weights:
+            by_code = {}  # what was compiled with other weights holds them in memory
+        found = by_code.get(state.code)
+        if isinstance(found, str):
+            return None
         try:
-            if known != state or isinstance(found, str) or not found.fits():
+            if state.foreign is not None:
+                raise BackendError(f"{state.foreign}, which compiled code would not call; take it off to compile")
+            if found is None or not found.fits():
                 found = compile_and_prove(target, progress)
             else:
                 found.warm(found.stack_of(model), widths_of(found), progress)
-            _known[model] = state, found
         except Exception as error:
             # Tracer and compiler raise anything for a model they do not know; eager decoding always works.
             lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -72,10 +79,10 @@ def with_backend(target: Target, backend: Backend, progress: Progress | None = N
                 if isinstance(error, BackendError)
                 else f"compiling failed ({type(error).__name__}: {lines[0]})"
             )
-            _known[model] = state, why[:300]
-            warnings.warn(f"decoding eagerly: {why[:300]}", BackendWarning, stacklevel=2)
-            return replace(target, compiled=None)
-        return replace(target, compiled=found)
+            found = why[:300]
+            warnings.warn(f"decoding eagerly: {found}", BackendWarning, stacklevel=3)
+        _known[model] = state.weights, {**dict(list(by_code.items())[1 - KEPT :]), state.code: found}
+        return None if isinstance(found, str) else found
 
 
 def widths_of(compiled: CompiledModel) -> list[int]:
@@ -130,7 +137,7 @@ def warm_draft(target: Target, draft: PreTrainedModel, progress: Progress | None
     """The same for a draft view."""
     if target.compiled is not None:
         compiled = cast(CompiledModel, target.compiled)
-        with _lock:
+        with _lock, torch.inference_mode(False), torch.no_grad():
             stack = compiled.stack_of(draft)
             widths = {compiled.width_for(n, stack) for n in (1, 1 + GUESS)[: 1 + compiled.guesses(stack)]}
             compiled.warm(stack, sorted(widths), progress)

@@ -5,10 +5,14 @@ Shapes: C tokens of a buffer, H heads, D head size, Q tokens of a forward, V voc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from skipsearch.compiled.tracing import Shape, make_buffer
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -28,6 +32,15 @@ class Buffers:
     layers: list[tuple[Tensor, Tensor]]
     slices: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     pool: Any = None  # memory of the graphs that run in them; each overwrites the output of the others
+
+    @classmethod
+    def of(cls, size: int, shapes: Sequence[Sequence[Shape]], device: torch.device) -> Buffers:
+        """Zeros for so many tokens, which later calls may write to in any mode of autograd."""
+        whole: dict[str, Any] = {"dtype": torch.long, "device": device}
+        with torch.inference_mode(False):
+            layers = [(make_buffer(keys, size, device), make_buffer(values, size, device)) for keys, values in shapes]
+            ids, positions, at = (torch.zeros(shape, **whole) for shape in ((1, size), size, 2))
+            return cls(ids, positions, torch.arange(size, device=device), at, layers)
 
     def first(self, slots: int) -> list[tuple[Tensor, Tensor]]:
         """The first slots of each layer's buffers."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -29,14 +30,27 @@ def compiler() -> str | None:
 
 
 def keep_compiled() -> Path:
-    """Where compiled pieces are kept between runs; TORCHINDUCTOR_CACHE_DIR, if set, decides."""
+    """Where compiled pieces are kept between runs; TORCHINDUCTOR_CACHE_DIR, if set, decides.
+
+    Where the home cannot be written, they are kept in a temporary folder, for this process alone.
+    """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     name, home = "TORCHINDUCTOR_CACHE_DIR", Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     if os.environ.get(name, default_cache_dir()) == default_cache_dir():  # torch sets its own, which a reboot empties
         # Machines that share a home directory must not share code for vectors of different lengths.
-        os.environ[name] = str(home / "skipsearch" / "compiled" / torch.backends.cpu.get_cpu_capability().lower())
+        folder = home / "skipsearch" / "compiled" / torch.backends.cpu.get_cpu_capability().lower()
+        os.environ[name] = str(folder) if _writable(folder) else tempfile.mkdtemp(prefix="skipsearch-")
     return Path(os.environ[name])
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def as_rows(query: Tensor, mask: Tensor, key_heads: int, times: int = 1) -> tuple[Tensor, Tensor]:

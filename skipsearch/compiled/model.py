@@ -24,7 +24,7 @@ from skipsearch.compiled.graphs import capture
 from skipsearch.compiled.pieces import EXAMPLE_IDS, EXAMPLE_POSITIONS, Pieces
 from skipsearch.compiled.products import products
 from skipsearch.compiled.stack import Outside, Stack
-from skipsearch.compiled.tracing import EXAMPLE_SLOTS, make_buffer
+from skipsearch.compiled.tracing import EXAMPLE_SLOTS
 from skipsearch.errors import BackendError
 from skipsearch.model.device import synchronize
 from skipsearch.model.target import Target
@@ -76,15 +76,7 @@ class CompiledModel:
                 for buffer in layer:
                     buffer.zero_()  # attention weights of 0 times NaN of an earlier sequence would be NaN
         else:
-            whole: dict[str, Any] = {"dtype": torch.long, "device": self.device}
-            buffers = Buffers(
-                torch.zeros((1, size), **whole), torch.zeros(size, **whole), torch.arange(size, device=self.device),
-                torch.zeros(2, **whole),
-                [
-                    (make_buffer(keys, size, self.device), make_buffer(values, size, self.device))
-                    for keys, values in self.pieces.shapes
-                ],
-            )  # fmt: skip
+            buffers = Buffers.of(size, self.pieces.shapes, self.device)
         weakref.finalize(owner, self._free.append, buffers)
         return buffers
 

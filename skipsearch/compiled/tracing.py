@@ -22,6 +22,9 @@ from skipsearch.model.target import Target
 EXAMPLE_SLOTS = 208  # slots to trace with; a GPU's attention pads masks whose length is no multiple of 16
 
 
+Shape = tuple[int, int, torch.dtype]  # of one layer's keys or values: heads, head size, dtype
+
+
 class Recorder(nn.Module):
     """Takes the place of a layer: records its arguments, and returns the hidden state unchanged."""
 
@@ -114,7 +117,7 @@ def build_of(module: nn.Module, names: list[str], tensors: list[Tensor]) -> str:
 
 
 @torch.no_grad()
-def cache_shapes(target: Target) -> list[tuple[tuple[int, int, torch.dtype], ...]]:
+def cache_shapes(target: Target) -> list[tuple[Shape, ...]]:
     """Heads, head size and dtype of each layer's keys and values, read off a forward of one token."""
     cache = DynamicCache(config=target.model.config)
     target.model(input_ids=target.ids([0]), past_key_values=cache)
@@ -124,7 +127,7 @@ def cache_shapes(target: Target) -> list[tuple[tuple[int, int, torch.dtype], ...
     ]
 
 
-def make_buffer(shape: tuple[int, int, torch.dtype], slots: int, device: torch.device) -> Tensor:
+def make_buffer(shape: Shape, slots: int, device: torch.device) -> Tensor:
     """Zeros [1, H, T, D], contiguous slot after slot, so that attention reads one block of memory."""
     heads, size, dtype = shape
     return torch.zeros((1, slots, heads, size), dtype=dtype, device=device).transpose(1, 2)

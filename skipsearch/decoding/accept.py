@@ -44,6 +44,15 @@ def probabilities(scores: Tensor) -> Tensor:
     return probs
 
 
+def draft_probabilities(scores: Tensor) -> Tensor:
+    """The same for a draft, which may say anything: where its scores hold no distribution, it draws the first token."""
+    probs = scores.float().softmax(-1)
+    broken = torch.isnan(probs[..., :1])
+    first = torch.zeros_like(probs)
+    first[..., 0] = 1
+    return torch.where(broken, first, probs)
+
+
 def draw(probs_BV: Tensor, generator: torch.Generator) -> Tensor:
     """One token [B] from each distribution."""
     return torch.multinomial(probs_BV, 1, generator=generator)[:, 0]

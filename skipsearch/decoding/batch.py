@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, LogitsProcessorList, PreTrainedModel
 
 from skipsearch.compiled.buffers import Scores
 from skipsearch.decoding.processors import TokenSelection, process
@@ -146,9 +146,8 @@ class Batch:
         logits: Tensor = out.logits[:, -keep:]
         return logits
 
-    def _process(self, logits_BV: Tensor, ends: list[int]) -> Tensor:
+    def _process(self, processors: LogitsProcessorList, logits_BV: Tensor, ends: list[int]) -> Tensor:
         """Scores [B, V] for the token behind the first ends[b] of each row, given that prefix."""
-        processors = self.selection.processors
         if not processors:
             return logits_BV
         rows_of: dict[int, list[int]] = {}

@@ -1,7 +1,9 @@
-"""Logits processors on some rows of the batch that they were made for.
+"""Logits processors: on some rows of the batch that they were made for, and in the order that they expect.
 
-Most read the prefix alone. A few hold a value for each row, by its place in the batch. Once rows have ended, or stand
-at another length, such a processor would read the value of another row; so it gets those of its rows.
+The library's read the prefix alone, so they may be applied to drafts that are rejected later. A few hold a value for
+each row, by its place in the batch. Once rows have ended, or stand at another length, such a processor would read the
+value of another row; so it gets those of its rows. Others may count their calls or remember tokens: they are called in
+order.
 """
 
 from __future__ import annotations
@@ -14,15 +16,15 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper
 
 from skipsearch.decoding.accept import Sampling
-from skipsearch.errors import DecodingError
 
 _TENSORS = {
     "RepetitionPenaltyLogitsProcessor": "prompt_ignore_length",
     "EncoderRepetitionPenaltyLogitsProcessor": "encoder_input_ids",
 }
 _FUNCTIONS = {"PrefixConstrainedLogitsProcessor": "_prefix_allowed_tokens_fn"}
-# These keep state from token to token, which a rejected draft would have changed.
-_STATEFUL = {
+LIBRARY = "transformers.generation.logits_process"
+# These of the library keep state from token to token.
+_KEEPING = {
     "UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor",
     "EncoderNoRepeatNGramLogitsProcessor",
 }  # fmt: skip
@@ -35,10 +37,12 @@ class TokenSelection:
     Attributes:
         processors: applied to the logits behind each position.
         sampling: random generators; None takes the likeliest token.
+        ends: tokens behind which nothing is asked of the processors.
     """
 
     processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
     sampling: Sampling | None = None
+    ends: frozenset[int] = frozenset()
 
     @classmethod
     def at_temperature(cls, temperature: float, seed: int, device: torch.device) -> TokenSelection:
@@ -49,23 +53,25 @@ class TokenSelection:
         return cls(processors=warpers, sampling=Sampling.from_seed(seed, device))
 
     @property
+    def in_order(self) -> list[str]:
+        """Class names of the processors that must be called as `generate` does: once for each token, in order."""
+        return [type(processor).__name__ for processor in self.processors if not reads_prefix_alone(processor)]
+
+    @property
+    def of_drafts(self) -> LogitsProcessorList:
+        """The processors that may see drafts."""
+        return LogitsProcessorList([processor for processor in self.processors if reads_prefix_alone(processor)])
+
+    @property
     def plain_argmax(self) -> bool:
         """Whether the likeliest token of the bare logits is chosen."""
         return self.sampling is None and not self.processors
 
 
-def check(processors: LogitsProcessorList) -> None:
-    """Refuse those that cannot be applied to drafts.
-
-    Raises:
-        DecodingError: one keeps state from token to token.
-    """
-    for processor in processors:
-        if (name := type(processor).__name__) in _STATEFUL:
-            raise DecodingError(
-                f"logits_processor holds a {name}, which keeps state of a whole batch and cannot be applied to drafts; "
-                f"unset what selects it"
-            )
+def reads_prefix_alone(processor: object) -> bool:
+    """Whether a processor is known to depend on nothing but what it is called with."""
+    kind = type(processor)
+    return kind.__module__ == LIBRARY and kind.__name__ not in _KEEPING
 
 
 def process(processors: LogitsProcessorList, rows: list[int], ids_RT: Tensor, logits_RV: Tensor) -> Tensor:

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from skipsearch.compiled.model import GUESS
-from skipsearch.decoding.accept import accept_greedy, accept_sampling, draw, probabilities
+from skipsearch.decoding.accept import (
+    accept_greedy,
+    accept_sampling,
+    draft_probabilities,
+    draw,
+    probabilities,
+)  # fmt: skip
 from skipsearch.decoding.batch import Batch
 from skipsearch.decoding.stats import Block
 
@@ -51,14 +57,14 @@ class Sequences(Batch):
     def _draft_rows(self, limits: list[int], stop: Stop | None) -> tuple[list[int], Tensor | None]:
         """Draft token by token, all rows in one forward."""
         assert self.draft_model is not None
-        ends, probs = list(self.lengths), list[Tensor]()
+        ends, probs, processors = list(self.lengths), list[Tensor](), self.selection.of_drafts
         wanted = [end + limit for end, limit in zip(ends, limits, strict=True)]
         drafting = [b for b, end in enumerate(ends) if end < wanted[b]]
         # Rows that are done run along on their last token: cheaper than taking their keys out of the batch.
         # Once more than half are done, drafting ends for all: what is drafted by then is verified.
         while drafting and 2 * len(drafting) >= len(ends):
             starts = [end - 1 - self.offset for end in ends]
-            scores_BV = self._process(self._forward(self.draft_model, starts, 1, 1)[:, 0], ends)
+            scores_BV = self._process(processors, self._forward(self.draft_model, starts, 1, 1)[:, 0], ends)
             token_B, confidence_B = self._choose(scores_BV, probs, stop is not None)
             if len(drafting) == len(ends) == 1:
                 self.ids[0, ends[0]] = token_B[0]
@@ -81,7 +87,7 @@ class Sequences(Batch):
         """
         sampling = self.selection.sampling
         if sampling is not None:
-            probs.append(probabilities(scores_BV))
+            probs.append(draft_probabilities(scores_BV))
             return draw(probs[-1], sampling.draft), probs[-1].max(-1).values if confident else None
         token_B = scores_BV.argmax(-1)
         if not confident:
@@ -121,10 +127,15 @@ class Sequences(Batch):
         logits_BKV, top_2K = self._target_logits(k)
         if rows == 1 and self.selection.plain_argmax:
             return [self._accept_row(drafted[0], logits_BKV, top_2K)]
-        scores_BKV = logits_BKV
-        if self.selection.processors:
+        if self.selection.in_order:
+            assert rows == 1, "processors that are called in order take one sequence"
+            return [self._accept_in_order(drafted[0], logits_BKV, draft_probs_BKV)]
+        scores_BKV, processors = logits_BKV, self.selection.processors
+        if processors:
             ends = [[length + j for length in self.lengths] for j in range(k + 1)]
-            scores_BKV = torch.stack([self._process(logits_BKV[:, j], ends[j]) for j in range(k + 1)], dim=1)
+            scores_BKV = torch.stack(
+                [self._process(processors, logits_BKV[:, j], ends[j]) for j in range(k + 1)], dim=1
+            )  # fmt: skip
         draft_ids_BK, drafted_B = self._behind(k), torch.tensor(drafted, device=logits_BKV.device)
         if self.selection.sampling is None:
             n_B, bonus_B = accept_greedy(draft_ids_BK, drafted_B, scores_BKV.argmax(-1))
@@ -164,6 +175,36 @@ class Sequences(Batch):
         return Block(
             row=self.rows[0], tokens=target[: n + 1], drafted=drafted, accepted=n, _place=0, _logits_BKV=logits_BKV,
             _scores_BKV=logits_BKV,
+        )  # fmt: skip
+
+    def _accept_in_order(self, drafted: int, logits_1KV: Tensor, draft_probs_1KV: Tensor | None) -> Block:
+        """Acceptance token by token: processors are called once for each token that is committed, and in order."""
+        first, sampling, n = self.lengths[0], self.selection.sampling, 0
+        draft = self.ids[0, first : first + drafted].tolist()
+        scores_1KV = logits_1KV.float().clone()
+        while True:
+            scores_1V = self._process(self.selection.processors, logits_1KV[:, n], [first + n])
+            scores_1KV[:, n] = scores_1V
+            if sampling is None:
+                token = int(scores_1V.argmax())
+            elif n == drafted:
+                token = int(draw(probabilities(scores_1V), sampling.accept))
+            else:
+                assert draft_probs_1KV is not None
+                target_12V = probabilities(scores_1V)[:, None].expand(-1, 2, -1)  # the second row is not used
+                ids_11, one_1 = self.ids[:1, first + n : first + n + 1], torch.ones(1, device=self.ids.device)
+                taken_1, other_1 = accept_sampling(
+                    target_12V, draft_probs_1KV[:, n : n + 1], ids_11, one_1, sampling.accept
+                )  # fmt: skip
+                token = draft[n] if taken_1 else int(other_1)
+            if n == drafted or token != draft[n] or token in self.selection.ends:
+                break
+            n += 1
+        self._commit(0, n)
+        self.ids[0, first + n] = token
+        return Block(
+            row=self.rows[0], tokens=[*draft[:n], token], drafted=drafted, accepted=n, _place=0,
+            _logits_BKV=logits_1KV, _scores_BKV=scores_1KV,
         )  # fmt: skip
 
     def _commit(self, row: int, accepted: int) -> None:

@@ -20,6 +20,7 @@ from skipsearch.draft.head import DraftHead
 from skipsearch.errors import BackendError, MaskError
 from skipsearch.mask import KINDS, Kind, Sublayer
 from skipsearch.model.device import free_memory
+from skipsearch.model.state import writes_to
 from skipsearch.model.sublayers import Sublayers, find_sublayers
 from skipsearch.plan import QUANTISED, DraftPlan, Quantised
 
@@ -75,7 +76,7 @@ def _kept(model: PreTrainedModel, key: Any, make: Any) -> nn.Module:
 
 def _state(weight: Tensor) -> tuple[int, int, int]:
     """What changes when weights are moved, converted or written to: then copies are made anew."""
-    return id(weight), weight.data_ptr(), weight._version
+    return id(weight), weight.data_ptr(), writes_to(weight)
 
 
 def _head(model: PreTrainedModel) -> nn.Linear:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from skipsearch.compiled.backend import Progress
 from skipsearch.draft.view import draft_view
-from skipsearch.evaluate.prompts import Ids
+from skipsearch.evaluate.prompt_row import Ids
 from skipsearch.evaluate.timing import OurArm
 from skipsearch.mask import SkipMask
 from skipsearch.model.target import Target

@@ -23,7 +23,7 @@ from skipsearch.evaluate.draft_replay import DraftReplay
 from skipsearch.evaluate.form_speed import form_seconds, paying_forms
 from skipsearch.evaluate.objective import score_policy
 from skipsearch.evaluate.profile import profile
-from skipsearch.evaluate.prompts import Ids
+from skipsearch.evaluate.prompt_row import Ids
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.timing import our_arm
 from skipsearch.evaluate.trace import DecodeSettings, Trace, record

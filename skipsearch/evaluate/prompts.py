@@ -5,21 +5,20 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from skipsearch.errors import PromptError
 from skipsearch.evaluate.builtin import BUILT_IN, CODE, CODE_TOKENS, built_in, built_in_rows
+from skipsearch.evaluate.prompt_file import FORMATS, read_rows
+from skipsearch.evaluate.prompt_row import Ids, RowReader
 from skipsearch.model.load import hub_reachable
 
 COLUMNS = ("prompt", "text", "question", "turns", "messages", "article", "instruction")
-FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +39,7 @@ class PromptSource:
     config: str | None = None
     split: str = "test"
     chat: bool = True
-    texts: tuple[str, ...] = ()
+    texts: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,30 +71,34 @@ def load_prompts(
     """
     chat = source.chat and bool(tokenizer.chat_template)
     ours = None if source.texts else built_in(source.name, chat)
-    texts: Iterable[Any] = source.texts or (_rows(source) if ours is None else built_in_rows(ours, seed))
+    rows = list(source.texts or (_rows(source) if ours is None else built_in_rows(ours, seed)))
+    reader = RowReader(source.name, tokenizer, chat and ours != CODE)
     limit = CODE_TOKENS if ours == CODE and max_tokens is None else max_tokens
-    wanted = calibration + held_out
+    wanted, order = calibration + held_out, list(range(len(rows)))
+    if not ours:
+        random.Random(seed).shuffle(order)
     unique: dict[Ids, None] = {}
-    for number, row in enumerate(texts, 1):
-        ids = _tokens(row, tokenizer, chat and ours != CODE)[:limit]
+    for number in order:
+        ids = reader.tokens(number + 1, rows[number])[:limit]
         if not ids or (ours and len(ids) > room):
             continue
         if len(ids) > room:
             raise PromptError(
-                f"prompt {number} of {source.name} has {len(ids)} tokens, at most {room} fit the model's context; "
+                f"prompt {number + 1} of {source.name} has {len(ids)} tokens, at most {room} fit the model's context; "
                 f"cut prompts with --prompt-tokens {room}, or leave it out"
             )
         unique.setdefault(ids)
-        if ours and len(unique) == wanted:
+        if len(unique) == wanted:
             break
+    reader.say(len(rows), enough=len(unique) >= 4)
     if len(unique) < 4:
         raise PromptError(
             f"prompt source {source.name} holds {len(unique)} different prompts, at least 4 are needed "
             f"(two to search with, two held out); add prompts"
         )
     chosen = list(unique)
-    random.Random(seed).shuffle(chosen)
-    chosen = chosen[:wanted]
+    if ours:
+        random.Random(seed).shuffle(chosen)
     cut = min(max(2, round(len(chosen) * calibration / wanted)), len(chosen) - 2)
     return Prompts(calibration=tuple(chosen[:cut]), held_out=tuple(chosen[cut:]))
 
@@ -115,62 +118,34 @@ def lengthened(prompts: Sequence[Ids], contexts: Sequence[int], new_tokens: int,
     return tuple(longer)
 
 
-def _rows(source: PromptSource) -> Iterator[Any]:
-    import datasets  # slow to import, and not needed for the built-in prompts
+def _rows(source: PromptSource) -> list[Any]:
+    path = Path(source.name).expanduser()
+    if path.suffix.lower() in FORMATS:
+        rows = read_rows(path)
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        column = _column(source, names)
+        return [row.get(column) for row in rows]
+    import datasets  # slow to import
 
     datasets.disable_progress_bars()
-    path = Path(source.name).expanduser()
     try:
-        if path.suffix in FORMATS:
-            if not path.is_file():
-                raise PromptError(f"prompt file {path} does not exist; check --prompts")
-            if not path.stat().st_size:
-                raise PromptError(f"prompt file {path} is empty; add at least 4 prompts")
-            table = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
-        else:
-            if not hub_reachable():
-                datasets.config.HF_HUB_OFFLINE = True  # cached data sets still load, others fail at once
-            table = datasets.load_dataset(source.name, source.config, split=source.split)
-    except PromptError:
-        raise
+        if not hub_reachable():
+            datasets.config.HF_HUB_OFFLINE = True  # cached data sets still load, others fail at once
+        table = datasets.load_dataset(source.name, source.config, split=source.split)
     except Exception as error:  # the library raises many kinds; the first line of the text says which
         reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
         raise PromptError(
             f"prompt source {source.name} cannot be read ({reason}); give a .txt, .jsonl, .csv or .parquet file, "
             f"or a data set id with --prompt-config and --prompt-split"
         ) from error
-    column = source.column or next((c for c in COLUMNS if c in table.column_names), None)
-    if column not in table.column_names:
+    return list(table[_column(source, table.column_names)])
+
+
+def _column(source: PromptSource, names: Sequence[str]) -> str:
+    column = source.column or next((c for c in COLUMNS if c in names), None)
+    if column is None or column not in names:
         raise PromptError(
             f"prompt column {column or '/'.join(COLUMNS[:4])} is not in {source.name}, which has "
-            f"{', '.join(table.column_names)}; choose one with --prompt-column"
+            f"{', '.join(names)}; choose one with --prompt-column"
         )
-    yield from table[column]
-
-
-def _tokens(row: Any, tokenizer: PreTrainedTokenizerBase, chat: bool) -> Ids:
-    """Token ids of a row: text, a list of turns (the first one counts), or a list of chat messages."""
-    if isinstance(row, list) and row and isinstance(row[0], dict):
-        messages = row
-        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
-            raise PromptError(
-                f"chat messages must hold text under 'content', got {messages[0]!r}; convert them, "
-                f"or choose another column with --prompt-column"
-            )
-    else:
-        text = row[0] if isinstance(row, list) and row else row
-        if not isinstance(text, str):
-            raise PromptError(
-                f"a prompt must be text, a list of turns or chat messages, got {text!r}; check the column"
-            )
-        if not text.strip():
-            return ()
-        messages = [{"role": "user", "content": text}]
-    if chat:
-        try:
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-        except TemplateError as error:
-            raise PromptError(f"the chat template refuses {messages!r} ({error}); pass --no-chat") from error
-    else:
-        ids = tokenizer("\n".join(m["content"] for m in messages))["input_ids"]
-    return tuple(ids)
+    return column

@@ -25,7 +25,7 @@ from skipsearch.decoding.stats import DecodeStats
 from skipsearch.decoding.tuner import Tuner
 from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.looks import ratio_interval
-from skipsearch.evaluate.prompts import Ids
+from skipsearch.evaluate.prompt_row import Ids
 from skipsearch.evaluate.trace import DecodeSettings
 from skipsearch.mask import SkipMask
 from skipsearch.model.device import synchronize

@@ -20,7 +20,8 @@ from skipsearch.decoding.loop import Ending, decode
 from skipsearch.decoding.processors import TokenSelection
 from skipsearch.decoding.scheduler import Scheduler
 from skipsearch.decoding.sequences import Sequences
-from skipsearch.evaluate.prompts import Ids, fingerprint
+from skipsearch.evaluate.prompt_row import Ids
+from skipsearch.evaluate.prompts import fingerprint
 from skipsearch.files import write_json
 from skipsearch.model.target import Target
 from skipsearch.policy import DraftPolicy

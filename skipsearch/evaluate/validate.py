@@ -19,7 +19,8 @@ from skipsearch.compiled.backend import Progress
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.evaluate.cost import set_up
 from skipsearch.evaluate.looks import LAST_LOOK, LEAST, decides, look_after
-from skipsearch.evaluate.prompts import Ids, fingerprint
+from skipsearch.evaluate.prompt_row import Ids
+from skipsearch.evaluate.prompts import fingerprint
 from skipsearch.evaluate.timing import Interleaved, Run, Timing, our_arm
 from skipsearch.evaluate.trace import DecodeSettings
 from skipsearch.files import write_json

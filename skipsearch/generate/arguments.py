@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    Cache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)  # fmt: skip
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from skipsearch.decoding.batch import Layout
-from skipsearch.decoding.processors import check
+from skipsearch.decoding.processors import reads_prefix_alone
 from skipsearch.errors import DecodingError
 from skipsearch.model.target import Target
 
@@ -57,6 +65,17 @@ class Arguments:
         return any(self.layout.pads) and past is not None and past.get_seq_length() > 0
 
     @property
+    def processors_in_order(self) -> list[str]:
+        """Class names of processors that must be called once for each token, in order."""
+        return [type(p).__name__ for p in self.processors if not reads_prefix_alone(p)]
+
+    @property
+    def of_the_caller(self) -> list[str]:
+        """Class names of processors and criteria that may remember earlier calls, or think in rows of the batch."""
+        criteria = [c for c in self.criteria if type(c).__module__ != StoppingCriteria.__module__]
+        return [*self.processors_in_order, *(type(criterion).__name__ for criterion in criteria)]
+
+    @property
     def keep_scores(self) -> bool:
         return bool(self.config.return_dict_in_generate and self.config.output_scores)
 
@@ -83,7 +102,10 @@ def read_arguments(
     """
     streamer = dropped.get("streamer")
     _refuse_modes(config, {**model_kwargs, **dropped, "streamer": None})
-    check(processors)
+    if target.model.training and any(getattr(m, "gradient_checkpointing", False) for m in target.model.modules()):
+        raise DecodingError(
+            "the model is in training mode with gradient checkpointing, which keeps no cache; call model.eval() before"
+        )
     if target.device.type != input_ids.device.type:
         raise DecodingError(
             f"input_ids lie on {input_ids.device}, the model takes them on {target.device}; "
@@ -100,14 +122,18 @@ def read_arguments(
     )  # fmt: skip
 
 
-def dropped_arguments() -> dict[str, Any]:
+def dropped_arguments(model: PreTrainedModel) -> dict[str, Any]:
     """Arguments of `generate` that it does not pass to a callable, read from its frame so that none is ignored.
 
-    The callable itself must call this: `generate` is the frame above its own.
+    The callable may be called by another one, which `generate` was given.
     """
-    caller = sys._getframe(2)
-    names = ("streamer", "assistant_model", "synced_gpus") if caller.f_code.co_name == "generate" else ()
-    return {name: caller.f_locals.get(name) or None for name in names}
+    caller: FrameType | None = sys._getframe(1)
+    while caller is not None:
+        if caller.f_code.co_name == "generate" and caller.f_locals.get("self") is model:
+            names = ("streamer", "assistant_model", "synced_gpus")
+            return {name: caller.f_locals.get(name) or None for name in names}
+        caller = caller.f_back
+    return {}
 
 
 def _built_in(criterion: Any, eos_ids: frozenset[int], max_length: int) -> bool:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,46 +18,26 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from skipsearch.compiled.backend import Backend, Progress, state_of, warm_draft, with_backend
+from skipsearch.compiled.backend import Backend, Progress, warm_draft, with_backend
 from skipsearch.decoding.accept import Sampling
 from skipsearch.decoding.batch import ALIGNED
-from skipsearch.decoding.loop import Ending, decode
+from skipsearch.decoding.loop import decode
 from skipsearch.decoding.processors import TokenSelection
 from skipsearch.decoding.rows import rows_may_differ
 from skipsearch.decoding.scheduler import Scheduler
 from skipsearch.decoding.sequences import Sequences
-from skipsearch.decoding.stats import Block, DecodeStats
+from skipsearch.decoding.stats import DecodeStats
 from skipsearch.decoding.tuner import Tuner
 from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendWarning, DecodingError
 from skipsearch.generate.arguments import Arguments, dropped_arguments, read_arguments
-from skipsearch.generate.output import RowOutput, made_output, steps
+from skipsearch.generate.drafting import Drafting, MakeTuner
+from skipsearch.generate.output import RowOutput, ending_of, made_output
 from skipsearch.joint.joint import Joint, jointly
-from skipsearch.mask import SkipMask
-from skipsearch.maskfile import MaskFile
-from skipsearch.model.load import check_mask_belongs
+from skipsearch.model.identity import check_mask_belongs
+from skipsearch.model.state import ModelState
 from skipsearch.model.target import Target
 from skipsearch.plan import DraftPlan
-from skipsearch.policy import DraftPolicy
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Drafting:
-    """What drafts.
-
-    Attributes:
-        plan: a mask or plan; None decodes plainly.
-        policy: how to draft with it.
-        file: the mask file that both come from, if they do.
-    """
-
-    plan: SkipMask | DraftPlan | None = None
-    policy: DraftPolicy = field(default_factory=DraftPolicy)
-    file: MaskFile | None = None
-
-
-# Makes a model's tuner: the target, what to draft with at first, and a callback for the progress of compiling.
-MakeTuner = Callable[[Target, Drafting, Progress | None], Tuner]
 
 
 class SelfSpeculative:
@@ -79,10 +58,10 @@ class SelfSpeculative:
         self.plan, self.policy, self._file = drafting.plan, drafting.policy, drafting.file
         self.deterministic, self.joint, self.backend, self.stats = deterministic, joint, backend, DecodeStats()
         self._streamer, self._make_tuner, self._warned = streamer, make_tuner, set[str]()
-        self._tuners: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, Tuner]] = weakref.WeakKeyDictionary()
+        self._tuners: weakref.WeakKeyDictionary[PreTrainedModel, tuple[ModelState, Tuner]] = weakref.WeakKeyDictionary()
         self._tuning = threading.Lock()  # two first calls at once get one tuner
         self._schedulers: weakref.WeakKeyDictionary[PreTrainedModel, Scheduler] = weakref.WeakKeyDictionary()
-        self._drafts: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, PreTrainedModel]] = (
+        self._drafts: weakref.WeakKeyDictionary[PreTrainedModel, tuple[ModelState, PreTrainedModel]] = (
             weakref.WeakKeyDictionary()
         )
 
@@ -112,7 +91,7 @@ class SelfSpeculative:
     def _tuner_for(self, target: Target, progress: Progress | None = None) -> Tuner:
         """The model's tuner; one that is made now decodes with the target's backend, or with the one for a sequence."""
         assert self._make_tuner is not None
-        model, state = target.model, state_of(target.model)
+        model, state = target.model, ModelState.of(target.model)
         with self._tuning:
             if model not in self._tuners or self._tuners[model][0] != state:
                 if target.compiled is None:
@@ -126,7 +105,8 @@ class SelfSpeculative:
             if self._file is not None:
                 check_mask_belongs(self._file, target)
             return None
-        model, state = target.model, state_of(target.model)
+        copies = not DraftPlan.of(self.plan).only_skips
+        model, state = target.model, ModelState.of(target.model, count_writes=copies)
         if model not in self._drafts or self._drafts[model][0] != state:
             if self._file is not None:
                 check_mask_belongs(self._file, target)
@@ -180,31 +160,54 @@ class SelfSpeculative:
             MaskError: the mask file is for another model.
         """
         # `generate` passes a callable's own argument names twice, so what it drops is read from its frame.
-        dropped = dropped_arguments()
-        target = Target.of(model)
-        given = read_arguments(
-            target, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs,
-            {**dropped, "streamer": self._streamer or dropped.get("streamer")},
-        )  # fmt: skip
+        dropped = dropped_arguments(model)
+        dropped["streamer"] = self._streamer or dropped.get("streamer")
+        try:
+            target = Target.of(model)
+            given = read_arguments(
+                target, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, dropped
+            )
+            if given.batch > 1 and given.of_the_caller and self.joint is None:
+                # What counts calls or rows must see what plain decoding shows it: every row, at one length.
+                self._warn(f"decoding plainly: a batch with {given.of_the_caller[0]}; decode rows one by one to draft")
+                self.stats = DecodeStats()
+                plain: Tensor | GenerateDecoderOnlyOutput = model._sample(
+                    input_ids, logits_processor=logits_processor, stopping_criteria=stopping_criteria,
+                    generation_config=generation_config, **model_kwargs,
+                )  # fmt: skip
+                return plain
+            return self._decode(target, given)
+        except BaseException:
+            if dropped["streamer"] is not None:
+                with suppress(Exception):  # it may be what failed
+                    dropped["streamer"].end()  # a reader in another thread waits for it
+            raise
+
+    def _decode(self, target: Target, given: Arguments) -> Tensor | GenerateDecoderOnlyOutput:
+        if self.joint is not None and given.processors_in_order:
+            name = given.processors_in_order[0]
+            raise DecodingError(f"logits_processor holds a {name}, which joint decoding cannot call in order; unset it")
         self.stats = stats = DecodeStats()  # kept by name: another call may replace it meanwhile
-        draft = self._draft_for(target)
+        # Criteria that may remember tokens end a block after the processors have seen all of it.
+        drafts = not (given.processors_in_order and given.criteria)
+        draft = self._draft_for(target) if drafts else None
         target = self._backend_for(target, given.batch, given.padded_past)
         if draft is not None:
             warm_draft(target, draft)
         outputs = [RowOutput() for _ in range(given.batch)]
         scheduler = self._scheduler_for(target, bool(given.config.do_sample))
-        tuned = self._make_tuner is not None and given.batch == 1 and not self.deterministic
+        tuned = self._make_tuner is not None and given.batch == 1 and drafts and not self.deterministic
         tuner = self._tuner_for(target) if tuned else None
         together = given.batch == 1 or (not (self.deterministic or self.joint) and rows_may_differ(target))
         for group in [list(range(given.batch))] if together else [[b] for b in range(given.batch)]:
             sequences = self._sequences(target, None if tuned else draft, given, group)
-            ending = _ending(given, outputs)
+            ending = ending_of(given, outputs)
             if self.joint is not None:
                 blocks = jointly(sequences, self.joint, ending, stats)
             else:
                 blocks = decode(
-                    sequences, ending, policy=self.policy, stats=stats, scheduler=scheduler, tuner=tuner,
-                    temperature=given.temperature,
+                    sequences, ending, policy=self.policy if drafts else None, stats=stats, scheduler=scheduler,
+                    tuner=tuner, temperature=given.temperature,
                 )  # fmt: skip
             for block in blocks:
                 outputs[block.row].add(block, given)
@@ -216,7 +219,7 @@ class SelfSpeculative:
         past = given.layout.past if given.batch == 1 else None
         if past is not None:
             sequences.cache.hand_over(past)
-        return made_output(input_ids, outputs, given, past)
+        return made_output(given.input_ids, outputs, given, past)
 
     def _sequences(
         self, target: Target, draft: PreTrainedModel | None, given: Arguments, group: list[int]
@@ -226,20 +229,6 @@ class SelfSpeculative:
         sampling = None if seed is None else Sampling.from_seed(seed, given.input_ids.device)
         return Sequences(
             target, given.input_ids[group], capacity=max(given.config.max_length, given.input_ids.shape[1]) + 1,
-            draft=draft, selection=TokenSelection(processors=given.processors, sampling=sampling),
+            draft=draft, selection=TokenSelection(processors=given.processors, sampling=sampling, ends=given.eos_ids),
             layout=given.layout_of(group), aligned=ALIGNED if self.deterministic else 0,
         )  # fmt: skip
-
-
-def _ending(given: Arguments, outputs: list[RowOutput]) -> Ending:
-    """When rows end; criteria may read the scores so far."""
-
-    def should_stop(block: Block, i: int, ids: Tensor) -> bool:
-        scores = None
-        if given.keep_scores:
-            scores = (*outputs[block.row].scores, *steps(block.scores_KV[: i + 1]))
-        return any(bool(criterion(ids, scores).all()) for criterion in given.criteria)  # type: ignore[arg-type]
-
-    return Ending(
-        max_length=given.config.max_length, eos_ids=given.eos_ids, should_stop=should_stop if given.criteria else None
-    )  # fmt: skip

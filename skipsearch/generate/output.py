@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from skipsearch.decoding.loop import Ending
 from skipsearch.decoding.stats import Block
 from skipsearch.generate.arguments import Arguments
 
@@ -67,3 +68,18 @@ def _stacked(rows: list[list[Tensor]]) -> tuple[Tensor, ...]:
     longest = max(map(len, rows))
     nothing = torch.zeros_like(rows[0][0])
     return tuple(torch.cat([row[step] if step < len(row) else nothing for row in rows]) for step in range(longest))
+
+
+def ending_of(given: Arguments, outputs: list[RowOutput]) -> Ending:
+    """When rows end; criteria may read the scores so far, and all of them are asked at every token."""
+
+    def should_stop(block: Block, i: int, ids: Tensor) -> bool:
+        scores = None
+        if given.keep_scores:
+            scores = (*outputs[block.row].scores, *steps(block.scores_KV[: i + 1]))
+        said = [criterion(ids, scores) for criterion in given.criteria]  # type: ignore[arg-type]
+        return any(bool(done.all()) if isinstance(done, Tensor) else bool(done) for done in said)
+
+    return Ending(
+        max_length=given.config.max_length, eos_ids=given.eos_ids, should_stop=should_stop if given.criteria else None
+    )  # fmt: skip

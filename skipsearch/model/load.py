@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import socket
 import urllib.request
 from dataclasses import dataclass
@@ -16,8 +14,8 @@ import torch
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from skipsearch.errors import MaskError, ModelLoadError
-from skipsearch.maskfile import MaskFile, ModelCard
+from skipsearch.errors import ModelLoadError
+from skipsearch.model.damage import check_weights, damaged_file
 from skipsearch.model.preset import Preset, presets
 from skipsearch.model.sublayers import find_sublayers
 from skipsearch.model.target import Target
@@ -86,6 +84,7 @@ def load_model(
             ) from error
     model.eval().requires_grad_(False)
     find_sublayers(model)
+    check_weights(name, model, tokenizer)
     short = name if preset else weights.stem if weights.is_local else name.replace("/", "--")
     return Loaded(name=short, model=model, tokenizer=tokenizer, preset=preset)
 
@@ -94,15 +93,13 @@ def _from_pretrained(
     name: str, weights: Weights, dtype: torch.dtype | str, spread: bool, options: dict[str, Any]
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Tokenizer and model. Weights that the checkpoint lacks are an error: the library makes random ones of them."""
-    # Damaged GGUF files raise anything.
-    raised = Exception if weights.gguf_file else (OSError, ValueError, ImportError, RuntimeError)
     try:
         tokenizer = AutoTokenizer.from_pretrained(weights.source, **weights.for_tokenizer, **options)
         model, found = AutoModelForCausalLM.from_pretrained(
             weights.source, **weights.for_model(dtype), device_map="auto" if spread else None,
             output_loading_info=True, **options,
         )  # fmt: skip
-    except raised as error:
+    except Exception as error:  # damaged files raise anything
         why = explain_gguf(weights, error) if weights.gguf_file else _explain(name, weights.source, error)
         raise ModelLoadError(why) from error
     if missing := sorted(found["missing_keys"]):
@@ -150,39 +147,7 @@ def _explain(name: str, source: str, error: Exception) -> str:
             f"model {what} is neither a preset, a folder nor a hub id; `skipsearch models` lists the presets, "
             f"and private repositories need `hf auth login`"
         )
+    if damage := damaged_file(Path(source)):
+        return f"model {what} cannot be loaded: its {damage}"
     reason = (text.strip().splitlines() or [type(error).__name__])[0]
     return f"model {what} cannot be loaded: {reason}; check its files"
-
-
-NOT_IN_FINGERPRINT = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures"}
-
-
-def model_card(target: Target, model_id: str) -> ModelCard:
-    """The identity of a model for mask.json. The fingerprint covers its config, but not its path and dtype."""
-    config = {k: v for k, v in target.model.config.to_dict().items() if k not in NOT_IN_FINGERPRINT}
-    text = json.dumps(config, sort_keys=True, default=str)
-    return ModelCard(
-        id=model_id, revision=getattr(target.model.config, "_commit_hash", None),
-        architecture=type(target.model).__name__,
-        num_layers=target.num_layers, config_sha256=hashlib.sha256(text.encode()).hexdigest(),
-    )  # fmt: skip
-
-
-def check_mask_belongs(file: MaskFile, target: Target) -> None:
-    """Check that a mask file was made for this model.
-
-    Raises:
-        MaskError: the number of layers or the config fingerprint differs. In a file without a fingerprint, only the
-            number of layers is compared.
-    """
-    card = model_card(target, file.model.id)
-    if file.model.num_layers != card.num_layers:
-        raise MaskError(
-            f"model.num_layers of the mask is {file.model.num_layers}, this model has {card.num_layers}; "
-            f"use a mask that was searched on this model"
-        )
-    if file.model.config_sha256 is not None and file.model.config_sha256 != card.config_sha256:
-        raise MaskError(
-            f"model.config_sha256 of the mask is {file.model.config_sha256[:12]}... (made for {file.model.id}), "
-            f"this model's is {str(card.config_sha256)[:12]}...; search a mask for this model with `skipsearch run`"
-        )

@@ -61,7 +61,7 @@ def presets() -> dict[str, Preset]:
 
 def _read_preset(path: Path) -> Preset:
     try:
-        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         layers = data["model"]["num_layers"]
         masks = tuple(
             PublishedMask(
@@ -86,7 +86,7 @@ def read_space(path: Path, num_layers: int) -> Space:
         ModelLoadError: the file or its table is missing, or a value is not allowed.
     """
     try:
-        return _space(tomllib.loads(path.read_text(encoding="utf-8"))["space"], num_layers)
+        return _space(tomllib.loads(path.read_text(encoding="utf-8-sig"))["space"], num_layers)
     except (OSError, KeyError, TypeError, ValueError) as error:
         why = "it has no [space] table" if isinstance(error, KeyError) else str(error)
         raise ModelLoadError(f"search space {path} cannot be read ({why}); see search_spaces/README.md") from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -110,6 +111,11 @@ class Space:
         if self.sizes:
             bounds["head.tokens"] = (0, len(self.sizes))
         return bounds
+
+    @property
+    def size(self) -> int:
+        """How many different parameters there are; some may mean the same plan."""
+        return math.prod(high - low + 1 for low, high in self.bounds.values())
 
     def params(self, plan: SkipMask | DraftPlan) -> dict[str, int]:
         """A plan as parameters. What the space cannot express runs; a head of other tokens has the nearest size."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from skipsearch.errors import ModelLoadError
+from skipsearch.model.damage import not_a_model
 from skipsearch.model.preset import Preset
 
 GGUF = ".gguf"
@@ -66,9 +67,9 @@ def find_weights(name: str, preset: Preset | None) -> Weights:
         return _gguf(path)
     if name.startswith((".", "/", "~")) or path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelLoadError(
-                f"model folder {path} has no config.json; give a folder saved by save_pretrained, or a .gguf file"
-            )
+            if not path.is_dir():
+                raise ModelLoadError(f"model folder {path} does not exist; check the path")
+            raise ModelLoadError(f"model folder {path} {not_a_model(path)}")
         return Weights(source=str(path))
     return Weights(source=name)
 

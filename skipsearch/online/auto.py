@@ -10,7 +10,7 @@ from skipsearch.decoding.sequences import Sequences
 from skipsearch.errors import BackendWarning
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.trace import Trace
-from skipsearch.generate.method import Drafting
+from skipsearch.generate.drafting import Drafting
 from skipsearch.mask import KINDS, SkipMask
 from skipsearch.model.target import Target
 from skipsearch.online.tuner import OnTheFly

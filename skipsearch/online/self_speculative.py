@@ -12,7 +12,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from skipsearch.compiled.backend import Backend
 from skipsearch.errors import DecodingError, MaskError
-from skipsearch.generate.method import Drafting, SelfSpeculative
+from skipsearch.generate.drafting import Drafting
+from skipsearch.generate.method import SelfSpeculative
 from skipsearch.joint.joint import Joint
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import MaskFile, load_mask

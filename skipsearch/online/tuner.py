@@ -27,7 +27,7 @@ from skipsearch.evaluate.objective import Score
 from skipsearch.evaluate.windows import PositionOutcomes
 from skipsearch.mask import KINDS, SkipMask
 from skipsearch.maskfile import MaskFile, Provenance
-from skipsearch.model.load import model_card
+from skipsearch.model.identity import model_card
 from skipsearch.model.target import Target
 from skipsearch.online.budget import Budget
 from skipsearch.online.candidates import Candidates, nearest_masks, opening

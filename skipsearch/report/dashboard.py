@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from skipsearch.errors import ResultsError
+
+SQLITE = "sqlite:///"
 
 
 def find_storage(results: Path | None) -> str:
@@ -24,7 +28,20 @@ def find_storage(results: Path | None) -> str:
         found = sorted([*root.glob("study.db"), *root.glob("*/study.db")], key=lambda p: p.stat().st_mtime)
     if not found:
         raise ResultsError(f"no study.db in {root}; make one with `skipsearch run`, or name its folder")
-    return f"sqlite:///{found[-1].resolve()}"
+    return f"{SQLITE}{found[-1].resolve()}"
+
+
+def _check_database(path: Path) -> None:
+    """Find out, without making a file, whether a database holds a study."""
+    if not path.is_file():
+        raise ResultsError(f"database {path} does not exist; make one with `skipsearch run`, or check the path")
+    try:
+        with closing(sqlite3.connect(f"file:{path.resolve()}?mode=ro", uri=True)) as connection:
+            studies = connection.execute("SELECT COUNT(*) FROM studies").fetchone()[0]
+    except sqlite3.Error as error:
+        raise ResultsError(f"database {path} holds no study ({error}); make one with `skipsearch run`") from error
+    if not studies:
+        raise ResultsError(f"database {path} holds no study; make one with `skipsearch run`")
 
 
 def serve(results: Path | None, storage: str | None, host: str, port: int, announce: Callable[[str], None]) -> None:
@@ -39,6 +56,8 @@ def serve(results: Path | None, storage: str | None, host: str, port: int, annou
         ResultsError: there is no such study, or the port is taken.
     """
     url = storage or find_storage(results)
+    if url.startswith(SQLITE):
+        _check_database(Path(url.removeprefix(SQLITE)))
     from optuna_dashboard import run_server
 
     announce(f"optuna-dashboard on http://{host}:{port}/ for {url} (stop with Ctrl-C)")

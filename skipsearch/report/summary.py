@@ -61,7 +61,7 @@ def summary_table(data: dict[str, Any]) -> Table:
             f"{predicted['tokens_per_second']:.1f} tokens/s; scored on {predicted['tokens']:,} tokens{few}",
         ),
         (f"n-grams, no {what}", _times(data["measured"]["n-grams"])),
-        ("trials", data["trials"]),
+        ("trials", f"{data['trials']}, every plan of the space" if data["used_up"] else data["trials"]),
         ("seconds", f"{sum(seconds.values()):.0f}: {', '.join(f'{k} {v:.0f}' for k, v in seconds.items())}"),
         ("mask file", data["files"]["mask.json"]),
     ]  # fmt: skip

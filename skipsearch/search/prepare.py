@@ -28,7 +28,8 @@ from skipsearch.evaluate.trace import Trace, record_or_load
 from skipsearch.evaluate.windows import Windows
 from skipsearch.mask import KINDS, SkipMask
 from skipsearch.model.device import free_memory
-from skipsearch.model.load import Loaded, model_card
+from skipsearch.model.identity import model_card
+from skipsearch.model.load import Loaded
 from skipsearch.model.preset import read_space
 from skipsearch.model.space import Space, ordered
 from skipsearch.model.target import Target

@@ -29,6 +29,7 @@ class SearchResult:
         trials: finished trials in the study.
         seconds: wall-clock time by stage.
         cut_short: what the time budget did not suffice for.
+        used_up: whether every plan of the space was tried.
     """
 
     plan: DraftPlan
@@ -42,6 +43,7 @@ class SearchResult:
     trials: int
     seconds: dict[str, float]
     cut_short: tuple[str, ...] = ()
+    used_up: bool = False
 
     @property
     def mask(self) -> SkipMask:
@@ -70,7 +72,7 @@ def summary(result: SearchResult) -> dict[str, object]:
             for name, arm in result.measured.arms.items()
         },
         "serves": "n-grams" if result.file.drafting_plan is None else arm_of(result.plan),
-        "cut_short": list(result.cut_short),
+        "cut_short": list(result.cut_short), "used_up": result.used_up,
         "trials": result.trials, "seconds": {k: round(v, 1) for k, v in result.seconds.items()},
         "files": {name: str(result.folder / name) for name in ("mask.json", "trials.csv", "sensitivity.json")},
     }  # fmt: skip

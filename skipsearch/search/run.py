@@ -30,7 +30,8 @@ from skipsearch.evaluate.windows import Part, WindowReplay
 from skipsearch.files import write_json
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import Provenance, load_mask
-from skipsearch.model.load import Loaded, check_mask_belongs, model_card
+from skipsearch.model.identity import check_mask_belongs, model_card
+from skipsearch.model.load import Loaded
 from skipsearch.model.space import Space
 from skipsearch.plan import DraftPlan
 from skipsearch.search.budget import Budget
@@ -40,7 +41,8 @@ from skipsearch.search.prepare import Prepared, prepare
 from skipsearch.search.result import SearchResult, summary
 from skipsearch.search.seeds import Seed, all_seeds
 from skipsearch.search.sensitivity import TOGETHER, sensitivity_or_load
-from skipsearch.search.study import Study, storage_url
+from skipsearch.search.storage import storage_url
+from skipsearch.search.study import Study
 
 SEEDS, TRIALS, FINALISTS = 0.2, 0.4, 0.25  # shares of what is left of the budget; validation takes the rest
 SEED_PROMPTS = 8  # on which sublayers are skipped one at a time
@@ -95,7 +97,7 @@ def search(
     result = SearchResult(
         plan=predicted.plan, file=file, predicted=predicted, standard_error=error, folder=folder, measured=measured,
         scored_tokens=prepared.trace.tokens, front=study.front(), trials=len(study.finished()), seconds=budget.spent,
-        cut_short=_cut_short(prepared, study, options, measured),
+        cut_short=_cut_short(prepared, study, options, measured), used_up=study.used_up,
     )  # fmt: skip
     write_json(folder / "summary.json", summary(result))
     return result
@@ -107,7 +109,7 @@ def _cut_short(prepared: Prepared, study: Study, options: SearchOptions, measure
     found = []
     if len(prepared.trace.prompts) < prompts:
         found.append(f"{len(prepared.trace.prompts)} of {prompts} prompts recorded (another --out records anew)")
-    if trials < options.trials:
+    if trials < options.trials and not study.used_up:
         found.append(f"{trials} of {options.trials} trials")
     if not measured.decided:
         found.append(f"{measured.prompts} of {len(prepared.prompts.held_out)} held-out prompts timed")

@@ -13,26 +13,20 @@ from typing import Any
 
 import optuna
 import pandas as pd
-import sqlalchemy
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
-from skipsearch.errors import ResultsError, StudyMismatch
+from skipsearch.errors import StudyMismatch
 from skipsearch.evaluate.objective import Score
 from skipsearch.files import write_text
 from skipsearch.model.space import Space
 from skipsearch.plan import DraftPlan
-from skipsearch.search.prepare import STUDY
 from skipsearch.search.sampler import TrustRegionSampler
 from skipsearch.search.seeds import Seed
+from skipsearch.search.storage import EXPERIMENTAL, open_storage
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
-
-HEARTBEAT, GRACE = 5, 15  # seconds; the trial of a killed worker is run again after the grace period
-# Heartbeats, metric names and deterministic objectives are experimental in Optuna: its warnings about them.
-EXPERIMENTAL = optuna.exceptions.ExperimentalWarning
 
 
 def make_sampler(name: str, space: Space, seed: int) -> BaseSampler:
@@ -44,45 +38,6 @@ def make_sampler(name: str, space: Space, seed: int) -> BaseSampler:
     if name == "tpe":
         return TPESampler(seed=seed, multivariate=False, constant_liar=True, n_startup_trials=4)
     return NSGAIISampler(seed=seed, population_size=24) if name == "nsga2" else RandomSampler(seed=seed)
-
-
-def storage_url(folder: Path) -> str:
-    """The URL of a results folder's own storage."""
-    return f"sqlite:///{(folder / STUDY).resolve()}"
-
-
-def open_storage(url: str) -> RDBStorage:
-    """An RDB storage with heartbeat; SQLite runs in WAL mode, which made our trials twelve times faster.
-
-    Raises:
-        ResultsError: the database cannot be opened or is not one.
-    """
-    try:
-        sqlite = url.startswith("sqlite")
-        with warnings.catch_warnings(action="ignore", category=EXPERIMENTAL):
-            storage = RDBStorage(
-                url, heartbeat_interval=HEARTBEAT, grace_period=GRACE,
-                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=3),
-                engine_kwargs={"connect_args": {"timeout": 60}} if sqlite else None,
-            )  # fmt: skip
-        if sqlite:
-            sqlalchemy.event.listen(storage.engine, "connect", _write_ahead)
-            storage.engine.dispose()  # close the connections that were made without the listener
-            with storage.engine.connect():
-                pass
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ResultsError(
-            f"storage {url} cannot be opened ({reason}); choose another with --storage or --out"
-        ) from None
-    return storage
-
-
-def _write_ahead(connection: Any, _record: Any) -> None:
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=NORMAL")
-    cursor.close()
 
 
 class Study:
@@ -138,6 +93,11 @@ class Study:
         if name not in self.study.user_attrs:
             self.study.set_user_attr(name, value)
         return self.study.user_attrs[name]
+
+    @property
+    def used_up(self) -> bool:
+        """Whether every plan of the space was tried."""
+        return len(self.memo) >= self.space.size
 
     def finished(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -209,12 +169,12 @@ class Study:
             trials_now = self.study.get_trials(deepcopy=False)
             done = [t for t in trials_now if t.state == TrialState.COMPLETE]
             report(len(done), max((t.user_attrs.get("tokens_per_second", 0.0) for t in done), default=0.0))
-            if len(done) >= trials:
+            if len(done) >= trials or self.used_up:
                 study.stop()
             else:
                 self._propose(trials_now)
 
-        if len(self.finished()) < trials:
+        if len(self.finished()) < trials and not self.used_up:
             self._propose(self.study.get_trials(deepcopy=False))
             self.study.optimize(objective, timeout=time_budget, callbacks=[after])
 

@@ -141,3 +141,15 @@ def test_an_interruption_exits_130_and_says_how_to_go_on(monkeypatch: pytest.Mon
     monkeypatch.setattr("skipsearch.cli.options.load", interrupted)
     assert run_main(monkeypatch, "run", "--model", "demo") == 130
     assert "run the same command again" in capsys.readouterr().err
+
+
+def test_a_dashboard_of_a_database_without_a_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:  # fmt: skip
+    """Prevents reading from making a file, and a traceback for an empty one."""
+    path = tmp_path / "none.db"
+    assert run_main(monkeypatch, "dashboard", "--storage", f"sqlite:///{path}") == 1
+    assert "does not exist" in capsys.readouterr().err and not path.exists()
+    path.touch()
+    assert run_main(monkeypatch, "dashboard", "--storage", f"sqlite:///{path}") == 1
+    assert "holds no study" in capsys.readouterr().err and path.stat().st_size == 0

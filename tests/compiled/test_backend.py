@@ -66,3 +66,17 @@ def test_an_unknown_backend_is_refused(tiny: Any) -> None:
     """Prevents a misspelt backend from meaning eager."""
     with pytest.raises(BackendError, match="backend is 'cuda', must be auto, eager or compiled"):
         with_backend(Target.of(tiny("llama")), "cuda")  # type: ignore[arg-type]
+
+
+def test_a_home_that_cannot_be_written(tmp_path: Any, monkeypatch: Any) -> None:
+    """Prevents decoding eagerly, or a traceback, for want of a place to keep what was compiled."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    from skipsearch.compiled.compile import keep_compiled
+
+    (tmp_path / "home").write_text("a file in its place")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    kept = keep_compiled()
+    assert kept.is_dir() and kept.name.startswith("skipsearch-") and keep_compiled() == kept
+    kept.rmdir()

@@ -18,6 +18,7 @@ from skipsearch import SkipMask, self_speculative
 from skipsearch.decoding import sequences
 from skipsearch.decoding.accept import accept_greedy, accept_sampling, draw, probabilities
 from skipsearch.errors import DecodingError
+from skipsearch.model.target import Target
 
 N, AT_ONCE, VOCABULARY, NEW = 200_000, 50_000, 8, 3
 PROMPT = torch.tensor([[3, 4, 5, 3]])
@@ -245,3 +246,35 @@ def test_a_seed_repeats_the_output(rows: int, tiny: Any, ids: torch.Tensor) -> N
         outs.append(model.generate(ids, do_sample=True, max_new_tokens=20, num_return_sequences=rows,
                                            custom_generate=method))  # fmt: skip
     assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+
+
+def test_a_draft_that_overflows_is_rejected(ids: Any) -> None:
+    """Prevents a draft that alone says NaN from ending decoding: it may say anything, and is not believed."""
+    from skipsearch.model.families import tiny_model
+
+    class Overflow(torch.nn.Module):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return torch.full((*hidden.shape[:-1], 97), torch.nan)
+
+    model = tiny_model("llama")
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": None}
+    method = self_speculative(SkipMask(attention=[1], num_layers=4), max_length=3)
+    draft = method._draft_for(Target.of(model))
+    assert draft is not None
+    draft.lm_head = Overflow()
+    torch.manual_seed(0)
+    out = model.generate(ids, custom_generate=method, do_sample=True, **options)
+    assert out.shape[1] == ids.shape[1] + 12 and method.stats.drafted > 0
+    expected = model.generate(ids, do_sample=False, **options)
+    assert torch.equal(model.generate(ids, custom_generate=method, do_sample=False, **options), expected)
+
+
+def test_training_with_checkpoints_is_refused(ids: Any) -> None:
+    """Prevents an error about sizes from a model that keeps no cache."""
+    from skipsearch.model.families import tiny_model
+
+    model = tiny_model("llama")
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    model.train()
+    with pytest.raises(DecodingError, match=r"call model\.eval\(\) before"):
+        model.generate(ids, max_new_tokens=4, custom_generate=self_speculative(None))

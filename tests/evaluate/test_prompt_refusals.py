@@ -54,7 +54,7 @@ def test_a_column_without_text(tmp_path: Path, load: Load) -> None:
     """Prevents numbers from being tokenised as if they were prompts."""
     with pytest.raises(PromptError) as error:
         load(write(tmp_path / "p.csv", {"prompt": list(range(8))}))
-    assert_one_sentence(error, "must be text", "got 0", "column")
+    assert_one_sentence(error, "row ", "must be text", "got ", "column")
 
 
 def test_a_file_of_another_content_says_why(tmp_path: Path, load: Load) -> None:
@@ -63,7 +63,7 @@ def test_a_file_of_another_content_says_why(tmp_path: Path, load: Load) -> None:
     path.write_text("this is no JSON\n")
     with pytest.raises(PromptError) as error:
         load(path)
-    assert_one_sentence(error, str(path), "JSON parse error", ".jsonl")
+    assert_one_sentence(error, "line 1 of prompt file", str(path), "is not JSON")
 
 
 def test_a_prompt_longer_than_the_context(tmp_path: Path, load: Load, tokenizer: Any) -> None:
@@ -72,7 +72,7 @@ def test_a_prompt_longer_than_the_context(tmp_path: Path, load: Load, tokenizer:
     size = len(tokenizer(long)["input_ids"])
     path = write(tmp_path / "p.txt", {"text": [*LINES[:5], long, *LINES[5:]]})
     with pytest.raises(PromptError) as error:
-        load(path, room=size - 1)
+        load(path, held_out=5, room=size - 1)
     assert_one_sentence(
         error, "prompt 6 of", f"has {size} tokens", f"at most {size - 1} fit", f"--prompt-tokens {size - 1}"
     )

@@ -56,6 +56,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:decoding plainly")  # a batch with what the caller wrote
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_greedy_tokens_are_those_of_plain_generate(name: str, rows: int, tiny: Any, batch: torch.Tensor) -> None:

@@ -18,7 +18,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "attentions": ({"return_dict_in_generate": True, "output_attentions": True}, "output_attentions is True"),
     "hidden states": ({"return_dict_in_generate": True, "output_hidden_states": True}, "output_hidden_states is True"),
     "prompt lookup": ({"prompt_lookup_num_tokens": 3}, "assisted_generation"),
-    "guidance": ({"guidance_scale": 1.5}, "UnbatchedClassifierFreeGuidanceLogitsProcessor"),
     "static cache": ({"cache_implementation": "static"}, "StaticLayer"),
     "offloaded cache": ({"cache_implementation": "offloaded"}, "offloads its layers"),
     "holes": ({"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1]])}, "zeros inside the prompt"),

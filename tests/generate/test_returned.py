@@ -21,6 +21,7 @@ class AsksForScores(StoppingCriteria):
         return torch.tensor([len(scores) >= 6 and bool(scores[-1].isfinite().all())] * len(input_ids))
 
 
+@pytest.mark.filterwarnings("ignore:decoding plainly")
 @pytest.mark.parametrize("rows", [1, 3])
 def test_returned_scores_and_logits_are_the_targets(rows: int, tiny: Any, batch: torch.Tensor) -> None:
     """Prevents draft scores from being handed out, a row too many, or scores a criterion cannot see."""

@@ -13,7 +13,8 @@ from skipsearch import SkipMask, self_speculative
 from skipsearch.errors import MaskError, ModelLoadError, UnsupportedModel
 from skipsearch.maskfile import MaskFile
 from skipsearch.model import load
-from skipsearch.model.load import check_mask_belongs, load_model, model_card
+from skipsearch.model.identity import check_mask_belongs, model_card
+from skipsearch.model.load import load_model
 from skipsearch.model.target import Target
 
 TOKENIZER = load.DEMO
@@ -98,8 +99,10 @@ def test_an_unreachable_hub_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_paths_without_a_model_are_refused(tmp_path: Path) -> None:
     """Prevents a typing slip in a path from being explained as a wrong hub id."""
-    for wrong in (str(tmp_path), str(tmp_path / "none"), "./none"):
-        with pytest.raises(ModelLoadError, match=r"has no config\.json"):
+    with pytest.raises(ModelLoadError, match=r"has no config\.json"):
+        load_model(str(tmp_path))
+    for wrong in (str(tmp_path / "none"), "./none"):
+        with pytest.raises(ModelLoadError, match=r"model folder .*none does not exist; check the path"):
             load_model(wrong)
 
 

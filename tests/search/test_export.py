@@ -18,7 +18,8 @@ from skipsearch.errors import DecodingError, MaskError
 from skipsearch.evaluate.objective import Score
 from skipsearch.evaluate.validate import MASK, NGRAMS, SERVED, ArmResult, Measured
 from skipsearch.maskfile import MaskFile, Provenance
-from skipsearch.model.load import Loaded, model_card
+from skipsearch.model.identity import model_card
+from skipsearch.model.load import Loaded
 from skipsearch.policy import DraftPolicy
 from skipsearch.report.summary import verdict_line
 from skipsearch.report.tables import mask_table

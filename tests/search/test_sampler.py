@@ -15,7 +15,8 @@ from skipsearch import DraftPlan, SkipMask
 from skipsearch.errors import SkipsearchError
 from skipsearch.search.options import SearchOptions
 from skipsearch.search.sampler import TrustRegionSampler, trust_region_after
-from skipsearch.search.study import Study, storage_url
+from skipsearch.search.storage import storage_url
+from skipsearch.search.study import Study
 
 
 def rugged(bits: dict[str, int], seed: int) -> float:

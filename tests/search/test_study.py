@@ -19,7 +19,8 @@ from skipsearch.evaluate.objective import Score
 from skipsearch.model.space import Space
 from skipsearch.policy import DraftPolicy
 from skipsearch.search.options import SAMPLERS
-from skipsearch.search.study import Study, open_storage, storage_url
+from skipsearch.search.storage import open_storage, storage_url
+from skipsearch.search.study import Study
 
 SPACE = Space(num_layers=4, fixed=SkipMask(attention=[0], num_layers=4))
 IDENTITY = {"model": "abc", "prompts": "def"}
@@ -194,3 +195,15 @@ def test_csv_holds_every_finished_trial(tmp_path: Path) -> None:
     study.export_csv(tmp_path / "trials.csv")
     table = pd.read_csv(tmp_path / "trials.csv")
     assert len(table) == 6 and {"tokens_per_second", "acceptance_rate", "max_length"} <= set(table.columns)
+
+
+def test_a_space_that_is_used_up_ends_the_search(tmp_path: Path) -> None:
+    """Prevents the same eight masks from being proposed for hours."""
+    small = Space(num_layers=4, fixed=SkipMask(attention=range(4), mlp=[1, 2, 3], num_layers=4))  # one MLP is free
+    assert small.size == 2
+    study = Study(storage_url(tmp_path), "search", small, {"a": "b"}, "trust-region", seed=0)
+    study.optimize(scorer, trials=40, time_budget=None, report=nothing)
+    assert study.used_up and 2 <= len(study.finished()) < 40
+    before = len(study.finished())
+    study.optimize(scorer, trials=40, time_budget=None, report=nothing)
+    assert len(study.finished()) == before

@@ -1,0 +1,102 @@
+"""Prompt rows: text, turns or chat messages as token ids, with what is left out or taken differently counted."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from skipsearch.errors import PromptError, PromptWarning
+
+Ids = tuple[int, ...]
+_TEXT = "a text that no template holds"
+ANSWERED = "end with an answer, which is left off"
+TEMPLATED = "hold the chat template's text already, and are taken as they are"
+
+
+class RowReader:
+    """Token ids of the rows of one source.
+
+    Args:
+        chat: whether to wrap rows in the tokenizer's chat template.
+    """
+
+    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
+        self.name, self.tokenizer, self.chat = name, tokenizer, chat
+        self._mark: str | None = None  # found when the first row needs it
+        self._counts: Counter[str] = Counter()
+        self._refused: list[PromptError] = []
+
+    def tokens(self, number: int, row: Any) -> Ids:
+        """Of a row: text, a list of turns (the first one counts), or chat messages; nothing for one without text."""
+        try:
+            return self._tokens(row)
+        except PromptError as error:
+            self._refused.append(PromptError(f"row {number} of {self.name}: {error}"))
+            return ()
+
+    def say(self, rows: int, enough: bool) -> None:
+        """Count what was left out or taken differently, in one note.
+
+        Raises:
+            PromptError: rows were refused, and too few are left.
+        """
+        if self._refused and not enough:
+            raise self._refused[0]
+        said = [f"{count} {what}" for what, count in self._counts.items()]
+        if self._refused:
+            said.append(f"{len(self._refused)} are left out ({self._refused[0]})")
+        if said:
+            warnings.warn(f"of the rows read from {self.name}, {'; '.join(said)}", PromptWarning, stacklevel=3)
+
+    def _tokens(self, row: Any) -> Ids:
+        if isinstance(row, list) and row and isinstance(row[0], dict):
+            return self._of_messages(row)
+        text = row[0] if isinstance(row, list) and row else row
+        if not isinstance(text, str):
+            raise PromptError(
+                f"a prompt must be text, a list of turns or chat messages, got {text!r}; check the column"
+            )
+        if not text.strip():
+            return ()
+        if self.chat and self._mark_of_template() in text:
+            self._counts[TEMPLATED] += 1
+            return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._of_messages([{"role": "user", "content": text}])
+
+    def _of_messages(self, messages: list[Any]) -> Ids:
+        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+            raise PromptError(
+                f"chat messages must hold text under 'content', got {messages[0]!r}; convert them, "
+                f"or choose another column with --prompt-column"
+            )
+        asked = list(messages)
+        while asked and asked[-1].get("role") == "assistant":
+            asked.pop()
+        self._counts[ANSWERED] += len(asked) < len(messages)
+        self._counts = +self._counts
+        if not any(m["content"].strip() for m in asked):
+            return ()
+        if not self.chat:
+            return tuple(self.tokenizer("\n".join(m["content"] for m in asked))["input_ids"])
+        try:
+            return tuple(
+                self.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+            )
+        except TemplateError as error:
+            raise PromptError(f"the chat template refuses {asked!r} ({error}); pass --no-chat") from error
+
+    def _mark_of_template(self) -> str:
+        """What the template writes before a user's text: from its last special token on, if it holds one."""
+        if self._mark is None:
+            try:
+                whole = str(self.tokenizer.apply_chat_template([{"role": "user", "content": _TEXT}], tokenize=False))
+            except TemplateError:
+                whole = ""
+            head = whole.partition(_TEXT)[0].removeprefix(str(self.tokenizer.bos_token or "")).strip()
+            at = max((head.rfind(token) for token in self.tokenizer.all_special_tokens), default=-1)
+            self._mark = head[max(at, 0) :] or _TEXT
+        return self._mark

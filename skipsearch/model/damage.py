@@ -1,0 +1,82 @@
+"""Damage: what is wrong with the files or weights of a checkpoint that does not load, or says nothing finite."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from skipsearch.errors import ModelLoadError
+
+POINTER = b"version https://git-lfs"
+
+
+def damaged_file(folder: Path) -> str | None:
+    """The first file of a checkpoint that cannot be read, and why; None if all can, or the folder is none."""
+    if not folder.is_dir():
+        return None
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in (".safetensors", ".json", ".bin", ".model") or not path.is_file():
+            continue
+        with path.open("rb") as file:
+            if file.read(len(POINTER)) == POINTER:
+                return f"{path.name} is a Git LFS pointer in place of the file; fetch it with `git lfs pull`"
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):  # type: ignore[no-untyped-call]
+                    pass
+            elif path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+        except Exception as error:  # the readers raise kinds of their own
+            return f"{path.name} is truncated or damaged ({_first_line(error)}); download it again"
+    return None
+
+
+def not_a_model(folder: Path) -> str:
+    """Why a folder without a config is no model, in words."""
+    if (folder / "adapter_config.json").is_file():
+        try:
+            base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        except (OSError, ValueError):
+            base = None
+        return (
+            f"is an adapter of {base or 'another model'}; load both, call merge_and_unload() of peft, "
+            f"and give the folder that save_pretrained makes"
+        )
+    if found := sorted(folder.glob("*.gguf")):
+        return f"holds a GGUF file; give the file itself, {found[0]}"
+    if (folder / "mask.json").is_file():
+        return "holds the results of a search; give the model that was searched, and the file with --mask"
+    return "has no config.json; give a folder saved by save_pretrained, or a .gguf file"
+
+
+@torch.no_grad()
+def check_weights(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse weights that nothing can be decoded with, and a tokenizer that does not fit.
+
+    Raises:
+        ModelLoadError: logits are not finite, or the tokenizer has tokens without an embedding.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    if len(tokenizer) > rows:
+        raise ModelLoadError(
+            f"the tokenizer of {name} has {len(tokenizer)} tokens, the model {rows} embeddings; "
+            f"use the model's own tokenizer, or resize_token_embeddings"
+        )
+    ids: Any = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)  # type: ignore[union-attr]
+    if ids.device.type == "meta" or bool(model(input_ids=ids, use_cache=False).logits.isfinite().all()):
+        return
+    broken = [n for n, p in model.named_parameters() if p.device.type != "meta" and not bool(p.isfinite().all())]
+    where = f"{len(broken)} of its weights hold NaN or infinity, {broken[0]} first" if broken else "its dtype overflows"
+    raise ModelLoadError(
+        f"the logits of {name} are NaN or infinite ({where}); "
+        + ("download or convert it again" if broken else "load it with --dtype float32 or bfloat16")
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

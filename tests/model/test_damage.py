@@ -1,0 +1,99 @@
+"""Weights that are not whole, and folders that hold something else: one sentence that names the file and the mend."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_one_sentence
+from safetensors.torch import load_file, save_file
+
+from skipsearch.errors import ModelLoadError
+from skipsearch.model.load import DEMO, load_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the bundled model."""
+    return Path(shutil.copytree(DEMO, tmp_path / "model"))
+
+
+def refused(folder: Path, *parts: str) -> None:
+    with pytest.raises(ModelLoadError) as error:
+        load_model(str(folder))
+    assert_one_sentence(error, *parts)
+
+
+def test_a_cut_file(folder: Path) -> None:
+    """Prevents a traceback for a download that broke off."""
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1_000_000])
+    refused(folder, "model.safetensors is truncated or damaged", "download it again")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_pointer_in_place_of_a_file(folder: Path, name: str) -> None:
+    """Prevents a clone without its large files from looking like a bug of ours."""
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n")
+    refused(folder, f"{name} is a Git LFS pointer", "git lfs pull")
+
+
+@pytest.mark.parametrize("text", ['{"model":{"type":"NEW"}}', "{"])
+def test_a_tokenizer_that_cannot_be_read(folder: Path, text: str) -> None:
+    """Prevents whatever the reader raises from reaching users."""
+    (folder / "tokenizer.json").write_text(text)
+    refused(folder, "cannot be loaded")
+
+
+def changed(folder: Path, **edit: Any) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    for name, change in edit["tensors"].items():
+        if change is None:
+            del tensors[name]
+        else:
+            change(tensors[name])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+DOWN = "model.layers.7.mlp.down_proj.weight"
+
+
+def test_missing_and_renamed_tensors(folder: Path) -> None:
+    """Prevents random weights in place of lost ones from being searched, validated or served."""
+    changed(folder, tensors={DOWN: None})
+    refused(folder, "lacks 1 of its weights", DOWN)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(folder: Path, value: float) -> None:
+    """Prevents a verdict on a model that says NaN."""
+    changed(folder, tensors={DOWN: lambda w: w[3, 5].fill_(value)})
+    refused(folder, "logits of", "NaN or infinit", DOWN)
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings(folder: Path) -> None:
+    """Prevents an index error in the middle of a prompt."""
+    loaded = load_model(str(folder))
+    loaded.tokenizer.add_tokens([f"<{i}>" for i in range(5)])
+    loaded.tokenizer.save_pretrained(folder)
+    refused(folder, "4101 tokens, the model 4096 embeddings")
+
+
+def test_folders_of_another_kind(tmp_path: Path) -> None:
+    """Prevents "no config.json" for what is an adapter, a GGUF file, or a search's results."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
+    refused(tmp_path, "is an adapter of some/base", "merge_and_unload")
+    (tmp_path / "adapter_config.json").unlink()
+    (tmp_path / "mask.json").write_text("{}")
+    refused(tmp_path, "results of a search", "--mask")
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    refused(tmp_path, "give the file itself", "x.gguf")
+
+
+def test_finite_weights_pass(folder: Path) -> None:
+    """Prevents the check from refusing a model that is whole."""
+    assert torch.isfinite(load_model(str(folder)).model.lm_head.weight).all()

@@ -81,7 +81,9 @@ def _compiled_for(target: Target, progress: Progress | None) -> CompiledModel | 
             )
             found = why[:300]
             warnings.warn(f"decoding eagerly: {found}", BackendWarning, stacklevel=3)
-        _known[model] = state.weights, {**dict(list(by_code.items())[1 - KEPT :]), state.code: found}
+        others = [(code, known) for code, known in by_code.items() if code != state.code]
+        kept = [*others[1 - KEPT :], (state.code, found)]  # what was used last is last
+        _known[model] = state.weights, dict(kept)
         return None if isinstance(found, str) else found
 
 

@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from skipsearch.compiled.packing import packed_lowerings
@@ -89,9 +90,13 @@ def masked_attention(
 
     Rows of the mask lie at multiples of 16 elements, as the kernel requires: see `EXAMPLE_SLOTS` and `STEP`.
     """
+    if not isinstance(query, FakeTensor):  # of another thread, which decodes meanwhile
+        return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if attn_mask is None or is_causal or query.shape[-1] % 8 or value.shape[-1] % 8:
         with sdpa_kernel(SDPBackend.MATH):
             return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if attn_mask.dtype == torch.bool:
+        attn_mask = torch.where(attn_mask, 0.0, -torch.inf)
     rows, mask = as_rows(query, attn_mask, key.shape[1])
     mask = mask.to(query.dtype).expand(*rows.shape[:3], key.shape[2])
     out: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+_capturing = threading.Lock()  # one at a time in a process
 
 
 @functools.cache
@@ -24,13 +27,15 @@ def capture(run: Callable[[], Any], device: torch.device, pool: Any = None) -> t
     Returns:
         A function that does it again, and what `run` returned, which each replay overwrites.
     """
-    stream = _side_stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(2):  # so that nothing is compiled or autotuned during the capture
-            run()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        out = run()
+    with _capturing, torch.cuda.device(device):
+        stream = _side_stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # so that nothing is compiled or autotuned during the capture
+                run()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads go on meanwhile, and may allocate memory.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            out = run()
     return graph.replay, out

@@ -84,6 +84,7 @@ class Batch:
         else:
             self.ids = torch.zeros((rows, capacity + SLACK), dtype=torch.long, device=input_ids.device)
         self.draft_with(draft)
+        target.check_ids(input_ids)
         self.ids[:, :length] = input_ids
         pads = list(layout.pads) or [0] * rows
         self.cache = SharedCache(target, capacity, layout.past, rows, None if buffers is None else buffers.layers)

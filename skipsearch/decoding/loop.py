@@ -40,9 +40,8 @@ class Ending:
             length: tokens of the row before the block.
         """
         for i, token in enumerate(block.tokens):
-            if token in self.eos_ids:
-                return i
-            if self.should_stop is not None and self.should_stop(block, i, ids_1T[:, : length + i + 1]):
+            asked = self.should_stop is not None and self.should_stop(block, i, ids_1T[:, : length + i + 1])
+            if asked or token in self.eos_ids:
                 return i
         return None
 

@@ -21,12 +21,11 @@ _TENSORS = {
     "RepetitionPenaltyLogitsProcessor": "prompt_ignore_length",
     "EncoderRepetitionPenaltyLogitsProcessor": "encoder_input_ids",
 }
-_FUNCTIONS = {"PrefixConstrainedLogitsProcessor": "_prefix_allowed_tokens_fn"}
 LIBRARY = "transformers.generation.logits_process"
-# These of the library keep state from token to token.
+# These of the library keep state from token to token, or call a function that may.
 _KEEPING = {
     "UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor",
-    "EncoderNoRepeatNGramLogitsProcessor",
+    "EncoderNoRepeatNGramLogitsProcessor", "PrefixConstrainedLogitsProcessor",
 }  # fmt: skip
 
 
@@ -89,8 +88,4 @@ def _for_rows(processor: LogitsProcessor, rows: list[int]) -> LogitsProcessor:
     if (attribute := _TENSORS.get(name)) and isinstance(held := getattr(processor, attribute, None), Tensor):
         processor = copy.copy(processor)
         setattr(processor, attribute, held[torch.tensor(rows, device=held.device)])
-    elif attribute := _FUNCTIONS.get(name):
-        function = getattr(processor, attribute)
-        processor = copy.copy(processor)
-        setattr(processor, attribute, lambda row, ids: function(rows[row], ids))
     return processor

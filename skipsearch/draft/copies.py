@@ -40,6 +40,8 @@ def clone(module: M) -> M:
     if "_hf_hook" in vars(module):  # accelerate binds forward to the original: bind it to the copy
         vars(new)["_old_forward"] = types.MethodType(type(module).forward, new)
         vars(new)["forward"] = functools.partial(cast(Any, vars(module)["forward"]).func, new)
+    else:
+        vars(new).pop("forward", None)  # one of its own, as of torch.compile, would run the original
     return new
 
 

@@ -62,7 +62,7 @@ class RowReader:
             )
         if not text.strip():
             return ()
-        if self.chat and self._mark_of_template() in text:
+        if self.chat and self._templated(text):
             self._counts[TEMPLATED] += 1
             return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return self._of_messages([{"role": "user", "content": text}])
@@ -88,6 +88,13 @@ class RowReader:
             )
         except TemplateError as error:
             raise PromptError(f"the chat template refuses {asked!r} ({error}); pass --no-chat") from error
+
+    def _templated(self, text: str) -> bool:
+        """Whether a text holds the template's special token, or where it has none begins with what it writes."""
+        mark = self._mark_of_template()
+        if any(token in mark for token in self.tokenizer.all_special_tokens):
+            return mark in text
+        return text.lstrip().removeprefix(str(self.tokenizer.bos_token or "")).lstrip().startswith(mark)
 
     def _mark_of_template(self) -> str:
         """What the template writes before a user's text: from its last special token on, if it holds one."""

@@ -72,6 +72,8 @@ def load_prompts(
     chat = source.chat and bool(tokenizer.chat_template)
     ours = None if source.texts else built_in(source.name, chat)
     rows = list(source.texts or (_rows(source) if ours is None else built_in_rows(ours, seed)))
+    if not ours:  # blank rows and doubles must not change the order
+        rows = list({repr(row): row for row in rows if not (isinstance(row, str) and not row.strip())}.values())
     reader = RowReader(source.name, tokenizer, chat and ours != CODE)
     limit = CODE_TOKENS if ours == CODE and max_tokens is None else max_tokens
     wanted, order = calibration + held_out, list(range(len(rows)))

@@ -106,6 +106,11 @@ def read_arguments(
         raise DecodingError(
             "the model is in training mode with gradient checkpointing, which keeps no cache; call model.eval() before"
         )
+    if getattr(target.model.prepare_inputs_for_generation, "__self__", target.model) is not target.model:
+        raise DecodingError(
+            "the model's inputs are prepared by a wrapper (prompt or prefix tuning), which drafts would not see; "
+            "merge the adapter, or decode without custom_generate"
+        )
     if target.device.type != input_ids.device.type:
         raise DecodingError(
             f"input_ids lie on {input_ids.device}, the model takes them on {target.device}; "

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from skipsearch.errors import ModelLoadError
 
@@ -55,18 +55,12 @@ def not_a_model(folder: Path) -> str:
 
 
 @torch.no_grad()
-def check_weights(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse weights that nothing can be decoded with, and a tokenizer that does not fit.
+def check_weights(name: str, model: PreTrainedModel) -> None:
+    """Refuse weights that nothing can be decoded with.
 
     Raises:
-        ModelLoadError: logits are not finite, or the tokenizer has tokens without an embedding.
+        ModelLoadError: logits are not finite.
     """
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
-    if len(tokenizer) > rows:
-        raise ModelLoadError(
-            f"the tokenizer of {name} has {len(tokenizer)} tokens, the model {rows} embeddings; "
-            f"use the model's own tokenizer, or resize_token_embeddings"
-        )
     ids: Any = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)  # type: ignore[union-attr]
     if ids.device.type == "meta" or bool(model(input_ids=ids, use_cache=False).logits.isfinite().all()):
         return

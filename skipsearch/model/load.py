@@ -84,7 +84,7 @@ def load_model(
             ) from error
     model.eval().requires_grad_(False)
     find_sublayers(model)
-    check_weights(name, model, tokenizer)
+    check_weights(name, model)
     short = name if preset else weights.stem if weights.is_local else name.replace("/", "--")
     return Loaded(name=short, model=model, tokenizer=tokenizer, preset=preset)
 

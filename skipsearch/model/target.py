@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from skipsearch.errors import DecodingError
 from skipsearch.model.device import input_device
 from skipsearch.model.masks import AttentionLayout
 from skipsearch.model.sublayers import Sublayers, find_sublayers
@@ -139,6 +140,19 @@ class Target:
     def ids(self, tokens: Sequence[int]) -> Tensor:
         """One sequence of token ids [1, T] on the target's device."""
         return torch.tensor([tokens], device=self.device)
+
+    def check_ids(self, ids: Tensor) -> None:
+        """Refuse tokens that the model has no embedding for: some tokenizers have a few more. A GPU is not waited for.
+
+        Raises:
+            DecodingError: there is such a token.
+        """
+        rows = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
+        if rows is not None and ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= rows:
+            raise DecodingError(
+                f"the prompt holds token {int(ids.max())}, the model has {rows} embeddings; use the model's own "
+                f"tokenizer, or resize_token_embeddings"
+            )
 
     def random_ids(self, length: int) -> Tensor:
         """A sequence of random tokens [1, length], the same for each call."""

@@ -145,3 +145,33 @@ def test_the_hooks_of_the_library_are_idle(model: Any, ids: Tensor) -> None:
     model(ids, output_hidden_states=True)
     assert ModelState.of(model).foreign is None
     assert with_backend(Target.of(model), "compiled").compiled is not None
+
+
+MORE: dict[str, Callable[[Any], Any]] = {
+    "positions": lambda m: setattr(m.model.rotary_emb, "inv_freq", m.model.rotary_emb.inv_freq * 3),
+    "a function": lambda m: setattr(m.model.layers[1].self_attn, "scale_of", torch.tanh),
+    "a config": lambda m: setattr(m.config, "some_scale", 3.0),
+    "the attention": lambda m: m.set_attn_implementation("eager"),
+}
+
+
+@pytest.mark.parametrize("change", MORE)
+def test_the_state_covers_what_a_forward_reads(model: Any, change: str) -> None:
+    """Prevents buffers, functions and settings from being changed without notice."""
+    before = ModelState.of(model)
+    assert ModelState.of(model) == before
+    MORE[change](model)
+    assert ModelState.of(model).code != before.code
+
+
+def test_a_view_of_a_model_with_a_forward_of_its_own_skips(model: Any, ids: Tensor) -> None:
+    """Prevents `model.forward = torch.compile(model.forward)` from making a draft of the whole model."""
+    from skipsearch import draft_view
+
+    forward = model.forward
+    model.forward = lambda *args, **given: forward(*args, **given)
+    view = draft_view(model, MASK)
+    assert not torch.equal(view(ids).logits, model(ids).logits)
+    method = self_speculative(MASK, max_length=4)
+    same(model, method, ids)
+    assert method.stats.acceptance_rate < 1

@@ -72,6 +72,7 @@ def test_greedy_tokens_are_those_of_plain_generate(name: str, rows: int, tiny: A
         assert torch.equal(*fixed) and torch.equal(fixed[0], expected)
 
 
+@pytest.mark.filterwarnings("ignore:decoding plainly")
 def test_prefix_allowed_tokens_fn(tiny: Any, batch: torch.Tensor) -> None:
     """Prevents a constrained continuation from being left, and a batch from being constrained by the wrong row."""
 

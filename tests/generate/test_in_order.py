@@ -210,3 +210,38 @@ def test_random_memories(tiny: Any, ids: Tensor) -> None:
         ours = Automaton()
         assert torch.equal(run(model, ids, method, logits_processor=LogitsProcessorList([ours])), expected)
         assert vars(ours) == vars(plain)
+
+
+def test_functions_of_allowed_tokens_see_what_is_committed(tiny: Any, ids: Tensor) -> None:
+    """Prevents a grammar's function from being asked behind the end, or behind tokens that it forbids."""
+    model, length = tiny("llama"), ids.shape[1]
+    words = [[5, 6, 7, 11, 13, 2], [5, 6, 8, 9, 2]]
+
+    def allowed(_row: int, prefix: Tensor) -> list[int]:
+        said = prefix[length:].tolist()
+        assert 2 not in said and any(word[: len(said)] == said for word in words), said
+        return sorted({word[len(said)] for word in words if word[: len(said)] == said})
+
+    method = self_speculative(MASKS["half"], max_length=5, ngram=4)
+    options: dict[str, Any] = {"prefix_allowed_tokens_fn": allowed, "eos_token_id": 2}
+    assert torch.equal(run(model, ids, method, **options), run(model, ids, **options))
+
+
+def test_criteria_are_asked_at_the_end_token_too(tiny: Any, ids: Tensor) -> None:
+    """Prevents a criterion that notes tokens from missing the last one."""
+    model = tiny("llama")
+    end = int(run(model, ids)[0, ids.shape[1] + 9])
+
+    class Notes(StoppingCriteria):
+        def __init__(self) -> None:
+            self.seen = list[int]()
+
+        def __call__(self, ids: Tensor, scores: Any, **_: Any) -> bool:  # type: ignore[override]
+            self.seen.append(int(ids[0, -1]))
+            return False
+
+    ours, plain = Notes(), Notes()
+    method = self_speculative(MASKS["everything runs"], max_length=6)
+    run(model, ids, method, stopping_criteria=StoppingCriteriaList([ours]), eos_token_id=end)
+    run(model, ids, stopping_criteria=StoppingCriteriaList([plain]), eos_token_id=end)
+    assert ours.seen == plain.seen and ours.seen[-1] == end

@@ -12,7 +12,8 @@ import torch
 from conftest import assert_one_sentence
 from safetensors.torch import load_file, save_file
 
-from skipsearch.errors import ModelLoadError
+from skipsearch import self_speculative
+from skipsearch.errors import DecodingError, ModelLoadError
 from skipsearch.model.load import DEMO, load_model
 
 
@@ -76,11 +77,18 @@ def test_weights_that_are_no_numbers(folder: Path, value: float) -> None:
 
 
 def test_a_tokenizer_with_more_tokens_than_embeddings(folder: Path) -> None:
-    """Prevents an index error in the middle of a prompt."""
+    """Prevents an index error in the middle of a prompt, and refusing models whose tokenizers have a few more."""
     loaded = load_model(str(folder))
     loaded.tokenizer.add_tokens([f"<{i}>" for i in range(5)])
-    loaded.tokenizer.save_pretrained(folder)
-    refused(folder, "4101 tokens, the model 4096 embeddings")
+    options: dict[str, Any] = {"max_new_tokens": 4, "custom_generate": self_speculative(None)}
+    for text, fits in (("def f(x):", True), ("def <3>", False)):
+        inputs = loaded.tokenizer(text, return_tensors="pt")
+        if fits:
+            loaded.model.generate(**inputs, **options)
+        else:
+            with pytest.raises(DecodingError) as error:
+                loaded.model.generate(**inputs, **options)
+            assert_one_sentence(error, "token 4099", "4096 embeddings")
 
 
 def test_folders_of_another_kind(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class TokenSelection:
     @property
     def in_order(self) -> list[str]:
         """Class names of the processors that must be called as `generate` does: once for each token, in order."""
-        return [type(processor).__name__ for processor in self.processors if not reads_prefix_alone(processor)]
+        return in_order(self.processors)
 
     @property
     def of_drafts(self) -> LogitsProcessorList:
@@ -71,6 +71,11 @@ def reads_prefix_alone(processor: object) -> bool:
     """Whether a processor is known to depend on nothing but what it is called with."""
     kind = type(processor)
     return kind.__module__ == LIBRARY and kind.__name__ not in _KEEPING
+
+
+def in_order(processors: LogitsProcessorList) -> list[str]:
+    """Class names of those that must be called once for each token, in order."""
+    return [type(processor).__name__ for processor in processors if not reads_prefix_alone(processor)]
 
 
 def process(processors: LogitsProcessorList, rows: list[int], ids_RT: Tensor, logits_RV: Tensor) -> Tensor:

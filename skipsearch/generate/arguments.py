@@ -22,7 +22,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.streamers import BaseStreamer
 
 from skipsearch.decoding.batch import Layout
-from skipsearch.decoding.processors import reads_prefix_alone
+from skipsearch.decoding.processors import in_order
 from skipsearch.errors import DecodingError
 from skipsearch.model.target import Target
 
@@ -67,7 +67,7 @@ class Arguments:
     @property
     def processors_in_order(self) -> list[str]:
         """Class names of processors that must be called once for each token, in order."""
-        return [type(p).__name__ for p in self.processors if not reads_prefix_alone(p)]
+        return in_order(self.processors)
 
     @property
     def of_the_caller(self) -> list[str]:

@@ -37,7 +37,7 @@ class ModelState:
 
     @classmethod
     def of(cls, model: PreTrainedModel, count_writes: bool = False) -> ModelState:
-        """The state now. Takes about a millisecond for 500 modules."""
+        """The state now. Takes about 1.5 ms for 400 modules."""
         weights = hash(tuple((p.data_ptr(), p.dtype, p.device) for p in model.parameters()))
         parts: list[Any] = [*_hooks_of(vars(every_module), ("_global_forward_hooks", "_global_forward_pre_hooks"))]
         foreign = "every module has a hook" if parts else None

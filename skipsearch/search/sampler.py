@@ -29,6 +29,7 @@ from scipy.stats import norm
 Array = NDArray[Any]
 
 CANDIDATES, CLIMBERS = 400, 3  # random candidates for each proposal; how many of the best are improved further
+ELSEWHERE = 1000  # random points that are drawn until one is new, where the whole region was tried
 FIRST_RADIUS = 8.0  # parameters changed at once, at most half of them
 SUCCESSES = 3  # in a row: the radius doubles
 ENOUGH = 1e-3  # of the best value: the least improvement that counts as a success
@@ -90,7 +91,10 @@ class TrustRegionSampler(BaseSampler):
         candidates = self._candidates(region.centre, region.radius, rng)
         fresh = np.array([c for c in candidates if c.tobytes() not in seen])
         if not len(fresh):
-            chosen = rng.integers(self.low.astype(int), self.high.astype(int) + 1).astype(float)
+            for _ in range(ELSEWHERE):
+                chosen = rng.integers(self.low.astype(int), self.high.astype(int) + 1).astype(float)
+                if chosen.tobytes() not in seen:
+                    break
         elif len(done) < 2 or not np.ptp(y_N):
             chosen = fresh[rng.integers(len(fresh))]
         else:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import random
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import optuna
 import sqlalchemy
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages import RDBStorage
 
 from skipsearch.errors import ResultsError
 from skipsearch.search.prepare import STUDY
 
 HEARTBEAT, GRACE = 5, 15  # seconds; the trial of a killed worker is run again after the grace period
+ATTEMPTS, RACED = 10, ("already exists", "locked")  # to make the tables; what databases say when another one makes them
 # Heartbeats, metric names and deterministic objectives are experimental in Optuna: its warnings about them.
 EXPERIMENTAL = optuna.exceptions.ExperimentalWarning
 
@@ -31,12 +35,7 @@ def open_storage(url: str) -> RDBStorage:
     """
     try:
         sqlite = url.startswith("sqlite")
-        with warnings.catch_warnings(action="ignore", category=EXPERIMENTAL):
-            storage = RDBStorage(
-                url, heartbeat_interval=HEARTBEAT, grace_period=GRACE,
-                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=3),
-                engine_kwargs={"connect_args": {"timeout": 60}} if sqlite else None,
-            )  # fmt: skip
+        storage = _made_with_tables(url, {"connect_args": {"timeout": 60}} if sqlite else None)
         if sqlite:
             sqlalchemy.event.listen(storage.engine, "connect", _write_ahead)
             storage.engine.dispose()  # close the connections that were made without the listener
@@ -48,6 +47,33 @@ def open_storage(url: str) -> RDBStorage:
             f"storage {url} cannot be opened ({reason}); choose another with --storage or --out"
         ) from None
     return storage
+
+
+def _made_with_tables(url: str, engine: dict[str, Any] | None) -> RDBStorage:
+    """The storage. Of several workers that make the tables of a new database at once, some fail and look again."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            with warnings.catch_warnings(action="ignore", category=EXPERIMENTAL):
+                return RDBStorage(url, heartbeat_interval=HEARTBEAT, grace_period=GRACE, engine_kwargs=engine)
+        except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.OperationalError, sqlalchemy.exc.ProgrammingError) as e:
+            raced = isinstance(e, sqlalchemy.exc.IntegrityError) or any(word in str(e) for word in RACED)
+            if not raced or attempt == ATTEMPTS:
+                raise
+            time.sleep(random.uniform(0.1, 0.5))
+    raise AssertionError("unreachable")
+
+
+def set_once(study: optuna.Study, name: str, value: Any) -> None:
+    """Store a user attribute of the study, unless it has one of this name: one transaction, which Optuna lacks."""
+    storage: Any = study._storage
+    engine = getattr(storage, "_backend", storage).engine  # Optuna may wrap the storage in a cache
+    table = sqlalchemy.table("study_user_attributes", *map(sqlalchemy.column, ("study_id", "key", "value_json")))
+    row = {"study_id": study._study_id, "key": name, "value_json": json.dumps(value)}
+    try:
+        with engine.begin() as connection:
+            connection.execute(table.insert(), row)
+    except sqlalchemy.exc.IntegrityError:  # study and key are unique: another worker was faster
+        pass
 
 
 def _write_ahead(connection: Any, _record: Any) -> None:

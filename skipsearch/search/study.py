@@ -1,13 +1,12 @@
 """The study: trials in an Optuna storage, which the dashboard reads and several workers can share.
 
-A finished trial is never lost, and trials of different set-ups never mix. The sampler alone imports Optuna beside this.
+A finished trial is never lost, and trials of different set-ups never mix.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from skipsearch.model.space import Space
 from skipsearch.plan import DraftPlan
 from skipsearch.search.sampler import TrustRegionSampler
 from skipsearch.search.seeds import Seed
-from skipsearch.search.storage import EXPERIMENTAL, open_storage
+from skipsearch.search.storage import EXPERIMENTAL, open_storage, set_once
+from skipsearch.search.worker import Params, Scored, Worker
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -68,13 +68,11 @@ class Study:
                 storage=open_storage(url), study_name=name, load_if_exists=True,
                 directions=["maximize", "minimize"] if pareto else ["maximize"],
             )  # fmt: skip
-            known = self.study.user_attrs.get("identity")
-            if known is None:
-                names = ["acceptance rate", "cost ratio"] if pareto else ["tokens per second (predicted)"]
+            names = ["acceptance rate", "cost ratio"] if pareto else ["tokens per second (predicted)"]
+            if self.study.metric_names is None:
                 self.study.set_metric_names(names)
-        if known is None:
-            self.study.set_user_attr("identity", identity)
-        elif different := sorted(k for k in known.keys() | identity.keys() if known.get(k) != identity.get(k)):
+        known = self.shared("identity", identity)
+        if different := sorted(k for k in known.keys() | identity.keys() if known.get(k) != identity.get(k)):
             field = different[0]
             raise StudyMismatch(
                 f"study {name} was made with another {', '.join(different)} ({field}: {known.get(field)!r} then, "
@@ -85,19 +83,22 @@ class Study:
         self.distributions: dict[str, BaseDistribution] = {name: IntDistribution(*pair) for name, pair in bounds}
         with warnings.catch_warnings(action="ignore", category=EXPERIMENTAL):
             self.study.sampler = make_sampler(sampler, self.space, seed)
-        self._queue: deque[tuple[dict[str, Any], str]] = deque()
+        self._worker = Worker(self.study, self.distributions, self.space.size)
         self.memo: dict[DraftPlan, tuple[float, ...]] = {self.plan_of(t): tuple(t.values) for t in self.finished()}
 
     def shared(self, name: str, value: Any) -> Any:
-        """The value stored with the study under this name. If there is none yet, `value` is stored, as JSON."""
+        """The value stored with the study under this name. If there is none yet, `value` is stored, as JSON.
+
+        Of several workers that come at once, one is the first, and all get its value.
+        """
         if name not in self.study.user_attrs:
-            self.study.set_user_attr(name, value)
+            set_once(self.study, name, value)
         return self.study.user_attrs[name]
 
     @property
     def used_up(self) -> bool:
-        """Whether every plan of the space was tried."""
-        return len(self.memo) >= self.space.size
+        """Whether all parameters of the space were tried."""
+        return len({tuple(sorted(t.params.items())) for t in self.finished()}) >= self.space.size
 
     def finished(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -108,33 +109,14 @@ class Study:
     def enqueue(self, seeds: list[Seed]) -> None:
         """Try seeds before the sampler's proposals. Seeds that are already in the study are not tried again.
 
-        The queue is here and not in the storage, because Optuna reads all waiting trials again for each trial. Each
-        worker has its own queue, and leaves out what another worker has added to the storage.
+        Each worker has its own queue, and leaves out what another worker has added to the storage.
         """
-        self._queue += [(self.space.params(plan), label) for label, plan in seeds]
+        queue = self._worker.queue
+        queue += [(self.space.params(plan), label) for label, plan in seeds]
         # The trials that an interrupted run did not finish.
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,)):
             if len(trial.params) == len(self.distributions) and self.plan_of(trial) not in self.memo:
-                self._queue.append((trial.params, f"again:{trial.number}"))
-
-    def _propose(self, trials: list[FrozenTrial]) -> None:
-        """Add the next trial to the storage: a seed, or a proposal of our own sampler if no trial is waiting."""
-        known = {tuple(t.params.items()) for t in trials if t.state != TrialState.FAIL} if self._queue else set()
-        while self._queue:  # even if a trial is waiting: it may belong to another worker
-            params, label = self._queue.popleft()
-            if tuple(params.items()) not in known:
-                return self._add(params, {"seed": label})
-        waiting = any(t.state == TrialState.WAITING for t in trials)
-        if isinstance(self.study.sampler, TrustRegionSampler) and not waiting:
-            self._add(self.study.sampler.propose(trials), {})
-
-    def _add(self, params: dict[str, Any], attrs: dict[str, str]) -> None:
-        """Add a waiting trial with all its parameters, in one transaction."""
-        self.study.add_trial(
-            optuna.trial.create_trial(
-                state=TrialState.WAITING, params=params, distributions=self.distributions, user_attrs=attrs
-            )
-        )
+                queue.append((trial.params, f"again:{trial.number}"))
 
     def optimize(
         self, scorer: Callable[[DraftPlan], Score], *, trials: int, time_budget: float | None,
@@ -147,36 +129,26 @@ class Study:
             report: called after each trial with the number of finished trials and the most tokens per second so far.
         """
 
-        def objective(trial: optuna.Trial) -> tuple[float, ...]:
-            params = {name: trial.suggest_int(name, *bounds) for name, bounds in self.space.bounds.items()}
-            plan = self.space.plan(params)
+        def score(params: Params) -> Scored:
+            plan, attributes = self.space.plan(params), dict[str, Any]()
             if plan not in self.memo:  # samplers propose some plans again; their score is known
-                result = scorer(plan)
-                for key, value in (
-                    *plan.columns().items(),
-                    ("tokens_per_second", round(result.tokens_per_second, 4)),
-                    ("acceptance_rate", round(result.acceptance_rate, 4)), ("tau", round(result.tau, 4)),
-                    ("cost_ratio", round(result.cost_ratio, 4)), ("speedup_predicted", round(result.speedup, 4)),
-                    ("max_length", result.policy.max_length), ("exit_threshold", result.policy.exit_threshold),
-                    ("fidelity", result.fidelity),
-                ):  # fmt: skip
-                    trial.set_user_attr(key, value)
-                both = (result.acceptance_rate, result.cost_ratio)
-                self.memo[plan] = both if self.pareto else (result.tokens_per_second,)
-            return self.memo[plan]
+                found = scorer(plan)
+                attributes = {
+                    **plan.columns(),
+                    "tokens_per_second": round(found.tokens_per_second, 4),
+                    "acceptance_rate": round(found.acceptance_rate, 4), "tau": round(found.tau, 4),
+                    "cost_ratio": round(found.cost_ratio, 4), "speedup_predicted": round(found.speedup, 4),
+                    "max_length": found.policy.max_length, "exit_threshold": found.policy.exit_threshold,
+                    "fidelity": found.fidelity,
+                }  # fmt: skip
+                both = (found.acceptance_rate, found.cost_ratio)
+                self.memo[plan] = both if self.pareto else (found.tokens_per_second,)
+            return self.memo[plan], attributes
 
-        def after(study: optuna.Study, trial: FrozenTrial) -> None:
-            trials_now = self.study.get_trials(deepcopy=False)
-            done = [t for t in trials_now if t.state == TrialState.COMPLETE]
+        def after(done: Sequence[FrozenTrial]) -> None:
             report(len(done), max((t.user_attrs.get("tokens_per_second", 0.0) for t in done), default=0.0))
-            if len(done) >= trials or self.used_up:
-                study.stop()
-            else:
-                self._propose(trials_now)
 
-        if len(self.finished()) < trials and not self.used_up:
-            self._propose(self.study.get_trials(deepcopy=False))
-            self.study.optimize(objective, timeout=time_budget, callbacks=[after])
+        self._worker.run(score, trials=trials, seconds=time_budget, report=after)
 
     def _scored(self) -> list[FrozenTrial]:
         """Finished trials that were scored on the whole trace: not repeated plans, not aborted scores."""

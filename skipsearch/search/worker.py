@@ -1,0 +1,171 @@
+"""Worker: claims trials of a study, has them scored, and finishes them. Several may share one study.
+
+A claim is a running trial with all its parameters, added in one transaction; the database numbers it. Two workers that
+claim at the same moment look again: the smaller number keeps the plan. No trial ever waits in the storage, because
+two workers could take the same one. A worker that dies leaves a running trial: others fail it once its heart has
+stopped, or at once where its process is known to be gone, and try its plan again.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage, fail_stale_trials
+from optuna.storages._heartbeat import get_heartbeat_thread  # what `Study.optimize` uses; there is no public one
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from skipsearch.search.sampler import TrustRegionSampler
+from skipsearch.search.storage import EXPERIMENTAL, HEARTBEAT
+
+POLL = 0.2  # seconds between two looks at what other workers do
+WORKER = "worker"  # the user attribute that names host and process of a trial's worker
+
+Params = dict[str, Any]
+Scored = tuple[tuple[float, ...], dict[str, Any]]  # a trial's values and attributes
+
+
+class Worker:
+    """Runs trials of one study until there are enough.
+
+    Args:
+        study: of Optuna, with its sampler.
+        distributions: of all parameters.
+        size: how many different sets of parameters there are.
+    """
+
+    def __init__(
+        self, study: optuna.Study, distributions: dict[str, optuna.distributions.BaseDistribution], size: int
+    ) -> None:
+        self.study, self.distributions, self.size = study, distributions, size
+        self.name = f"{platform.node()} {os.getpid()}"
+        self.queue: deque[tuple[Params, str]] = deque()
+        self._storage: BaseStorage = study._storage
+        self._looked = -math.inf  # when dead workers were looked for
+
+    def run(
+        self, score: Callable[[Params], Scored], *, trials: int, seconds: float | None,
+        report: Callable[[Sequence[FrozenTrial]], None],
+    ) -> None:  # fmt: skip
+        """Run trials until `trials` are finished, all plans were tried, or the seconds have passed.
+
+        Args:
+            score: the values and attributes of parameters.
+            report: called with the finished trials after each trial of this worker.
+        """
+        end = time.monotonic() + (seconds if seconds is not None else math.inf)
+        while time.monotonic() < end:
+            self._fail_dead()
+            now = self.study.get_trials(deepcopy=False)
+            done = _of(now, TrialState.COMPLETE)
+            if len(done) >= trials or len({_key(t) for t in done}) >= self.size:
+                break
+            running = _of(now, TrialState.RUNNING)
+            if len(done) + len(running) >= trials or len({_key(t) for t in (*done, *running)}) >= self.size:
+                time.sleep(POLL)  # the others are at the last ones
+                continue
+            if (trial := self._claim(now, trials)) is None:
+                continue
+            self._score(trial, score)
+            report(_of(self.study.get_trials(deepcopy=False), TrialState.COMPLETE))
+
+    def _claim(self, now: Sequence[FrozenTrial], trials: int) -> optuna.Trial | None:
+        """A running trial of our own; None if another worker was faster."""
+        params, label = self._next(now)
+        if params is None:
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # of heartbeats, which beat below
+                trial = self.study.ask(self.distributions)
+            trial.set_user_attr(WORKER, self.name)
+        else:
+            template = create_trial(
+                state=TrialState.RUNNING, params=params, distributions=self.distributions,
+                user_attrs={WORKER: self.name, **({"seed": label} if label else {})},
+            )  # fmt: skip
+            trial = optuna.Trial(self.study, self._storage.create_new_trial(self.study._study_id, template))
+        before = [t for t in self.study.get_trials(deepcopy=False) if t.number < trial.number]
+        before = _of(before, TrialState.COMPLETE, TrialState.RUNNING)
+        others = {_key(t) for t in before if t.state == TrialState.RUNNING or params is not None}
+        if len(before) >= trials or tuple(sorted(trial.params.items())) in others:
+            self._fail(trial._trial_id)
+            return None
+        return trial
+
+    def _next(self, now: Sequence[FrozenTrial]) -> tuple[Params | None, str]:
+        """A seed's parameters and name, or those of our sampler; None where Optuna's sampler must be asked."""
+        known = {_key(t) for t in _of(now, TrialState.COMPLETE, TrialState.RUNNING)}
+        while self.queue:
+            params, label = self.queue.popleft()
+            if tuple(sorted(params.items())) not in known:
+                return params, label
+        sampler = self.study.sampler
+        return (sampler.propose(now), "") if isinstance(sampler, TrustRegionSampler) else (None, "")
+
+    def _score(self, trial: optuna.Trial, score: Callable[[Params], Scored]) -> None:
+        try:
+            with get_heartbeat_thread(trial._trial_id, self._storage):
+                values, attributes = score(trial.params)
+        except BaseException:
+            self._fail(trial._trial_id)
+            raise
+        try:
+            for key, value in attributes.items():
+                trial.set_user_attr(key, value)
+            self.study.tell(trial, values)
+        except (UpdateFinishedTrialError, ValueError):  # taken for dead: this process was paused
+            others = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING))
+            if tuple(sorted(trial.params.items())) not in {_key(t) for t in others}:
+                self.study.add_trial(
+                    create_trial(
+                        values=list(values), params=trial.params, distributions=self.distributions,
+                        user_attrs={**trial.user_attrs, **attributes},
+                    )
+                )  # fmt: skip
+
+    def _fail_dead(self) -> None:
+        """Fail the trials of dead workers, and queue their parameters here; every few seconds."""
+        if time.monotonic() < self._looked + HEARTBEAT:
+            return
+        self._looked = time.monotonic()
+        before = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        for trial in before:
+            if trial.user_attrs.get(WORKER) != self.name and _gone(trial.user_attrs.get(WORKER)):
+                self._fail(trial._trial_id)
+        with suppress(UpdateFinishedTrialError), warnings.catch_warnings(action="ignore", category=EXPERIMENTAL):
+            fail_stale_trials(self.study)
+        failed = {t.number for t in self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,))}
+        self.queue += [(t.params, f"again:{t.number}") for t in before if t.number in failed]
+
+    def _fail(self, trial_id: int) -> None:
+        with suppress(UpdateFinishedTrialError):
+            self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
+
+
+def _of(trials: Sequence[FrozenTrial], *states: TrialState) -> list[FrozenTrial]:
+    return [t for t in trials if t.state in states]
+
+
+def _key(trial: FrozenTrial) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(trial.params.items()))
+
+
+def _gone(worker: str | None) -> bool:
+    """Whether a worker's process was on this host and has ended."""
+    host, _, process = (worker or "").rpartition(" ")
+    if host != platform.node() or not process.isdecimal():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False

@@ -1,0 +1,143 @@
+"""Several workers on one study: at once on a new database, killed, paused."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.trial import TrialState, create_trial
+
+from skipsearch import DraftPlan, SkipMask
+from skipsearch.errors import StudyMismatch
+from skipsearch.evaluate.objective import Score
+from skipsearch.model.space import Space
+from skipsearch.policy import DraftPolicy
+from skipsearch.search import storage as storages
+from skipsearch.search import worker as workers
+from skipsearch.search.storage import storage_url
+from skipsearch.search.study import Study
+
+SPACE = Space(num_layers=6, fixed=SkipMask(attention=[0], num_layers=6))
+FORK = multiprocessing.get_context("fork")  # a fresh interpreter takes seconds to import
+PATIENCE = 300  # seconds
+
+
+def slow_scorer(plan: DraftPlan) -> Score:
+    time.sleep(0.05)
+    return Score(
+        plan=plan, policy=DraftPolicy(max_length=3), tokens_per_second=50.0 + len(plan.skip), speedup=1.0,
+        acceptance_rate=0.5, tau=2.0, cost_ratio=0.5,
+    )  # fmt: skip
+
+
+def work(folder: Path, trials: int, go: Any, number: int, told: Any) -> None:
+    """One worker's process; it tells its own value of what all must share, and what it got."""
+    go.wait()
+    study = Study(storage_url(folder), "search", SPACE, {"model": "abc"}, "trust-region", seed=0)
+    told.put((number, study.shared("costs", {"made by": number})["made by"]))
+    study.enqueue([(str(layer), DraftPlan(SkipMask(mlp=[layer], num_layers=6))) for layer in range(4)])
+    study.optimize(slow_scorer, trials=trials, time_budget=None, report=lambda *_: None)
+
+
+def begin(folder: Path, count: int, trials: int) -> tuple[list[Any], Any]:
+    folder.mkdir(exist_ok=True)
+    go, told = FORK.Event(), FORK.Queue()
+    found = [FORK.Process(target=work, args=(folder, trials, go, number, told)) for number in range(count)]
+    for process in found:
+        process.start()
+    go.set()
+    return found, told
+
+
+def opened(folder: Path) -> Study:
+    return Study(storage_url(folder), "search", SPACE, {"model": "abc"}, "trust-region", seed=0)
+
+
+def assert_whole(folder: Path, trials: int) -> None:
+    """As many trials as were wanted, each plan once, none left running."""
+    study = opened(folder)
+    finished = study.finished()
+    assert len(finished) == trials and len({study.plan_of(t) for t in finished}) == trials
+    states = {t.state.name for t in study.study.get_trials(deepcopy=False)}
+    assert states <= {"COMPLETE", "FAIL"}, states
+
+
+def test_workers_that_come_at_once_share_a_new_database(tmp_path: Path) -> None:
+    """Prevents: 2 of 20 workers died of tables that another one made, or of one trial that two had taken; a study
+    whose trials are scored with the costs of several workers; more trials than were wanted."""
+    for attempt in range(3):
+        processes, told = begin(tmp_path / str(attempt), 4, 30)
+        costs = {told.get(timeout=PATIENCE)[1] for _ in processes}
+        for process in processes:
+            process.join(PATIENCE)
+        assert [p.exitcode for p in processes] == [0] * 4
+        assert len(costs) == 1
+        assert_whole(tmp_path / str(attempt), 30)
+
+
+def test_killed_workers_lose_nothing(tmp_path: Path) -> None:
+    """Prevents: a plan whose worker was killed is never tried, or blocks the end of the others."""
+    processes, told = begin(tmp_path, 3, 40)
+    told.get(timeout=PATIENCE)
+    time.sleep(0.3)
+    os.kill(processes[0].pid, signal.SIGKILL)
+    for process in processes:
+        process.join(PATIENCE)
+    assert [p.exitcode for p in processes] == [-signal.SIGKILL, 0, 0]
+    assert_whole(tmp_path, 40)
+
+
+def test_a_paused_worker_is_taken_for_dead_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a process that was stopped for longer than the grace period from dying of its own trial's end."""
+    for module in (storages, workers):
+        monkeypatch.setattr(module, "HEARTBEAT", 1)
+    monkeypatch.setattr(storages, "GRACE", 2)
+    processes, told = begin(tmp_path, 2, 150)
+    told.get(timeout=PATIENCE)
+    study = opened(tmp_path)
+    begun = time.monotonic()
+    while len(study.finished()) < 10 and time.monotonic() < begun + PATIENCE:
+        time.sleep(0.1)
+    os.kill(processes[0].pid, signal.SIGSTOP)
+    time.sleep(4)
+    os.kill(processes[0].pid, signal.SIGCONT)
+    assert processes[0].is_alive() and processes[1].is_alive(), "the study ended before the pause did"
+    for process in processes:
+        process.join(PATIENCE)
+    assert [p.exitcode for p in processes] == [0, 0]
+    assert_whole(tmp_path, 150)
+
+
+def test_the_first_identity_holds(tmp_path: Path) -> None:
+    """Prevents a second worker of another model from overwriting what the study was made with."""
+    first = opened(tmp_path)
+    storages.set_once(first.study, "identity", {"model": "xyz"})
+    assert first.study.user_attrs["identity"]["model"] == "abc"
+    with pytest.raises(StudyMismatch, match="another model"):
+        Study(storage_url(tmp_path), "search", SPACE, {"model": "xyz"}, "trust-region", seed=0)
+
+
+def test_a_result_that_comes_after_its_trial_was_failed_is_kept_once(tmp_path: Path) -> None:
+    """Prevents: a finished score is thrown away, or stands in the study twice, because others gave its worker up."""
+    study, calls = opened(tmp_path), []
+
+    def given_up(plan: DraftPlan) -> Score:
+        calls.append(plan)
+        if len(calls) <= 2:
+            running = study.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))[0]
+            study.study._storage.set_trial_state_values(running._trial_id, TrialState.FAIL)
+            if len(calls) == 2:  # the one that gave it up has tried the plan too
+                study.study.add_trial(
+                    create_trial(value=1.0, params=running.params, distributions=running.distributions)
+                )
+        return slow_scorer(plan)
+
+    study.optimize(given_up, trials=6, time_budget=None, report=lambda *_: None)
+    assert_whole(tmp_path, 6)
+    by_plan = {study.plan_of(t): t for t in study.finished()}
+    assert by_plan[calls[0]].user_attrs["fidelity"] == "whole" and by_plan[calls[1]].value == 1.0

@@ -108,7 +108,7 @@ def main() -> None:
     chosen = drafts(args, target.num_layers)
     for plan, _ in chosen.values():
         warm_plan(target, plan, quiet)
-    rows = compare(target, prompts, chosen, options.decoding)
+    rows = compare(target, prompts, chosen, options.decoding())
     best = max((row for row in rows if row["arm"].startswith("all int8")), key=lambda row: float(row["speedup"]))
     gain = next((row["speedup"] / best["speedup"] for row in rows if row["arm"] == "plan"), None)
     row = {

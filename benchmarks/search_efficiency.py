@@ -89,7 +89,7 @@ class Bench:
             SkipMask(mlp=range(layers), num_layers=layers),
         ):
             warm_plan(self.target, mask)
-        held_out = record(self.target, self.prepared.prompts.held_out, options.decoding, lambda *_: None)
+        held_out = record(self.target, self.prepared.prompts.held_out, options.decoding(), lambda *_: None)
         self.held_out = Replay(self.target, held_out, MAX_LENGTH)
         self.known: dict[SkipMask, dict[str, Any]] = {}
         sizes = f"{options.prompts} + {options.held_out} prompts x {options.new_tokens}"

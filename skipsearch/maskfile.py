@@ -69,6 +69,7 @@ class Evidence(_Part):
     Attributes:
         speedup, tokens_per_second: of the mask and its exit rule alone; the verdict is about them.
         greedy_equal: None for a mask that was measured with sampling, at `temperature`.
+        decoding: how tokens were chosen, with what the model's generation config asked for.
         served_speedup: of the file's whole policy, with n-grams and fallback to plain steps.
     """
 
@@ -89,6 +90,7 @@ class Evidence(_Part):
     prompts_sha256: str
     verdict: Literal["use", "do not use"]
     temperature: float | None = None
+    decoding: str | None = None
     served_speedup: float | None = None
     served_speedup_ci: tuple[float, float] | None = None
 

@@ -6,12 +6,14 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import CompileConfig, StaticCache, StoppingCriteria, StoppingCriteriaList
 
+from skipsearch.decoding.rule import GREEDY, SelectionRule
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.draft.copies import possible_forms
 from skipsearch.draft.view import draft_view
@@ -49,14 +51,18 @@ class _Clock(StoppingCriteria):  # type: ignore[misc]
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def hf_arm(target: Target, fresh: Callable[[], dict[str, Any]] = dict, **options: Any) -> Arm:
-    """An arm that calls `model.generate`, greedily. Tokens that come with the prefill are not counted.
+def hf_arm(
+    target: Target, fresh: Callable[[], dict[str, Any]] = dict, rule: SelectionRule = GREEDY, **options: Any
+) -> Arm:
+    """An arm that calls `model.generate`. Tokens that come with the prefill are not counted.
 
     Args:
         fresh: makes further options anew for each prompt.
+        rule: of the model, so that only its temperature is passed.
         options: passed to `generate`.
     """
     device = target.device
+    options |= {"do_sample": True, "temperature": rule.temperature} if rule.temperature else {"do_sample": False}
 
     def run(prompt: Ids, new_tokens: int) -> Run:
         ids = target.ids(prompt)
@@ -67,7 +73,7 @@ def hf_arm(target: Target, fresh: Callable[[], dict[str, Any]] = dict, **options
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             out = target.model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
                 stopping_criteria=StoppingCriteriaList([clock]), **given,
             )  # fmt: skip
         synchronize(device)
@@ -83,7 +89,7 @@ def hf_arm(target: Target, fresh: Callable[[], dict[str, Any]] = dict, **options
     return run
 
 
-def hf_static(target: Target, longest: int) -> Arm:
+def hf_static(target: Target, longest: int, rule: SelectionRule = GREEDY) -> Arm:
     """`generate` with a static cache and transformers' own compilation; the cache is reset for each prompt."""
     cache = StaticCache(config=target.model.config, max_cache_len=longest)
     settings = CompileConfig(mode="reduce-overhead" if target.device.type == "cuda" else "default")
@@ -93,7 +99,7 @@ def hf_static(target: Target, longest: int) -> Arm:
         cache.reset()
         return {"past_key_values": cache}
 
-    return hf_arm(target, emptied, compile_config=settings)
+    return hf_arm(target, emptied, rule, compile_config=settings)
 
 
 def prefix_mask(mask: SkipMask) -> SkipMask:
@@ -115,30 +121,35 @@ def drafted_by(target: Target, plan: DraftPlan | None) -> dict[str, DraftPlan]:
     return found
 
 
-def arms(target: Target, plan: DraftPlan | None, policy: DraftPolicy, longest: int, hf: bool = True) -> dict[str, Arm]:
+def arms(
+    target: Target, plan: DraftPlan | None, policy: DraftPolicy, longest: int, hf: bool = True,
+    rule: SelectionRule = GREEDY,
+) -> dict[str, Arm]:  # fmt: skip
     """All arms by name.
 
     Args:
         plan, policy: for the arms that draft with a plan; None leaves them out. One that quantises is no mask.
         longest: tokens of the longest sequence.
         hf: whether to measure the methods of transformers too.
+        rule: how tokens are chosen.
     """
+    ours = partial(our_arm, rule=rule)
     found: dict[str, Arm] = {}
     if hf:
-        found[HF_EAGER] = hf_arm(target)
+        found[HF_EAGER] = hf_arm(target, rule=rule)
         if target.compiled is not None:
-            found[HF_STATIC] = hf_static(target, longest)
-        found[HF_LOOKUP] = hf_arm(target, prompt_lookup_num_tokens=NGRAM)
+            found[HF_STATIC] = hf_static(target, longest, rule)
+        found[HF_LOOKUP] = hf_arm(target, rule=rule, prompt_lookup_num_tokens=NGRAM)
         if plan is not None:
-            found[HF_ASSISTED] = hf_arm(target, assistant_model=draft_view(target.model, plan))
+            found[HF_ASSISTED] = hf_arm(target, rule=rule, assistant_model=draft_view(target.model, plan))
     if target.compiled is not None:
-        found[EAGER] = our_arm(dataclasses.replace(target, compiled=None))
-    found |= {PLAIN: our_arm(target), AGAIN: our_arm(target)}
+        found[EAGER] = ours(dataclasses.replace(target, compiled=None))
+    found |= {PLAIN: ours(target), AGAIN: ours(target)}
     lookup = DraftPolicy.ngrams_alone(policy.costs)
-    found[LOOKUP] = our_arm(target, None, lookup)
+    found[LOOKUP] = ours(target, None, lookup)
     served = dataclasses.replace(policy, ngram=policy.ngram or NGRAM, never_slower=True)
     policies = {
         ALL_INT8: DraftPolicy(), MASK: policy.mask_alone(), PLAN: policy.mask_alone(), HYBRID: served,
         PREFIX: DraftPolicy(max_length=4, exit_threshold=0.5),
     }  # fmt: skip
-    return found | {name: our_arm(target, of, policies[name]) for name, of in drafted_by(target, plan).items()}
+    return found | {name: ours(target, of, policies[name]) for name, of in drafted_by(target, plan).items()}

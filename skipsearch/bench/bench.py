@@ -22,6 +22,7 @@ from skipsearch.bench.groups import prompt_groups
 from skipsearch.bench.machine import copy_bandwidth, energy_meter, peak_memory, read_bandwidth
 from skipsearch.bench.rows import group_rows, joined
 from skipsearch.compiled.backend import Backend, Progress, warm_plan, with_backend
+from skipsearch.decoding.rule import SelectionRule
 from skipsearch.draft.forms import is_quantised
 from skipsearch.draft.head import DraftHead
 from skipsearch.draft.view import draft_view
@@ -52,6 +53,7 @@ class BenchOptions:
         backend: for our arms.
         hf: whether to measure the methods of transformers too.
         only: names of the arms to measure; empty for all. Plain decoding is always measured.
+        temperature: see `SearchOptions`.
         sources, per_group: where prompts come from and how many of each group; see `prompt_groups`.
     """
 
@@ -60,6 +62,7 @@ class BenchOptions:
     backend: Backend = "auto"
     hf: bool = True
     only: tuple[str, ...] = ()
+    temperature: float | None = None
     sources: tuple[str, ...] = ("builtin",)
     per_group: int = 8
     seed: int = 0
@@ -109,12 +112,13 @@ def bench(
         SkipsearchError: an arm is unknown, or needs a mask that was not given.
     """
     _check_arms(options, target, plan)
+    rule = SelectionRule.of(target.model, options.temperature)
     target = with_backend(target, options.backend, progress)
     for name, drafted in drafted_by(target, plan).items():
         if not options.only or name in options.only:
             warm_plan(target, drafted, progress)
     longest = max(len(prompt) for group in groups.values() for prompt in group) + options.new_tokens + MAX_LENGTH + 1
-    every = arms(target, plan, policy, longest, options.hf)
+    every = arms(target, plan, policy, longest, options.hf, rule)
     chosen = {name: arm for name, arm in every.items() if not options.only or name in options.only or name == PLAIN}
     memory = _warm_up(target, chosen, next(iter(groups.values()))[0], options.new_tokens, progress)
     chosen = {name: arm for name, arm in chosen.items() if name in memory}
@@ -123,7 +127,7 @@ def bench(
     context = round(statistics.mean(len(p) + options.new_tokens / 2 for group in groups.values() for p in group))
     costs, full = _draft_costs(target, plan, chosen, context), weight_bytes(target.model)
     bandwidth = copy_bandwidth(target.device)
-    settings = DecodeSettings(new_tokens=options.new_tokens, rounds=options.rounds, seed=options.seed)
+    settings = DecodeSettings(new_tokens=options.new_tokens, rule=rule, rounds=options.rounds, seed=options.seed)
     timings = [
         (group, time_interleaved(metered, prompts, settings, progress, stage=group))
         for group, prompts in groups.items()
@@ -132,6 +136,8 @@ def bench(
     rows = []
     for group, found in timings:
         rows += group_rows(group, found, costs, full, bandwidth, options.seed)
+    if rule.temperature:  # the texts are samples
+        rows = [{**row, "greedy_equal": None, "equal_to_plain": None} for row in rows]
     for row in rows[-len(chosen) :]:
         used = energy[row["arm"]]
         row["peak_memory_bytes"] = memory[row["arm"]]
@@ -143,7 +149,7 @@ def bench(
             "transformers": transformers.__version__,
         },
         "settings": {
-            "dtype": str(target.dtype).removeprefix("torch."), "backend": target.backend,
+            "dtype": str(target.dtype).removeprefix("torch."), "backend": target.backend, "decoding": str(rule),
             "new_tokens": options.new_tokens, "rounds": options.rounds, "policy": str(policy),
             "parameters": sum(p.numel() for p in target.model.parameters()), "weight_bytes": full,
             "prompts": {group: len(prompts) for group, prompts in groups.items()},

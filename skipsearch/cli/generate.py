@@ -44,8 +44,9 @@ def generate(
     prompt: Annotated[str, typer.Option(help="text to continue, or to ask a chat model")] = "def main(",
     chat: opt.Chat = True,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: opt.Temperature = 0.0,
-    top_k: Annotated[int, typer.Option(min=0)] = 0, top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    temperature: opt.Temperature = None,
+    top_k: Annotated[int | None, typer.Option(min=0)] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
     compare: Annotated[bool, typer.Option(help="also decode plainly, and compare speed and tokens")] = False,
     backend: opt.Backends = "auto", seed: opt.Seed = 0,
     dtype: opt.Dtype = "auto", device: opt.Device = "auto", revision: opt.Revision = None, trust: opt.Trust = False,
@@ -58,18 +59,22 @@ def generate(
     if joint or backend == "auto":
         backend = "eager" if joint else "compiled" if on_the_fly else _backend_of(mask)
     loaded = opt.load(model, dtype, device, revision, trust)
+    from skipsearch.decoding.rule import SelectionRule
     from skipsearch.generate.continuation import GenerateSettings, encode
 
     settings = GenerateSettings(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, chat=chat
     )
     encode(loaded, prompt, settings)
+    rule = SelectionRule.of(loaded.model, temperature)
+    if rule.fields and not as_json:
+        opt.err.print(f"decoding as the model's generation config says: {rule}", markup=False)
     if draft_model is not None:
         beams["draft_model"] = opt.load(draft_model, dtype, device, None, trust).model
     methods = _methods(mask, on_the_fly, compare, backend, seed, share, {"decoding": decoding, **beams})
     out = Console(quiet=as_json)
     results = _continue(loaded, prompt, methods, settings, out)
-    must_agree = compare and not joint and temperature == 0
+    must_agree = compare and not joint and not rule.temperature
     equal = len({tuple(found["tokens"]) for found in results.values()}) == 1 if must_agree else None
     if as_json:
         print(json.dumps({**results, "greedy_equal": equal}))

@@ -18,7 +18,7 @@ def validate(
     prompt_split: opt.Split = "test", chat: opt.Chat = True,
     num_prompts: opt.Calibration = 24, num_held_out: opt.HeldOut = 20,
     prompt_tokens: opt.PromptTokens = None, new_tokens: opt.NewTokens = 96, rounds: opt.Rounds = 2, seed: opt.Seed = 0,
-    backend: opt.Backends = "auto", temperature: opt.Temperature = 0.0, context: opt.Contexts = None,
+    backend: opt.Backends = "auto", temperature: opt.Temperature = None, context: opt.Contexts = None,
     write: Annotated[bool, typer.Option(help="write the new evidence into the mask file")] = False,
     audited: Annotated[
         bool, typer.Option("--audit", help="do not time; explain every difference from plain decoding in fp32")
@@ -72,7 +72,7 @@ def bench(
     arm: Annotated[list[str] | None, typer.Option("--arm", help="an arm besides plain; may be repeated")] = None,
     hf: Annotated[bool, typer.Option(help="also measure transformers' own methods")] = True,
     new_tokens: opt.NewTokens = 96, rounds: opt.Rounds = 2, backend: opt.Backends = "auto", seed: opt.Seed = 0,
-    folder: opt.Folder = None,
+    temperature: opt.Temperature = None, folder: opt.Folder = None,
     dtype: opt.Dtype = "auto", device: opt.Device = "auto", revision: opt.Revision = None, trust: opt.Trust = False,
     as_json: opt.Json = False, debug: opt.Debug = False,
 ) -> None:  # fmt: skip
@@ -87,7 +87,7 @@ def bench(
 
     options = BenchOptions(
         new_tokens=new_tokens, rounds=rounds, backend=backend, hf=hf, only=tuple(arm or ()), seed=seed,
-        sources=tuple(prompts or ("builtin",)), per_group=per_group,
+        sources=tuple(prompts or ("builtin",)), per_group=per_group, temperature=temperature,
     )  # fmt: skip
     with stages(opt.err, quiet=as_json) as progress:
         data = bench_file(loaded, file, options, progress.stage)

@@ -60,7 +60,9 @@ Backends = Annotated[
         help="what runs the forward passes; auto: compiled if possible (generate: as the mask was tuned, else eager)",
     ),
 ]
-Temperature = Annotated[float, typer.Option(min=0, help="sampling temperature; 0 decodes greedily")]
+Temperature = Annotated[
+    float | None, typer.Option(min=0, help="of sampling; 0: greedy (default: as the model's generation config says)")
+]
 Seed = Annotated[int, typer.Option(help="seed of the random numbers")]
 Folder = Annotated[Path | None, typer.Option("--out", help="results folder (default results/<model>)")]
 

@@ -27,7 +27,7 @@ def run(
     pareto: Annotated[bool, typer.Option("--pareto", help="search the front of acceptance against draft cost")] = False,
     space: Annotated[Path | None, typer.Option(help="TOML file with a [space] table: what may be skipped")] = None,
     context: opt.Contexts = None,
-    temperature: opt.Temperature = 0.0,
+    temperature: opt.Temperature = None,
     memory: Annotated[float | None, typer.Option(min=0.001, help="GB that replay may use (default: what fits)")] = None,
     prompts: opt.PromptsFrom = "builtin", prompt_column: opt.Column = None, prompt_config: opt.Config = None,
     prompt_split: opt.Split = "test", chat: opt.Chat = True,

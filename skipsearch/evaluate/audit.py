@@ -15,6 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from skipsearch.compiled.backend import Progress
+from skipsearch.decoding.processors import process
+from skipsearch.decoding.rule import GREEDY, SelectionRule
 from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.prompt_row import Ids
 from skipsearch.evaluate.timing import OurArm
@@ -70,7 +72,7 @@ class Audit:
 
 def audit(
     target: Target, prompts: tuple[Ids, ...], plan: SkipMask | DraftPlan | None, policy: DraftPolicy, *,
-    new_tokens: int, progress: Progress,
+    new_tokens: int, progress: Progress, rule: SelectionRule = GREEDY,
 ) -> Audit:  # fmt: skip
     """Decode every prompt plainly and with the plan, and explain each difference.
 
@@ -82,18 +84,20 @@ def audit(
     found, tokens = [], 0
     for number, prompt in enumerate(prompts):
         # Each prompt has arms of its own: what is drafted must not depend on the prompts before it.
-        plain = OurArm(target=target)(prompt, new_tokens).ids
-        drafted = OurArm(target=target, draft=draft, policy=policy)(prompt, new_tokens).ids
+        plain = OurArm(target=target, rule=rule)(prompt, new_tokens).ids
+        drafted = OurArm(target=target, draft=draft, policy=policy, rule=rule)(prompt, new_tokens).ids
         tokens += len(drafted)
         if plain != drafted:
             exact = exact or copy.deepcopy(target.model).float()
-            found.append(_explain(target, exact, number, prompt, plain, drafted))
+            found.append(_explain(target, exact, rule, number, prompt, plain, drafted))
         progress("audit", number + 1, len(prompts))
     return Audit(prompts=len(prompts), tokens=tokens, divergences=tuple(found))
 
 
 @torch.no_grad()
-def _explain(target: Target, exact: PreTrainedModel, number: int, prompt: Ids, plain: Ids, drafted: Ids) -> Divergence:
+def _explain(
+    target: Target, exact: PreTrainedModel, rule: SelectionRule, number: int, prompt: Ids, plain: Ids, drafted: Ids
+) -> Divergence:
     pairs = list(zip(plain, drafted, strict=False))
     at = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
     if at == len(pairs):  # one is a prefix of the other: rounding cannot shorten a text
@@ -104,7 +108,8 @@ def _explain(target: Target, exact: PreTrainedModel, number: int, prompt: Ids, p
     rounding = float((target.model(input_ids=ids, use_cache=False).logits[0].float() - wanted).abs().max())
     # fp32 rounds too: about one part in 2 ** 20 after a few hundred additions.
     rounding = max(rounding, float(wanted.abs().max()) * 2**-20)
-    last = wanted[-1]
+    chosen = rule.selection(target.model, target.ids(prompt), len(plain))
+    last = process(chosen.processors, [0], ids, wanted[-1:])[0]
     margin = float(last.max() - min(last[plain[at]], last[drafted[at]]))
     return Divergence(
         prompt=number, position=at, plain=plain[at], drafted=drafted[at], margin=margin, rounding=rounding,

@@ -7,19 +7,20 @@ from collections.abc import Callable
 
 from transformers import PreTrainedModel
 
-from skipsearch.decoding.processors import TokenSelection
+from skipsearch.decoding.rule import GREEDY, SelectionRule
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.model.device import synchronize
 from skipsearch.model.target import Target
 
 
 def sequence_at(
-    target: Target, draft: PreTrainedModel | None, context: int, max_length: int, temperature: float = 0.0
+    target: Target, draft: PreTrainedModel | None, context: int, max_length: int, rule: SelectionRule = GREEDY
 ) -> Sequences:
     """A sequence of random tokens, its prompt processed, to time blocks on."""
+    ids = target.random_ids(context)
     sequence = Sequences(
-        target, target.random_ids(context), capacity=context + max_length + 4, draft=draft,
-        selection=TokenSelection.at_temperature(temperature, 0, target.device),
+        target, ids, capacity=context + max_length + 4, draft=draft,
+        selection=rule.selection(target.model, ids, max_length),
     )  # fmt: skip
     sequence.verify([0])
     return sequence

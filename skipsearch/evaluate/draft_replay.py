@@ -16,6 +16,7 @@ from skipsearch.decoding.exit_rule import ExitRule
 from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.reference import Start
 from skipsearch.evaluate.replay import Replay
+from skipsearch.evaluate.scores import log_probs
 from skipsearch.mask import SkipMask
 from skipsearch.plan import DraftPlan
 from skipsearch.policy import DraftPolicy
@@ -68,11 +69,12 @@ class DraftReplay:
         (grid, prompt_P), at_PQ, logits_PQV = replay.logits(self.view, starts, self.plan.first)
         prompts = prompt_P[:, None]
         wanted_PQ = replay.ids[prompts, at_PQ + 1]
+        logits_PQV = replay.scores(logits_PQV, prompt_P, at_PQ)
         highest_PQ, token_PQ = logits_PQV.max(-1)
-        if replay.temperature:
-            draft_PQ = replay.log_probs(logits_PQV, wanted_PQ)
+        if replay.rule.temperature:
+            draft_PQ = log_probs(logits_PQV, wanted_PQ)
             accepted_PQ = replay.chance_PT[prompts, at_PQ + 1] < (draft_PQ - replay.target_PT[prompts, at_PQ + 1]).exp()
-            confidence_PQ = replay.log_probs(logits_PQV, token_PQ).exp()
+            confidence_PQ = log_probs(logits_PQV, token_PQ).exp()
         else:
             accepted_PQ = token_PQ == wanted_PQ
             confidence_PQ = (highest_PQ.float() - logits_PQV.float().logsumexp(-1)).exp()

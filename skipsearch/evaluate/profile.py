@@ -21,6 +21,7 @@ from scipy.optimize import nnls
 from transformers import PreTrainedModel
 
 from skipsearch.compiled.backend import Progress
+from skipsearch.decoding.rule import GREEDY, SelectionRule
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.clock import sequence_at
@@ -41,7 +42,7 @@ Times = dict[Arm | None, list[list[tuple[float, float]]]]
 
 def profile(
     target: Target, *, contexts: list[int], max_length: int, progress: Progress, seconds: float = 60,
-    temperature: float = 0.0, forms: Sequence[Quantised] = (), known: Sequence[Point] = (),
+    rule: SelectionRule = GREEDY, forms: Sequence[Quantised] = (), known: Sequence[Point] = (),
     keep: Callable[[list[Point]], None] = lambda points: None,
 ) -> tuple[Point, ...]:  # fmt: skip
     """Measure whole blocks at each context length, as decoding runs them, and separate their parts by difference.
@@ -67,7 +68,7 @@ def profile(
     begin = time.perf_counter()
     for number, context in enumerate(contexts[len(points) :], len(points)):
         share = FIRST_CONTEXT + (1 - FIRST_CONTEXT) * number / max(1, len(contexts) - 1) if len(contexts) > 1 else 1.0
-        sequence = sequence_at(target, views[0], context, max_length, temperature)  # one cache for all plans
+        sequence = sequence_at(target, views[0], context, max_length, rule)  # one cache for all plans
         solve = partial(_solve, design=design, context=context, known=points[0] if points else None)
 
         def turned(part: float, number: int = number) -> None:
@@ -184,14 +185,14 @@ def _point(design: Design, found: list[float], context: int, first: float) -> Po
 
 def profile_or_load(
     path: Path, target: Target, identity: str, *, contexts: list[int], max_length: int, progress: Progress,
-    temperature: float = 0.0, seconds: float = 60, forms: Sequence[Quantised] = (),
+    rule: SelectionRule = GREEDY, seconds: float = 60, forms: Sequence[Quantised] = (),
 ) -> Costs:  # fmt: skip
     """The costs in `path` if they were measured for this model and set-up at these lengths; else new ones, saved.
 
     They are saved context by context, and a profile that was stopped goes on behind the last one.
     """
     key = f"{identity} | contexts {contexts} | K <= {max_length} | drafts and verifies apart, rising, crowding"
-    key += f" | temperature {temperature}" * bool(temperature)
+    key += f" | {rule}" * (rule != GREEDY)
     key += f" | {', '.join(forms)}" * bool(forms)
     key += " | packed weights" * (target.compiled is not None and target.compiled.packs)
     known: tuple[Point, ...] = ()
@@ -203,7 +204,7 @@ def profile_or_load(
     if len(known) < len(contexts):
         known = profile(
             target, contexts=contexts, max_length=max_length, progress=progress, seconds=seconds,
-            temperature=temperature, forms=forms, known=known,
+            rule=rule, forms=forms, known=known,
             keep=lambda points: write_json(path, asdict(Costs(identity=key, points=tuple(points)))),
         )  # fmt: skip
     return Costs(identity=key, points=known)

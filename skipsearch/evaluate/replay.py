@@ -32,6 +32,7 @@ from transformers.cache_utils import DynamicLayer
 from skipsearch.decoding.rows import rows_may_differ
 from skipsearch.draft.view import RemovedLayer, with_layers
 from skipsearch.evaluate.reference import Grid, Group, Keeping, ReferenceLayer, Resumed, Start, group_by_length
+from skipsearch.evaluate.scores import Scores, log_probs
 from skipsearch.evaluate.trace import Trace
 from skipsearch.model.device import free_memory
 from skipsearch.model.target import Target
@@ -69,7 +70,8 @@ class Replay:
         # Room behind each row, so that a draft near the end has (meaningless) tokens to read.
         self._ahead = max(max_length, AHEAD)
         self.ids, _ = trace.padded(target.device, self._ahead)
-        self.temperature = trace.temperature
+        self.rule = trace.rule
+        self.scores = Scores(target, trace, self.ids)
         # chances [P, T] of acceptance, and the target's own log-probability of each token; with sampling alone
         shape = (len(self.lengths), max(self.lengths) + self._ahead + 1)
         self.chance_PT = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.ids.device)
@@ -116,11 +118,10 @@ class Replay:
             cache = Cache(layers=[DynamicLayer() for _ in range(self.target.num_layers)])
             layers = [Keeping(layer, at_PC[part]) for layer in self.target.layers] if states else []
             model = with_layers(self.target.model, self.target.sublayers.path, layers) if states else self.target.model
-            few = {} if self.temperature or not self.target.takes_logits_to_keep else {"logits_to_keep": 1}
+            few = {} if self.rule.temperature or not self.target.takes_logits_to_keep else {"logits_to_keep": 1}
             logits = model(input_ids=ids_PT[part], past_key_values=cache, use_cache=True, **few).logits
-            if self.temperature:
-                known = self.log_probs(logits[:, :-1], ids_PT[part, 1:])
-                self.target_PT[list(prompts[part]), 1:longest] = known
+            if self.rule.temperature:
+                self._keep_target(logits, prompts[part])
             kept.append([(layer.keys, layer.values) for layer in cache.layers])
             hidden.append([layer.kept for layer in layers])
         behind = (0, 0, 0, max(self._ahead, self.side * self.max_length))  # behind each row, for what a pass adds
@@ -232,7 +233,11 @@ class Replay:
         before = [RemovedLayer(layer, as_tuple) for layer in layers[:first]]
         return with_layers(view, path, [*before, Resumed(layers[first], hidden_PQH), *layers[first + 1 :]])
 
-    def log_probs(self, logits: Tensor, ids: Tensor) -> Tensor:
-        """Log-probabilities [...] of ids [...] under logits [..., V] at the trace's temperature."""
-        scores = logits.float() / self.temperature
-        return scores.gather(-1, ids[..., None])[..., 0] - scores.logsumexp(-1)
+    def _keep_target(self, logits_PTV: Tensor, prompts: tuple[int, ...]) -> None:
+        """The target's own log-probabilities of the continuations' tokens."""
+        for row, prompt in enumerate(prompts):
+            length, first = self.lengths[prompt], len(self.trace.prompts[prompt])
+            at_1T = torch.arange(first - 1, length - 1, device=self.ids.device)[None]
+            of_1 = torch.tensor([prompt], device=self.ids.device)
+            scores_1TV = self.scores(logits_PTV[row : row + 1, first - 1 : length - 1], of_1, at_1T)
+            self.target_PT[prompt, first:length] = log_probs(scores_1TV, self.ids[prompt : prompt + 1, first:length])[0]

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from skipsearch.compiled.backend import Progress
 from skipsearch.decoding.loop import Ending, decode
-from skipsearch.decoding.processors import TokenSelection
+from skipsearch.decoding.rule import GREEDY, SelectionRule
 from skipsearch.decoding.scheduler import Scheduler
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import DecodeStats
@@ -64,7 +64,7 @@ class OurArm:
         draft: the draft view; None decodes plainly.
         policy: how to draft.
         scheduler: estimates that go on from prompt to prompt, as they do for a served model.
-        temperature: at which tokens are sampled; 0: greedily.
+        rule: how tokens are chosen.
         tuner: chooses in place of `policy` and `scheduler`.
         aligned: see `Batch`.
     """
@@ -73,7 +73,7 @@ class OurArm:
     draft: PreTrainedModel | None = None
     policy: DraftPolicy | None = None
     scheduler: Scheduler = field(default_factory=Scheduler)
-    temperature: float = 0.0
+    rule: SelectionRule = GREEDY
     tuner: Tuner | None = None
     aligned: int = 0
 
@@ -84,13 +84,14 @@ class OurArm:
         stats, ids, start = DecodeStats(), list[int](), 0.0
         synchronize(target.device)
         begin = time.perf_counter()
+        prompt_ids = target.ids(prompt)
         sequences = Sequences(
-            target, target.ids(prompt), capacity=ending.max_length, draft=self.draft, aligned=self.aligned,
-            selection=TokenSelection.at_temperature(self.temperature, len(prompt), target.device),
+            target, prompt_ids, capacity=ending.max_length, draft=self.draft, aligned=self.aligned,
+            selection=self.rule.selection(target.model, prompt_ids, new_tokens, len(prompt)),
         )  # fmt: skip
         for block in decode(
             sequences, ending, policy=self.policy, stats=stats, scheduler=self.scheduler, tuner=self.tuner,
-            temperature=self.temperature,
+            temperature=self.rule.temperature,
         ):  # fmt: skip
             if not ids:
                 synchronize(target.device)
@@ -103,12 +104,12 @@ class OurArm:
 
 def our_arm(
     target: Target, plan: SkipMask | DraftPlan | None = None, policy: DraftPolicy | None = None,
-    temperature: float = 0.0,
+    rule: SelectionRule = GREEDY,
 ) -> OurArm:  # fmt: skip
     """The arm that drafts with a plan; without one, plain decoding."""
     draft = None if plan is None else draft_view(target.model, plan)
     scheduler = Scheduler(() if policy is None else policy.costs)
-    return OurArm(target=target, draft=draft, policy=policy, scheduler=scheduler, temperature=temperature)
+    return OurArm(target=target, draft=draft, policy=policy, scheduler=scheduler, rule=rule)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from skipsearch.compiled.backend import Progress
 from skipsearch.decoding.loop import Ending, decode
-from skipsearch.decoding.processors import TokenSelection
+from skipsearch.decoding.rule import GREEDY, SelectionRule
 from skipsearch.decoding.scheduler import Scheduler
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.evaluate.prompt_row import Ids
@@ -35,13 +35,13 @@ class DecodeSettings:
 
     Attributes:
         new_tokens: decoded from each prompt.
-        temperature: at which tokens are sampled; 0: greedily.
+        rule: how tokens are chosen.
         seed: of sampling, and of the order in which arms take turns.
         rounds: repetitions of a timing.
     """
 
     new_tokens: int = 96
-    temperature: float = 0.0
+    rule: SelectionRule = GREEDY
     seed: int = 0
     rounds: int = 2
 
@@ -54,13 +54,13 @@ class Trace:
         prompts: token ids, one row a prompt.
         continuations: its own tokens, each row at most `new_tokens` long, shorter after an end of sequence.
         new_tokens: the length asked for.
-        temperature: at which they were sampled; 0: greedily.
+        rule: how they were chosen.
     """
 
     prompts: tuple[Ids, ...]
     continuations: tuple[Ids, ...]
     new_tokens: int
-    temperature: float = 0.0
+    rule: SelectionRule = GREEDY
 
     def head(self, prompts: int, new_tokens: int) -> Trace:
         """The first prompts and tokens alone, for scoring at lower fidelity."""
@@ -68,7 +68,7 @@ class Trace:
             prompts=self.prompts[:prompts],
             continuations=tuple(c[:new_tokens] for c in self.continuations[:prompts]),
             new_tokens=min(new_tokens, self.new_tokens),
-            temperature=self.temperature,
+            rule=self.rule,
         )
 
     def padded(self, device: torch.device, room: int = 0) -> tuple[Tensor, Tensor]:
@@ -96,7 +96,7 @@ def record(
     target: Target, prompts: tuple[Ids, ...], settings: DecodeSettings, progress: Progress, *,
     known: Sequence[Ids] = (), seconds: float = math.inf, keep: Callable[[list[Ids]], None] = lambda rows: None,
 ) -> Trace:  # fmt: skip
-    """Decode every prompt: greedily, or sampling at a temperature.
+    """Decode every prompt by the settings' rule.
 
     Greedily in fp32 n-grams draft, which change no token; in half precision they could, where two are nearly tied.
 
@@ -105,8 +105,8 @@ def record(
         seconds: stop recording once they are spent, with the prompts so far, `LEAST` at least.
         keep: called with all continuations so far after each prompt.
     """
-    rows, temperature = list(known), settings.temperature
-    exact = not temperature and target.dtype == torch.float32
+    rows, rule = list(known), settings.rule
+    exact = not rule.temperature and target.dtype == torch.float32
     policy = DraftPolicy.ngrams_alone() if exact else None
     scheduler, begin = Scheduler(), time.monotonic()
     for i, prompt in enumerate(prompts[len(rows) :], len(rows)):
@@ -114,8 +114,9 @@ def record(
         if len(rows) >= LEAST and spent * (1 + 1 / max(1, len(rows) - len(known))) > seconds:
             break
         ending = Ending(max_length=len(prompt) + settings.new_tokens, eos_ids=target.eos_ids)
-        selection = TokenSelection.at_temperature(temperature, settings.seed + 2 * i, target.device)
-        sequences = Sequences(target, target.ids(prompt), capacity=ending.max_length, selection=selection)
+        ids = target.ids(prompt)
+        selection = rule.selection(target.model, ids, settings.new_tokens, settings.seed + 2 * i)
+        sequences = Sequences(target, ids, capacity=ending.max_length, selection=selection)
         blocks = decode(sequences, ending, policy=policy, scheduler=scheduler)
         rows.append(tuple(token for block in blocks for token in block.tokens))
         keep(rows)
@@ -123,7 +124,7 @@ def record(
         within = i + 1 + max(0.0, begin + seconds - time.monotonic()) / pace  # what the seconds suffice for
         progress("record", i + 1, round(min(len(prompts), max(LEAST, within))))
     return Trace(
-        prompts=prompts[: len(rows)], continuations=tuple(rows), new_tokens=settings.new_tokens, temperature=temperature
+        prompts=prompts[: len(rows)], continuations=tuple(rows), new_tokens=settings.new_tokens, rule=rule
     )  # fmt: skip
 
 
@@ -138,10 +139,12 @@ def record_or_load(
     Args:
         may_grow: whether it may go on; not once masks are scored on it.
     """
-    new_tokens, temperature = settings.new_tokens, settings.temperature
+    new_tokens, rule = settings.new_tokens, settings.rule
     key = {"identity": identity, "prompts_sha256": fingerprint(prompts), "new_tokens": new_tokens}
-    if temperature:
-        key |= {"temperature": temperature, "seed": settings.seed}
+    if rule.fields:
+        key |= {"chosen": str(rule)}
+    if rule.temperature:
+        key |= {"temperature": rule.temperature, "seed": settings.seed}
     known: list[Ids] = []
     try:
         data = json.loads(path.read_text())
@@ -150,7 +153,7 @@ def record_or_load(
             if len(known) == len(prompts) or (known and not may_grow):
                 return Trace(
                     prompts=prompts[: len(known)], continuations=tuple(known), new_tokens=new_tokens,
-                    temperature=temperature,
+                    rule=rule,
                 )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError):
         known = []  # there is none yet, or it is another one's: record anew

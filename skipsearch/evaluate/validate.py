@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from skipsearch.compiled.backend import Progress
+from skipsearch.decoding.rule import GREEDY, SelectionRule
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.evaluate.cost import set_up
 from skipsearch.evaluate.looks import LAST_LOOK, LEAST, decides, look_after
@@ -85,8 +86,8 @@ class Validation:
         self, target: Target, prompts: tuple[Ids, ...], plans: Plans, settings: DecodeSettings,
         path: Path | None = None, identity: str = "",
     ) -> None:  # fmt: skip
-        arms = {PLAIN: our_arm(target, temperature=settings.temperature)}
-        arms |= {name: our_arm(target, plan, policy, settings.temperature) for name, (plan, policy) in plans.items()}
+        arms = {PLAIN: our_arm(target, rule=settings.rule)}
+        arms |= {name: our_arm(target, plan, policy, settings.rule) for name, (plan, policy) in plans.items()}
         self.timing, self.settings, self.path = Interleaved(dict(arms), prompts, settings), settings, path
         what = hashlib.sha256(repr(plans).encode()).hexdigest()  # a plan may name many tokens
         key = [identity, fingerprint(prompts), what, repr(settings), set_up(target)]
@@ -129,7 +130,7 @@ class Validation:
     def _measured(self, miss: float, decided: bool, prompts: int | None, rounds: int | None) -> Measured:
         timed, intervals = self.timing.timings(prompts, rounds), self._intervals(miss, prompts, rounds)
         plain = timed.pop(PLAIN)
-        equal = None if self.settings.temperature else all(found.ids() == plain.ids() for found in timed.values())
+        equal = None if self.settings.rule.temperature else all(found.ids() == plain.ids() for found in timed.values())
         return Measured(
             arms={name: _result(found, plain, intervals[name]) for name, found in timed.items()},
             plain_tokens_per_second=plain.tokens_per_second, prompts=len(plain.runs), tokens=plain.tokens,
@@ -179,8 +180,8 @@ def _read(path: Path, key: str, timing: Interleaved) -> None:
 
 
 def evidence(
-    target: Target, prompts: tuple[Ids, ...], measured: Measured, cost_ratio: float, temperature: float = 0.0,
-    arm: str = MASK,
+    target: Target, prompts: tuple[Ids, ...], measured: Measured, cost_ratio: float, arm: str = MASK,
+    rule: SelectionRule = GREEDY,
 ) -> Evidence:  # fmt: skip
     """What goes into mask.json about an arm. The verdict is "use" only if the whole interval lies above 1."""
     found, served = measured.arms[arm], measured.arms.get(SERVED)
@@ -192,7 +193,8 @@ def evidence(
         baseline_tokens_per_second=round(measured.plain_tokens_per_second, 2), greedy_equal=measured.greedy_equal,
         backend=target.backend, dtype=str(target.dtype).removeprefix("torch."), device=device_name(target.device),
         prompts=measured.prompts, tokens=measured.tokens, prompts_sha256=fingerprint(prompts[: measured.prompts]),
-        temperature=temperature or None, verdict="use" if found.pays else "do not use",
+        temperature=rule.temperature or None, decoding=str(rule),
+        verdict="use" if found.pays else "do not use",
         served_speedup=round(served.speedup, 4) if served is not None and arm != NGRAMS else None,
         served_speedup_ci=_rounded(served.speedup_ci) if served is not None and arm != NGRAMS else None,
     )  # fmt: skip

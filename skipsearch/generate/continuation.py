@@ -18,20 +18,25 @@ from skipsearch.model.load import Loaded
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateSettings:
-    """Arguments of `generate`; temperature 0 is greedy. `chat` asks through the chat template, if any."""
+    """Arguments of `generate`. `chat` asks through the chat template, if any.
+
+    Temperature 0 is greedy. What is None is left to the model's generation config.
+    """
 
     max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
     seed: int = 0
     chat: bool = False
 
     @property
     def sampling(self) -> dict[str, Any]:
-        if not self.temperature:
+        if self.temperature == 0:
             return {"do_sample": False}
-        return {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        given = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        given = {name: value for name, value in given.items() if value is not None}
+        return {"do_sample": True, **given} if self.temperature else given
 
 
 def continue_text(
@@ -55,7 +60,7 @@ def continue_text(
     start = time.perf_counter()
     output = loaded.model.generate(
         **inputs, max_new_tokens=settings.max_new_tokens, custom_generate=method, streamer=streamer,
-        **settings.sampling,
+        tokenizer=loaded.tokenizer, **settings.sampling,
     )  # fmt: skip
     seconds = time.perf_counter() - start
     tokens, stats = output[0, inputs["input_ids"].shape[1] :].tolist(), method.stats

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import torch
 
+from skipsearch.decoding.rule import SelectionRule
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.evaluate.cost import Point
 from skipsearch.evaluate.draft_replay import DraftReplay
 from skipsearch.evaluate.objective import Score, estimate
 from skipsearch.evaluate.replay import Replay
+from skipsearch.evaluate.scores import log_probs
 from skipsearch.evaluate.trace import Trace
 from skipsearch.evaluate.windows import PositionOutcomes
 from skipsearch.mask import SkipMask
@@ -41,7 +43,7 @@ class Window:
         first = len(text) - self.tokens
         trace = Trace(
             prompts=(tuple(text[:first]),), continuations=(tuple(text[first:]),), new_tokens=self.tokens,
-            temperature=temperature,
+            rule=SelectionRule(temperature=temperature),
         )  # fmt: skip
         self.starts = [(0, t) for t in range(first, len(text), LENGTH)]
         room = len(self.starts) * LENGTH
@@ -54,8 +56,9 @@ class Window:
     def _read_target(self) -> None:
         """The target's own log-probability of each token, on which acceptance of sampled text depends."""
         replay = self.replay
-        _, at_PQ, logits_PQV = replay.logits(replay.target.model, self.starts)
-        replay.target_PT[0, at_PQ[0] + 1] = replay.log_probs(logits_PQV, replay.ids[:, at_PQ[0] + 1])[0]
+        (_, prompt_P), at_PQ, logits_PQV = replay.logits(replay.target.model, self.starts)
+        scores_PQV = replay.scores(logits_PQV, prompt_P, at_PQ)
+        replay.target_PT[0, at_PQ[0] + 1] = log_probs(scores_PQV, replay.ids[:, at_PQ[0] + 1])[0]
 
     def outcomes(self, mask: SkipMask) -> list[PositionOutcomes]:
         """What drafts with a mask do at each position: one pass."""

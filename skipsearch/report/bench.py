@@ -33,6 +33,7 @@ def bench_title(data: dict[str, Any]) -> str:
     return (
         f"all: {_total(data)[0]['prompts']} prompts, up to {settings['new_tokens']} tokens each; "
         f"{settings['parameters'] / 1e6:.1f} M parameters, {settings['dtype']}, backend {settings['backend']}\n"
+        f"decoding: {settings['decoding']}\n"
         f"{machine['device']}; copies {machine['copy_bytes_per_second'] / 1e9:.0f} GB/s, "
         f"reads {machine['read_bytes_per_second'] / 1e9:.0f} GB/s"
     )
@@ -50,7 +51,7 @@ def speed_table(data: dict[str, Any]) -> Table:
     """Tokens per second of each arm, and speed-ups over two baselines with 95 % intervals."""
     table = _table("", ["tokens/s", "x HF eager", "x plain", "equal"])
     for row in _total(data):
-        equal = f"{row['greedy_equal']}/{row['prompts']}"
+        equal = "samples" if row["greedy_equal"] is None else f"{row['greedy_equal']}/{row['prompts']}"
         speed = f"{row['tokens_per_second']:.1f}"
         table.add_row(row["arm"], speed, _speedup(row, "hf"), _speedup(row, "plain"), equal)
     return table

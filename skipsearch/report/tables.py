@@ -64,6 +64,7 @@ def evidence_rows(proof: dict[str, Any]) -> list[tuple[str, Any]]:
     bad = Text("do not use: not proven faster than plain decoding", style="bold red")
     rows += [
         ("same tokens as plain", equal),
+        *([("decoding", proof["decoding"])] if proof.get("decoding") else []),
         ("held-out", f"{proof['prompts']} prompts, {proof['tokens']} tokens" + FEW * (proof["prompts"] < 10)),
         ("on", f"{proof['device']}, {proof['dtype']}, {proof['backend']}"),
         ("verdict", good if proof["verdict"] == "use" else bad),

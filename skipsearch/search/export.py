@@ -45,7 +45,7 @@ def validated(
         prepared.target,
         prepared.prompts.held_out,
         plans,
-        options.decoding,
+        options.decoding(prepared.trace.rule),
         folder / "validation.json",
         f"{prepared.identity['model']} {prepared.identity['weights']}",
     )
@@ -57,12 +57,12 @@ def mask_file(
     provenance: Provenance,
 ) -> MaskFile:  # fmt: skip
     """The plan as it is served best; n-grams alone if they pay and the plan by itself does not."""
-    arms, temperature, alone = measured.arms, prepared.trace.temperature, arm_of(found.plan)
+    arms, rule, alone = measured.arms, prepared.trace.rule, arm_of(found.plan)
     served = arms.get(SERVED)
     if not arms[alone].pays and (arms[NGRAMS].pays or not found.plan.drafts):
         return MaskFile.of(
             SkipMask(num_layers=found.plan.num_layers), model=model, draft=policies[NGRAMS],
-            evidence=evidence(prepared.target, prepared.prompts.held_out, measured, 0.0, temperature, NGRAMS),
+            evidence=evidence(prepared.target, prepared.prompts.held_out, measured, 0.0, NGRAMS, rule),
             provenance=provenance,
         )  # fmt: skip
     policy = policies.get(SERVED, replace(found.policy, never_slower=True))
@@ -70,6 +70,6 @@ def mask_file(
         policy = replace(policy, ngram=0)
     return MaskFile.of(
         found.plan, model=model, draft=policy, provenance=provenance,
-        evidence=evidence(prepared.target, prepared.prompts.held_out, measured, found.cost_ratio, temperature, alone),
+        evidence=evidence(prepared.target, prepared.prompts.held_out, measured, found.cost_ratio, alone, rule),
         quantised_bytes=round(copies_bytes(prepared.target.model, found.plan)) if found.plan.quantises else None,
     )  # fmt: skip

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from skipsearch.compiled.backend import Backend
+from skipsearch.decoding.rule import GREEDY, SelectionRule
 from skipsearch.errors import SkipsearchError
 from skipsearch.evaluate.prompts import PromptSource
 from skipsearch.evaluate.trace import DecodeSettings
@@ -33,7 +34,8 @@ class SearchOptions:
         rounds: repetitions of validation.
         backend: what will serve the mask: compiled, eager, or auto (compiled where possible).
         contexts: context lengths in tokens to serve, with equal weight; empty: those of the calibration prompts.
-        temperature: of the sampling that the mask is for; 0: greedy decoding.
+        temperature: of the sampling that the mask is for; 0: greedy decoding; None: as the model's generation config
+            says, whose other fields always hold.
         memory: bytes that a pass of replay may use; None: as the device allows.
         space: a TOML file whose [space] table replaces the preset's.
         pareto: search the front of acceptance rate against cost ratio; the resulting mask is still the fastest.
@@ -57,7 +59,7 @@ class SearchOptions:
     rounds: int = 2
     backend: Backend = "auto"
     contexts: tuple[int, ...] = ()
-    temperature: float = 0.0
+    temperature: float | None = None
     memory: float | None = None
     space: Path | None = None
     pareto: bool = False
@@ -65,12 +67,9 @@ class SearchOptions:
     storage: str | None = None
     study: str = "search"
 
-    @property
-    def decoding(self) -> DecodeSettings:
+    def decoding(self, rule: SelectionRule = GREEDY) -> DecodeSettings:
         """How prompts are decoded, for the trace and for validation."""
-        return DecodeSettings(
-            new_tokens=self.new_tokens, temperature=self.temperature, seed=self.seed, rounds=self.rounds
-        )
+        return DecodeSettings(new_tokens=self.new_tokens, rule=rule, seed=self.seed, rounds=self.rounds)
 
     def __post_init__(self) -> None:
         for name in ("trials", "prompts", "held_out", "new_tokens", "trial_tokens", "rounds"):
@@ -78,7 +77,7 @@ class SearchOptions:
                 raise SkipsearchError(
                     f"{name} is {getattr(self, name)}, must be at least 1; leave it out for the default"
                 )
-        if not self.temperature >= 0:
+        if self.temperature is not None and not self.temperature >= 0:
             raise SkipsearchError(f"temperature is {self.temperature}, must be at least 0; 0 is greedy")
         if self.pareto and self.sampler == "trust-region":
             raise SkipsearchError(

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from skipsearch.compiled.backend import Progress, warm_plan, with_backend
+from skipsearch.decoding.rule import GREEDY, SelectionRule
 from skipsearch.draft.copies import copies_bytes, possible_forms
 from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendWarning, PromptError, SkipsearchError
@@ -109,7 +110,7 @@ def prepare(
 ) -> Prepared:
     """Choose prompts, record the trace and profile the model; trace and costs are kept in the results folder."""
     budget = budget or Budget()
-    target = loaded.target
+    target, rule = loaded.target, SelectionRule.of(loaded.model, options.temperature)
     prompts = chosen_prompts(target, loaded.tokenizer, options)
     if options.space is not None:
         space = read_space(options.space, target.num_layers)
@@ -134,12 +135,12 @@ def prepare(
         "space": str(space),
         "tokens": f"{options.new_tokens} recorded",
         "context": ", ".join(map(str, options.contexts)) or "as the prompts",
-        "temperature": str(options.temperature),
+        "temperature": str(rule) if rule != GREEDY else "0.0",
     }
     with budget.stage("record"):  # workers that share a study must score on one trace, whatever time each has
         seconds = math.inf if options.storage else budget.share(RECORD)
         trace = record_or_load(
-            folder / "trace.json", target, prompts.calibration, options.decoding, made_with, progress,
+            folder / "trace.json", target, prompts.calibration, options.decoding(rule), made_with, progress,
             seconds=seconds, may_grow=not (folder / STUDY).exists(),
         )  # fmt: skip
     if max(map(len, trace.continuations)) < 2:  # the first token is the prefill's: there is nothing to draft
@@ -151,7 +152,7 @@ def prepare(
     with budget.stage("profile"):
         costs = profile_or_load(
             folder / "costs.json", target, made_with, contexts=sorted(contexts), max_length=MAX_LENGTH,
-            progress=progress, temperature=options.temperature, seconds=min(MOST_PROFILE, budget.share(PROFILE)),
+            progress=progress, rule=rule, seconds=min(MOST_PROFILE, budget.share(PROFILE)),
             forms=forms,
         )  # fmt: skip
     space = paying_space(space, costs.at(mean), forms)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from skipsearch.compiled.backend import Progress, warm_plan, with_backend
+from skipsearch.decoding.rule import SelectionRule
 from skipsearch.evaluate.audit import Audit, audit
 from skipsearch.evaluate.validate import NGRAMS, SERVED, Plans, Validation, arm_of, evidence
 from skipsearch.maskfile import MaskFile
@@ -22,10 +23,11 @@ def validate_file(loaded: Loaded, file: MaskFile, options: SearchOptions, progre
         plans = {arm_of(plan): (plan, policy.mask_alone())}
         if policy.ngram or policy.never_slower:
             plans[SERVED] = (plan, policy)
-    measured = Validation(target, prompts, plans, options.decoding).run(progress)
+    rule = SelectionRule.of(target.model, options.temperature)
+    measured = Validation(target, prompts, plans, options.decoding(rule)).run(progress)
     known = file.evidence.cost_ratio if file.evidence else 0.0
     arm = NGRAMS if plan is None else arm_of(plan)
-    proof = evidence(target, prompts, measured, known, options.temperature, arm)
+    proof = evidence(target, prompts, measured, known, arm, rule)
     return file.model_copy(update={"evidence": proof})
 
 
@@ -33,5 +35,6 @@ def audit_file(loaded: Loaded, file: MaskFile, options: SearchOptions, progress:
     """Compare a mask file's output with plain decoding, and explain each difference."""
     prompts = chosen_prompts(loaded.target, loaded.tokenizer, options).held_out
     return audit(
-        loaded.target, prompts, file.drafting_plan, file.draft, new_tokens=options.new_tokens, progress=progress
+        loaded.target, prompts, file.drafting_plan, file.draft, new_tokens=options.new_tokens, progress=progress,
+        rule=SelectionRule.of(loaded.model, 0.0),
     )  # fmt: skip

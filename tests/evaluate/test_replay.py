@@ -20,6 +20,7 @@ from traces import make_trace, really_decode
 from skipsearch import SkipMask
 from skipsearch.decoding.loop import Ending, decode
 from skipsearch.decoding.processors import TokenSelection
+from skipsearch.decoding.rule import SelectionRule
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.draft.view import draft_view
@@ -73,8 +74,13 @@ def test_sampled_replay_accepts_what_speculative_sampling_accepts(tiny: Any) -> 
     """Prevents masks for sampling from being judged by greedy matches: accepted shares agree with real decoding."""
     model, mask, policy = tiny("llama"), SkipMask(attention=[1, 3], mlp=[2], num_layers=4), DraftPolicy(max_length=3)
     prompts = tuple((3 + i, 5, 7, 11 + i) for i in range(24))
-    trace = record(Target.of(model), prompts, DecodeSettings(new_tokens=40, temperature=0.7), quiet)
-    assert trace != record(Target.of(model), prompts, DecodeSettings(new_tokens=40, temperature=0.7, seed=100), quiet)
+    trace = record(Target.of(model), prompts, DecodeSettings(new_tokens=40, rule=SelectionRule(temperature=0.7)), quiet)
+    assert trace != record(
+        Target.of(model),
+        prompts,
+        DecodeSettings(new_tokens=40, rule=SelectionRule(temperature=0.7), seed=100),
+        quiet,
+    )
     replayed = DraftReplay(Replay(Target.of(model), trace, 3), mask).walk(policy)
     stats = DecodeStats()
     for i, prompt in enumerate(prompts):
@@ -99,7 +105,7 @@ def test_accepted_shares_average_to_the_overlap(tiny: Any) -> None:
     """Prevents a biased estimate: over many random numbers, one drafted token is accepted sum(min(p, q)) often."""
     model, mask = tiny("llama"), SkipMask(mlp=[1, 2], num_layers=4)
     prompts = tuple((3 + i % 90, 5 + i // 90) for i in range(150))
-    trace = record(Target.of(model), prompts, DecodeSettings(new_tokens=2, temperature=0.7), quiet)
+    trace = record(Target.of(model), prompts, DecodeSettings(new_tokens=2, rule=SelectionRule(temperature=0.7)), quiet)
     trace = replace(trace, continuations=tuple(c[:2] for c in trace.continuations))
     replay = Replay(Target.of(model), trace, 1)
     drafts = DraftReplay(replay, mask)

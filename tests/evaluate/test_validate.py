@@ -30,7 +30,7 @@ def validation(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Make, list[t
     calls: list[tuple[str, int]] = []
 
     def make(speeds: dict[str, float], rounds: int = 1, path: Path | None = None, stop: int = 10**9) -> Validation:
-        def arm(_target: Any, plan: Any = None, policy: Any = None, temperature: float = 0.0) -> Any:
+        def arm(_target: Any, plan: Any = None, policy: Any = None, rule: Any = None) -> Any:
             name = "plain" if policy is None else MASK if plan is not None else NGRAMS
 
             def run(prompt: Any, new_tokens: int) -> Run:

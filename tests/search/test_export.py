@@ -13,6 +13,7 @@ from conftest import quiet
 
 from skipsearch import DraftPlan, SkipMask, load_mask, self_speculative
 from skipsearch.bench.bench import BenchOptions, bench_file
+from skipsearch.decoding.rule import GREEDY
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.errors import DecodingError, MaskError
 from skipsearch.evaluate.objective import Score
@@ -45,7 +46,7 @@ def exported(demo: Loaded, **speeds: tuple[float, float, float]) -> MaskFile:
         plain_tokens_per_second=1.0, prompts=8, tokens=100, greedy_equal=True,
     )  # fmt: skip
     prepared: Any = SimpleNamespace(
-        target=demo.target, trace=SimpleNamespace(temperature=0.0), prompts=SimpleNamespace(held_out=((1, 2),) * 9)
+        target=demo.target, trace=SimpleNamespace(rule=GREEDY), prompts=SimpleNamespace(held_out=((1, 2),) * 9)
     )  # fmt: skip
     served = replace(FOUND.policy, ngram=10, never_slower=True)
     policies = {MASK: FOUND.policy, SERVED: served, NGRAMS: DraftPolicy.ngrams_alone((0.1,) * 14)}

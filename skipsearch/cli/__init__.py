@@ -15,12 +15,14 @@ from rich.markup import escape
 
 from skipsearch.cli import run, generate, measure, files  # isort: skip  # noqa: F401 (the order of --help)
 from skipsearch.cli.options import app, err
+from skipsearch.cli.terminal import plain_where_needed
 from skipsearch.errors import BackendWarning, PromptWarning, SkipsearchError
 
 
 def main() -> None:
     """Entry point: prints our errors as one line, and exits with 130 after an interruption."""
     debug = "--debug" in sys.argv
+    plain_where_needed()
     if not debug:
         warnings.filterwarnings("ignore")
         for category in (BackendWarning, PromptWarning):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import re
 import warnings
 from collections import Counter
 from typing import Any
@@ -12,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from skipsearch.errors import PromptError, PromptWarning
 
 Ids = tuple[int, ...]
+# Some templates write today's date; prompts must be the same every day.
+TODAY, CLOCK = datetime.datetime(2025, 1, 1), re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _TEXT = "a text that no template holds"
 ANSWERED = "end with an answer, which is left off"
 TEMPLATED = "hold the chat template's text already, and are taken as they are"
@@ -26,6 +30,8 @@ class RowReader:
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
         self.name, self.tokenizer, self.chat = name, tokenizer, chat
+        template = tokenizer.get_chat_template() if chat else ""
+        self._template = CLOCK.sub(lambda found: repr(TODAY.strftime(found[2])), template)
         self._mark: str | None = None  # found when the first row needs it
         self._counts: Counter[str] = Counter()
         self._refused: list[PromptError] = []
@@ -84,7 +90,9 @@ class RowReader:
             return tuple(self.tokenizer("\n".join(m["content"] for m in asked))["input_ids"])
         try:
             return tuple(
-                self.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+                self.tokenizer.apply_chat_template(
+                    asked, add_generation_prompt=True, return_dict=True, chat_template=self._template
+                )["input_ids"]
             )
         except TemplateError as error:
             raise PromptError(f"the chat template refuses {asked!r} ({error}); pass --no-chat") from error
@@ -100,7 +108,11 @@ class RowReader:
         """What the template writes before a user's text: from its last special token on, if it holds one."""
         if self._mark is None:
             try:
-                whole = str(self.tokenizer.apply_chat_template([{"role": "user", "content": _TEXT}], tokenize=False))
+                whole = str(
+                    self.tokenizer.apply_chat_template(
+                        [{"role": "user", "content": _TEXT}], tokenize=False, chat_template=self._template
+                    )
+                )
             except TemplateError:
                 whole = ""
             head = whole.partition(_TEXT)[0].removeprefix(str(self.tokenizer.bos_token or "")).strip()

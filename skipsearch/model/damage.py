@@ -15,6 +15,27 @@ from skipsearch.errors import ModelLoadError
 POINTER = b"version https://git-lfs"
 
 
+# Files by which folders are known that hold no causal LM, or not all of one.
+OTHER_KINDS = {
+    "model_index.json": "a diffusers pipeline", "modules.json": "a sentence-transformers model",
+    "*.onnx": "an ONNX export", "*.safetensors": "weights alone",
+}  # fmt: skip
+
+
+def mended(reason: str, error: Exception) -> str:
+    """Why the library did not load a checkpoint, in its own words, and what to do."""
+    reason = reason.rstrip(".")
+    if isinstance(error, ImportError):
+        return f"{reason}; install that, or give a checkpoint that is not quantised"
+    if "trust_remote_code" in str(error) or "custom code" in reason:
+        return f"{reason}; read it, then pass --trust-remote-code"
+    if "Unrecognized configuration class" in reason:
+        return "it is no causal language model of this transformers (it may have an encoder); give one that is"
+    if reason.startswith("Weights only load failed"):
+        return "its .bin file is damaged, or holds code, which is not run; convert it to safetensors"
+    return f"{reason}; check its files"
+
+
 def damaged_file(folder: Path) -> str | None:
     """The first file of a checkpoint that cannot be read, and why; None if all can, or the folder is none."""
     if not folder.is_dir():
@@ -47,6 +68,9 @@ def not_a_model(folder: Path) -> str:
             f"is an adapter of {base or 'another model'}; load both, call merge_and_unload() of peft, "
             f"and give the folder that save_pretrained makes"
         )
+    for pattern, kind in OTHER_KINDS.items():
+        if next(folder.glob(pattern), None):
+            return f"holds {kind} and no config.json of a language model; give the folder that save_pretrained makes"
     if found := sorted(folder.glob("*.gguf")):
         return f"holds a GGUF file; give the file itself, {found[0]}"
     if (folder / "mask.json").is_file():

@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from skipsearch.errors import ModelLoadError
-from skipsearch.model.damage import check_weights, damaged_file
+from skipsearch.model.damage import check_weights, damaged_file, mended
 from skipsearch.model.preset import Preset, presets
 from skipsearch.model.sublayers import find_sublayers
 from skipsearch.model.target import Target
@@ -150,4 +150,4 @@ def _explain(name: str, source: str, error: Exception) -> str:
     if damage := damaged_file(Path(source)):
         return f"model {what} cannot be loaded: its {damage}"
     reason = (text.strip().splitlines() or [type(error).__name__])[0]
-    return f"model {what} cannot be loaded: {reason}; check its files"
+    return f"model {what} cannot be loaded: {mended(reason, error)}"

@@ -77,9 +77,10 @@ def examine() -> dict[str, Any]:
         try:
             facts["draft forms"] = _forms(device)
         except Exception as error:  # a broken compiler raises anything, and doctor is for such machines
-            facts["draft forms"] = (
-                f"not measured ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})"
-            )
+            why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            facts["draft forms"] = f"not measured ({why})"
+            if compiler():  # it is there and does not work, so decoding will be eager
+                facts["backend"] = f"eager: compiling fails ({why}); mend or reinstall g++"
     model = Path(__file__).resolve().parents[1] / "demo" / "model" / "model.safetensors"
     facts["bundled model"] = "present" if model.is_file() else "absent"
     if not model.is_file():

@@ -43,6 +43,13 @@ def test_messages_of_another_dialect_are_refused(message: Any, tmp_path: Path, l
     assert_one_sentence(error, "'content'", "hello", "--prompt-column")
 
 
+def test_a_template_with_a_clock_says_the_same_every_day(tmp_path: Path, load: Load, chatty: Any) -> None:
+    """Prevents: tomorrow the prompts are others, and the study of today is refused."""
+    chatty.chat_template = "{{ strftime_now('%d %b %Y') }}|" + chatty.chat_template
+    found = everything(load(write(tmp_path / "p.csv", {"prompt": TEXTS}), tokenizer=chatty))
+    assert found == ids(chatty, [f"01 Jan 2025|<user>{t}</><bot>" for t in TEXTS])
+
+
 def test_a_template_that_refuses_is_reported(tmp_path: Path, load: Load, chatty: Any) -> None:
     """Prevents a Jinja traceback for templates that forbid a role."""
     chatty.chat_template = "{{ raise_exception('no system role') }}"

@@ -100,6 +100,30 @@ def test_folders_of_another_kind(tmp_path: Path) -> None:
     refused(tmp_path, "results of a search", "--mask")
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     refused(tmp_path, "give the file itself", "x.gguf")
+    for number, (name, kind) in enumerate({"model_index.json": "diffusers", "a.onnx": "ONNX"}.items()):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / name).write_text("{}")
+        refused(tmp_path / str(number), kind, "save_pretrained")
+
+
+def config_with(folder: Path, **fields: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+def test_quantised_checkpoints_without_their_library(folder: Path) -> None:
+    """Prevents "check its files" for a whole checkpoint that only lacks a package here."""
+    config_with(folder, quantization_config={"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"})
+    refused(folder, "AWQ", "install", "not quantised")
+
+
+def test_models_with_an_encoder_and_code_of_strangers(folder: Path) -> None:
+    """Prevents a list of a hundred classes as an error, and code that is run without being asked for."""
+    config_with(folder, model_type="t5", architectures=["T5ForConditionalGeneration"])
+    refused(folder, "no causal language model")
+    config_with(folder, model_type="other", auto_map={"AutoConfig": "x.C", "AutoModelForCausalLM": "x.M"})
+    (folder / "x.py").write_text("raise SystemExit('this code was run')")
+    refused(folder, "--trust-remote-code")
 
 
 def test_finite_weights_pass(folder: Path) -> None:

@@ -31,12 +31,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from widen import difference, searched, widen
 
 from skipsearch.bench.arms import hf_arm
-from skipsearch.bench.bench import BenchOptions, bench, step_costs, weight_bytes
+from skipsearch.bench.bench import BenchOptions, bench, weight_bytes
 from skipsearch.bench.groups import prompt_groups
 from skipsearch.bench.machine import copy_bandwidth, read_bandwidth
 from skipsearch.compiled.backend import warm_plan, with_backend
 from skipsearch.draft.copies import possible_forms
-from skipsearch.evaluate.clock import sequence_at, timed
+from skipsearch.evaluate.clock import sequence_at, step_costs, timed
 from skipsearch.evaluate.form_speed import form_seconds
 from skipsearch.evaluate.timing import our_arm
 from skipsearch.evaluate.trace import DecodeSettings

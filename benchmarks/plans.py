@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from skipsearch import load_mask, load_model
-from skipsearch.bench.bench import step_costs, weight_bytes
+from skipsearch.bench.bench import weight_bytes
 from skipsearch.compiled.backend import warm_plan, with_backend
 from skipsearch.draft.copies import copies_bytes
+from skipsearch.evaluate.clock import step_costs
 from skipsearch.evaluate.prompt_row import Ids
 from skipsearch.evaluate.prompts import PromptSource
 from skipsearch.evaluate.timing import Arm, our_arm, time_interleaved

@@ -27,7 +27,7 @@ from skipsearch.draft.forms import is_quantised
 from skipsearch.draft.head import DraftHead
 from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendWarning, SkipsearchError
-from skipsearch.evaluate.clock import sequence_at, timed
+from skipsearch.evaluate.clock import step_costs
 from skipsearch.evaluate.prompt_row import Ids
 from skipsearch.evaluate.timing import Arm, Run, time_interleaved
 from skipsearch.evaluate.trace import DecodeSettings
@@ -39,8 +39,6 @@ from skipsearch.model.target import Target
 from skipsearch.plan import DraftPlan
 from skipsearch.policy import DraftPolicy
 from skipsearch.search.options import MAX_LENGTH
-
-STEPS = 6  # draft steps in one timing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,20 +77,6 @@ def weight_bytes(model: PreTrainedModel) -> int:
     if isinstance(head, DraftHead):  # reads the product's weights, and few rows of these
         unique.pop(head.weight.data_ptr(), None)
     return sum(unique.values())
-
-
-def step_costs(target: Target, plan: DraftPlan, context: int, repeats: int = 15) -> tuple[float, float]:
-    """Seconds of a draft step and of a plain step at a context length: medians, measured alternately."""
-    drafting = sequence_at(target, draft_view(target.model, plan), context, MAX_LENGTH)
-    plain = sequence_at(target, None, context, MAX_LENGTH)
-    draft, step = [], []
-    for turn in range(repeats + 3):
-        drafted = timed(drafting, lambda: drafting.draft([STEPS])) / STEPS
-        stepped = timed(plain, lambda: plain.verify([0]))
-        if turn >= 3:
-            draft.append(drafted)
-            step.append(stepped)
-    return statistics.median(draft), statistics.median(step)
 
 
 def bench(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -9,8 +10,12 @@ from transformers import PreTrainedModel
 
 from skipsearch.decoding.rule import GREEDY, SelectionRule
 from skipsearch.decoding.sequences import Sequences
+from skipsearch.draft.view import draft_view
 from skipsearch.model.device import synchronize
 from skipsearch.model.target import Target
+from skipsearch.plan import DraftPlan
+
+STEPS = 6  # draft steps in one timing of a draft step
 
 
 def sequence_at(
@@ -46,3 +51,17 @@ def clock(sequence: Sequences, run: Callable[[], object]) -> float:
     seconds = time.perf_counter() - start
     sequence.truncate(0, length)
     return seconds
+
+
+def step_costs(target: Target, plan: DraftPlan, context: int, repeats: int = 15) -> tuple[float, float]:
+    """Seconds of a draft step and of a plain step at a context length: medians, measured alternately."""
+    drafting = sequence_at(target, draft_view(target.model, plan), context, STEPS)
+    plain = sequence_at(target, None, context, STEPS)
+    draft, step = [], []
+    for turn in range(repeats + 3):
+        drafted = timed(drafting, lambda: drafting.draft([STEPS])) / STEPS
+        stepped = timed(plain, lambda: plain.verify([0]))
+        if turn >= 3:
+            draft.append(drafted)
+            step.append(stepped)
+    return statistics.median(draft), statistics.median(step)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from skipsearch.compiled.backend import Progress, warm_plan, with_backend
 from skipsearch.decoding.rule import SelectionRule
 from skipsearch.evaluate.audit import Audit, audit
+from skipsearch.evaluate.clock import step_costs
+from skipsearch.evaluate.prompt_row import Ids
 from skipsearch.evaluate.validate import NGRAMS, SERVED, Plans, Validation, arm_of, evidence
 from skipsearch.maskfile import MaskFile
 from skipsearch.model.load import Loaded
@@ -25,10 +27,16 @@ def validate_file(loaded: Loaded, file: MaskFile, options: SearchOptions, progre
             plans[SERVED] = (plan, policy)
     rule = SelectionRule.of(target.model, options.temperature)
     measured = Validation(target, prompts, plans, options.decoding(rule)).run(progress)
-    known = file.evidence.cost_ratio if file.evidence else 0.0
+    context = round(_mean_context(prompts, options.new_tokens))
+    step, plain = (0.0, 1.0) if plan is None else step_costs(target, plan, context)
     arm = NGRAMS if plan is None else arm_of(plan)
-    proof = evidence(target, prompts, measured, known, arm, rule)
+    proof = evidence(target, prompts, measured, step / plain, arm, rule)
     return file.model_copy(update={"evidence": proof})
+
+
+def _mean_context(prompts: tuple[Ids, ...], new_tokens: int) -> float:
+    """Mean number of tokens that a step attends to."""
+    return sum(len(prompt) + new_tokens / 2 for prompt in prompts) / len(prompts)
 
 
 def audit_file(loaded: Loaded, file: MaskFile, options: SearchOptions, progress: Progress) -> Audit:

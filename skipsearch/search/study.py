@@ -5,12 +5,14 @@ A finished trial is never lost, and trials of different set-ups never mix. The s
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pandas as pd
 from optuna.distributions import BaseDistribution, IntDistribution
@@ -19,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from skipsearch.errors import StudyMismatch
 from skipsearch.evaluate.objective import Score
-from skipsearch.files import write_text
+from skipsearch.files import has_ended, this_process, write_text
 from skipsearch.model.space import Space
 from skipsearch.plan import DraftPlan
 from skipsearch.search.sampler import TrustRegionSampler
@@ -27,6 +29,7 @@ from skipsearch.search.seeds import Seed
 from skipsearch.search.storage import EXPERIMENTAL, open_storage
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
+WORKER, STAGES = "worker", "stages"  # of a trial: the process that runs it, and the stages of its score
 
 
 def make_sampler(name: str, space: Space, seed: int) -> BaseSampler:
@@ -83,8 +86,7 @@ class Study:
         self.space = space.chosen_as(self.shared("space", space.choice()))
         bounds = self.space.bounds.items()
         self.distributions: dict[str, BaseDistribution] = {name: IntDistribution(*pair) for name, pair in bounds}
-        with warnings.catch_warnings(action="ignore", category=EXPERIMENTAL):
-            self.study.sampler = make_sampler(sampler, self.space, seed)
+        self.sampler, self.seed = sampler, seed
         self._queue: deque[tuple[dict[str, Any], str]] = deque()
         self.memo: dict[DraftPlan, tuple[float, ...]] = {self.plan_of(t): tuple(t.values) for t in self.finished()}
 
@@ -112,29 +114,51 @@ class Study:
         worker has its own queue, and leaves out what another worker has added to the storage.
         """
         self._queue += [(self.space.params(plan), label) for label, plan in seeds]
-        # The trials that an interrupted run did not finish.
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,)):
-            if len(trial.params) == len(self.distributions) and self.plan_of(trial) not in self.memo:
-                self._queue.append((trial.params, f"again:{trial.number}"))
+
+    def _take_up(self) -> list[FrozenTrial]:
+        """Let the trials that an ended run did not finish be the next ones, as they were; returns all trials."""
+        trials = self.study.get_trials(deepcopy=False)
+        known = {tuple(t.params.items()) for t in trials if t.state != TrialState.FAIL}
+        for t in trials:
+            if t.state == TrialState.RUNNING and has_ended(t.system_attrs.get(WORKER, "")):
+                self.study._storage.set_trial_state_values(t._trial_id, TrialState.WAITING)
+            whole = len(t.params) == len(self.distributions) and tuple(t.params.items()) not in known
+            if t.state == TrialState.FAIL and whole:
+                self._add(t.params, {"seed": t.user_attrs["seed"]} if "seed" in t.user_attrs else {})
+                known.add(tuple(t.params.items()))
+        return self.study.get_trials(deepcopy=False)
+
+    def _renew_sampler(self, trials: list[FrozenTrial]) -> None:
+        """The sampler, whose state is that of the trials so far: an interrupted study goes on as if it had not been."""
+        counted = sum(t.state in (TrialState.COMPLETE, TrialState.RUNNING) for t in trials)
+        own = self.sampler == "trust-region"  # counts by itself
+        seed = self.seed if own else int(np.random.SeedSequence((self.seed, counted)).generate_state(1)[0])
+        with warnings.catch_warnings(action="ignore", category=EXPERIMENTAL):
+            self.study.sampler = make_sampler(self.sampler, self.space, seed)
 
     def _propose(self, trials: list[FrozenTrial]) -> None:
-        """Add the next trial to the storage: a seed, or a proposal of our own sampler if no trial is waiting."""
+        """Add the next trial to the storage: a seed; or what the sampler proposes, if no trial is waiting."""
         known = {tuple(t.params.items()) for t in trials if t.state != TrialState.FAIL} if self._queue else set()
         while self._queue:  # even if a trial is waiting: it may belong to another worker
             params, label = self._queue.popleft()
             if tuple(params.items()) not in known:
                 return self._add(params, {"seed": label})
-        waiting = any(t.state == TrialState.WAITING for t in trials)
-        if isinstance(self.study.sampler, TrustRegionSampler) and not waiting:
-            self._add(self.study.sampler.propose(trials), {})
+        if not any(t.state == TrialState.WAITING for t in trials):
+            own = self.study.sampler if isinstance(self.study.sampler, TrustRegionSampler) else None
+            self._add(own.propose(trials) if own else {}, {})  # others propose when the trial runs
 
     def _add(self, params: dict[str, Any], attrs: dict[str, str]) -> None:
-        """Add a waiting trial with all its parameters, in one transaction."""
+        """Add a waiting trial with all its parameters or none, in one transaction."""
         self.study.add_trial(
             optuna.trial.create_trial(
-                state=TrialState.WAITING, params=params, distributions=self.distributions, user_attrs=attrs
+                state=TrialState.WAITING, params=params, distributions=self.distributions if params else {},
+                user_attrs=attrs, system_attrs={WORKER: this_process()},
             )
-        )
+        )  # fmt: skip
+
+    def stages(self) -> list[tuple[float, ...]]:
+        """Stages of the scores so far, for another scorer."""
+        return [tuple(t.system_attrs[STAGES]) for t in self.finished() if STAGES in t.system_attrs]
 
     def optimize(
         self, scorer: Callable[[DraftPlan], Score], *, trials: int, time_budget: float | None,
@@ -147,7 +171,11 @@ class Study:
             report: called after each trial with the number of finished trials and the most tokens per second so far.
         """
 
+        begin, note = time.monotonic(), self.study._storage.set_trial_system_attr
+
         def objective(trial: optuna.Trial) -> tuple[float, ...]:
+            begun = time.monotonic()
+            note(trial._trial_id, WORKER, this_process())  # another one may have added it
             params = {name: trial.suggest_int(name, *bounds) for name, bounds in self.space.bounds.items()}
             plan = self.space.plan(params)
             if plan not in self.memo:  # samplers propose some plans again; their score is known
@@ -161,22 +189,30 @@ class Study:
                     ("fidelity", result.fidelity),
                 ):  # fmt: skip
                     trial.set_user_attr(key, value)
+                if result.stages:
+                    note(trial._trial_id, STAGES, list(result.stages))
                 both = (result.acceptance_rate, result.cost_ratio)
                 self.memo[plan] = both if self.pareto else (result.tokens_per_second,)
+            trial.set_user_attr("seconds", round(time.monotonic() - begun, 6))  # Optuna's clock may be set
             return self.memo[plan]
 
         def after(study: optuna.Study, trial: FrozenTrial) -> None:
             trials_now = self.study.get_trials(deepcopy=False)
             done = [t for t in trials_now if t.state == TrialState.COMPLETE]
             report(len(done), max((t.user_attrs.get("tokens_per_second", 0.0) for t in done), default=0.0))
-            if len(done) >= trials or self.used_up:
+            spent = time_budget is not None and time.monotonic() - begin >= time_budget
+            if spent or len(done) >= trials or self.used_up:
                 study.stop()
             else:
+                self._renew_sampler(trials_now)
                 self._propose(trials_now)
 
         if len(self.finished()) < trials and not self.used_up:
-            self._propose(self.study.get_trials(deepcopy=False))
-            self.study.optimize(objective, timeout=time_budget, callbacks=[after])
+            trials_now = self._take_up()
+            self._renew_sampler(trials_now)
+            if not any(t.state == TrialState.WAITING for t in trials_now):  # those come first
+                self._propose(trials_now)
+            self.study.optimize(objective, callbacks=[after])
 
     def _scored(self) -> list[FrozenTrial]:
         """Finished trials that were scored on the whole trace: not repeated plans, not aborted scores."""
@@ -205,6 +241,5 @@ class Study:
         """Write all finished trials as a CSV table, atomically."""
         rows, front = [], {row["trial"] for row in self.front()}
         for t in self.finished():
-            took = t.duration.total_seconds() if t.duration else None
-            rows.append({"trial": t.number, "seconds": took, "on_front": t.number in front, **t.user_attrs})
+            rows.append({"trial": t.number, "seconds": None, "on_front": t.number in front, **t.user_attrs})
         write_text(path, pd.DataFrame(rows).to_csv(index=False))

@@ -20,18 +20,21 @@ from typing import Any
 
 import pytest
 import sqlalchemy
+from counts import times
 from transformers import AutoTokenizer
 
-from skipsearch import search
 from skipsearch.errors import SkipsearchError
 from skipsearch.evaluate.design import Arm, choose_design
+from skipsearch.evaluate.prompts import PromptSource
 from skipsearch.model.families import tiny_model
 from skipsearch.model.load import DEMO, Loaded
 from skipsearch.search.options import MAX_LENGTH, SearchOptions
+from skipsearch.search.run import search
 
+TEXTS = tuple(f"def {name}(items, count):\n    return [count" for name in ["take", "drop", "split", "join", "sort", "find"])
 OPTIONS = SearchOptions(
-    trials=24, prompts=3, held_out=2, prompt_tokens=8, new_tokens=12, trial_tokens=6, rounds=1, backend="eager",
-    time_budget=None,
+    trials=times(16, 24), prompts=3, held_out=2, prompt_tokens=8, new_tokens=12, trial_tokens=6, rounds=1,
+    backend="eager", time_budget=None, source=PromptSource(name="texts", texts=TEXTS),
 )  # fmt: skip
 STAGES = ("start", "record", "profile", "reference", "sensitivity", "trials", "finalists", "validate")
 Act = Callable[[Callable[..., None]], Any]
@@ -215,5 +218,3 @@ def assert_tidy(folder: Path) -> None:
     assert_whole(folder)
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
     assert {"mask.json", "trials.csv", "front.json", "summary.json"} <= {path.name for path in folder.iterdir()}
-
-

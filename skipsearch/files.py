@@ -1,14 +1,62 @@
-"""Atomic writing of files."""
+"""Atomic writing of files, and which processes have ended in the middle of it."""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
+import secrets
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from skipsearch.errors import ResultsError
+
+_TOKEN = secrets.token_hex(4)  # numbers of processes are used again
+
+
+def this_process() -> str:
+    """The name of this process, to be stored with what it has not finished yet."""
+    return f"{os.getpid()}-{_TOKEN}@{platform.node()}"
+
+
+def has_ended(process: str) -> bool:
+    """Whether the process of this name has ended; False where that cannot be known, as on another host."""
+    number, _, rest = process.partition("-")
+    token, _, host = rest.partition("@")
+    if os.name != "posix" or host != platform.node() or not number.isdigit():
+        return False
+    if int(number) == os.getpid():
+        return token != _TOKEN
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass  # another user's
+    return False
+
+
+def open_folder(folder: Path) -> None:
+    """Make a results folder, find out before the work whether it can be written to, and remove what the killed left.
+
+    Raises:
+        ResultsError: the folder cannot be made or written to.
+    """
+    probe = folder / ".write-probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink(missing_ok=True)  # another worker may have removed it
+    except OSError as error:
+        raise ResultsError(
+            f"results folder {folder} cannot be written to ({error.strerror}); choose another with --out"
+        ) from error
+    for path in folder.glob(".*~*@*"):  # temporary files of `write_text`
+        if has_ended(path.name.rpartition("~")[2]):
+            with suppress(OSError):
+                path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -21,7 +69,12 @@ def write_text(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+            "w",
+            encoding="utf-8",
+            dir=path.parent,
+            prefix=f".{path.name}.",
+            suffix=f"~{this_process()}",
+            delete=False,
         ) as file:
             temporary = file.name
             file.write(text)
@@ -32,7 +85,7 @@ def write_text(path: Path, text: str) -> None:
         temporary = None
     except OSError as error:
         raise ResultsError(
-            f"cannot write {path}: {error.strerror or error}; choose another folder with --out"
+            f"cannot write {path} ({error.strerror or error}); free some space or choose another folder with --out"
         ) from error
     finally:
         if temporary is not None:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import time
 import warnings
+from typing import Any
 
 from rich.markup import escape
 
@@ -17,6 +20,8 @@ from skipsearch.cli import run, generate, measure, files  # isort: skip  # noqa:
 from skipsearch.cli.options import app, err
 from skipsearch.cli.terminal import plain_where_needed
 from skipsearch.errors import BackendWarning, PromptWarning, SkipsearchError
+
+_interruptions: list[float] = []  # when Ctrl-C was pressed
 
 
 def main() -> None:
@@ -30,16 +35,35 @@ def main() -> None:
         warnings.showwarning = lambda message, *_, **__: err.print(f"note: {message}", markup=False, soft_wrap=True)
         logging.getLogger("transformers").setLevel(logging.ERROR)
         os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # our own error reports the same
+    _interruptions.clear()
+    before = signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
-    except SkipsearchError as error:
-        if debug:
+    except BaseException as error:
+        left = isinstance(error, SystemExit) and error.code != 130  # typer makes 130 of an interruption
+        if not left and (_interruptions or isinstance(error, (KeyboardInterrupt, SystemExit))):
+            _tell_interrupted()
+            sys.exit(130)
+        if debug or not isinstance(error, SkipsearchError):
             raise
         err.print(f"[red]error:[/] {escape(str(error))}", markup=True, highlight=False, soft_wrap=True)
         sys.exit(1)
-    except (KeyboardInterrupt, SystemExit) as stop:
-        if isinstance(stop, SystemExit) and stop.code != 130:  # typer makes 130 of an interruption
-            raise
-        kept = "; what was done is kept, run the same command again to continue" if sys.argv[1:2] == ["run"] else ""
-        err.print(f"\ninterrupted{kept}", soft_wrap=True)
-        sys.exit(130)
+    finally:
+        if not _interruptions:
+            signal.signal(signal.SIGINT, before)
+
+
+def _interrupt(*_: Any) -> None:
+    """The first Ctrl-C unwinds, and is what is told, whatever fails on its way; a second one does not wait for that."""
+    _interruptions.append(time.monotonic())
+    if len(_interruptions) > 1:
+        _tell_interrupted()
+        os._exit(130)
+    raise KeyboardInterrupt
+
+
+def _tell_interrupted() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    kept = "; what was done is kept, run the same command again to continue" if sys.argv[1:2] == ["run"] else ""
+    err.show_cursor()
+    err.print(f"\ninterrupted{kept}", soft_wrap=True)

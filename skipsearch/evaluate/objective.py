@@ -45,6 +45,7 @@ class Score:
         tau: tokens committed per verify.
         cost_ratio: c, seconds of a draft step over those of a plain step; no speed-up exceeds 1/c.
         fidelity: how much of the trace was scored; scores of parts are scaled.
+        stages: tokens per second at each stage of a scorer, not scaled; empty where there are none.
     """
 
     plan: DraftPlan
@@ -55,6 +56,7 @@ class Score:
     tau: float
     cost_ratio: float
     fidelity: Fidelity = "whole"
+    stages: tuple[float, ...] = ()
 
     @property
     def mask(self) -> SkipMask:

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 from scipy.stats import spearmanr
@@ -37,19 +38,26 @@ class Scorer:
         front: score for a front of acceptance rate and cost ratio: no plan is given up, and both figures are those of
             drafts of one fixed length, so that they can be compared.
         share: of the trace's windows, which count as the whole.
+        known: stages of the plans that an interrupted search has scored, in order, so that it goes on as if it had not
+            been interrupted.
 
     Attributes:
         checked: of plans scored whole in any case, tokens per second at every stage, the whole last.
+        best: stages of the best plan, likewise; empty before there is one.
     """
 
-    def __init__(self, windows: Windows, point: Point, front: bool = False, share: float = 1.0) -> None:
+    def __init__(
+        self, windows: Windows, point: Point, front: bool = False, share: float = 1.0,
+        known: Sequence[tuple[float, ...]] = (),
+    ) -> None:  # fmt: skip
         self.windows, self.point, self.front = windows, point, front
         self.parts = [windows.part(share * part) for _, part, _ in STAGES]
         self.whole = windows.part(share)
         self.checked: list[tuple[float, ...]] = []
-        self.best: Score | None = None
-        self.best_stages: list[float] = []  # its tokens per second at each of them
+        self.best: tuple[float, ...] = ()
         self.counts = Counter[str]()
+        for stages in known:
+            self._learn(stages)
 
     def agreement(self, stage: int) -> float:
         """Spearman's rank correlation of a stage's scores with whole ones; 0 before there are enough."""
@@ -60,8 +68,23 @@ class Scorer:
 
     def __call__(self, plan: DraftPlan) -> Score:
         found = self._score(plan)
-        self.counts[found.fidelity] += 1
+        self._learn(found.stages)
         return found
+
+    @property
+    def _check(self) -> bool:
+        """Whether the next plan is scored whole in any case."""
+        done = self.counts.total()
+        return done < CHECK_FIRST or done % CHECKED == 0
+
+    def _learn(self, stages: tuple[float, ...]) -> None:
+        """Take a plan's stages into account; those of a plan scored whole end with the whole."""
+        whole = len(stages) in (0, len(STAGES) + 1)
+        if stages and whole:
+            if self._check:
+                self.checked.append(stages)
+            self.best = max(self.best, stages, key=lambda known: known[-1:])
+        self.counts["whole" if whole else STAGES[len(stages) - 1][0]] += 1
 
     def _score(self, plan: DraftPlan) -> Score:
         drafts, best = WindowReplay(self.windows, plan), self.best
@@ -70,24 +93,17 @@ class Scorer:
             lengths = [self.windows.replay.max_length]
             fixed = estimate(drafts.outcomes(self.whole), plan, self.point, lengths, [None])
             return replace(found, acceptance_rate=fixed.acceptance_rate, cost_ratio=fixed.cost_ratio)
-        done = self.counts.total()
-        check = done < CHECK_FIRST or done % CHECKED == 0
-        stages: list[float] = []
+        check, stages = self._check, list[float]()
         for number, (fidelity, _, near) in enumerate(STAGES):
             found = score(drafts, self.point, self.parts[number])
             stages.append(found.tokens_per_second)
-            behind = best is not None and stages[-1] < near * self.best_stages[number]
+            behind = bool(best) and stages[-1] < near * best[number]
             if behind and not check and self.agreement(number) >= AGREEMENT:
-                assert best is not None
                 # Never above what it was given up for, however lucky the best was at this stage.
-                scale = min(near * best.tokens_per_second / stages[-1], self._scale(number))
-                return _scaled(found, scale, fidelity)
+                scale = min(near * best[-1] / stages[-1], self._scale(number))
+                return replace(_scaled(found, scale, fidelity), stages=tuple(stages))
         whole = score(drafts, self.point, self.whole)
-        if check:
-            self.checked.append((*stages, whole.tokens_per_second))
-        if best is None or whole.tokens_per_second > best.tokens_per_second:
-            self.best, self.best_stages = whole, stages
-        return whole
+        return replace(whole, stages=(*stages, whole.tokens_per_second))
 
     def _scale(self, stage: int) -> float:
         """The median ratio of whole scores to those of a stage."""

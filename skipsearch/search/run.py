@@ -18,7 +18,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from skipsearch.compiled.backend import Progress
-from skipsearch.errors import MaskError, ModelLoadError, ResultsError, SkipsearchError
+from skipsearch.errors import MaskError, ModelLoadError, SkipsearchError
 from skipsearch.evaluate.cost import Costs
 from skipsearch.evaluate.draft_replay import DraftReplay
 from skipsearch.evaluate.hidden_states import draft_states, layer_states
@@ -27,7 +27,7 @@ from skipsearch.evaluate.prompts import PromptSource
 from skipsearch.evaluate.scorer import Scorer, affordable_share
 from skipsearch.evaluate.validate import Measured
 from skipsearch.evaluate.windows import Part, WindowReplay
-from skipsearch.files import write_json
+from skipsearch.files import open_folder, write_json
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import Provenance, load_mask
 from skipsearch.model.identity import check_mask_belongs, model_card
@@ -41,7 +41,7 @@ from skipsearch.search.prepare import Prepared, prepare
 from skipsearch.search.result import SearchResult, summary
 from skipsearch.search.seeds import Seed, all_seeds
 from skipsearch.search.sensitivity import TOGETHER, sensitivity_or_load
-from skipsearch.search.storage import storage_url
+from skipsearch.search.storage import storage_faults, storage_url
 from skipsearch.search.study import Study
 
 SEEDS, TRIALS, FINALISTS = 0.2, 0.4, 0.25  # shares of what is left of the budget; validation takes the rest
@@ -73,13 +73,22 @@ def search(
     """
     options, loaded = _with_prompts(options or SearchOptions(), prompts), _as_loaded(model, tokenizer)
     folder, budget = Path(out) if out is not None else Path("results") / loaded.name, Budget(options.time_budget)
-    _check_writable(folder)
+    open_folder(folder)
     try:
         prepared = prepare(loaded, folder, options, progress, budget)
     except SkipsearchError:
         with suppress(OSError):
             folder.rmdir()  # if nothing was written to it
         raise
+    with storage_faults(options.storage or storage_url(folder)):
+        return _search(loaded, prepared, folder, options, progress, report, budget)
+
+
+def _search(
+    loaded: Loaded, prepared: Prepared, folder: Path, options: SearchOptions, progress: Progress,
+    report: Callable[[int, float], None], budget: Budget,
+) -> SearchResult:  # fmt: skip
+    """Search, validate and export what was prepared."""
     study = search_trials(loaded, prepared, folder, options, progress, report, budget)
     study.export_csv(folder / "trials.csv")
     write_json(folder / "front.json", {"front": study.front()})
@@ -116,23 +125,6 @@ def _cut_short(prepared: Prepared, study: Study, options: SearchOptions, measure
     return tuple(found)
 
 
-def _check_writable(folder: Path) -> None:
-    """Find out before the work whether results can be written.
-
-    Raises:
-        ResultsError: the folder cannot be made or written to.
-    """
-    probe = folder / ".write-probe"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise ResultsError(
-            f"results folder {folder} cannot be written to ({error.strerror}); choose another with --out"
-        ) from error
-
-
 def _with_prompts(options: SearchOptions, prompts: Sequence[str] | PromptSource | None) -> SearchOptions:
     if prompts is None:
         return options
@@ -167,7 +159,7 @@ def search_trials(
             share = study.study.user_attrs.get("share")
             if share is None:
                 share = study.shared("share", affordable_share(prepared.windows, _dearest(prepared.space), seconds))
-            scorer = Scorer(prepared.windows, prepared.point, options.pareto, share)
+            scorer = Scorer(prepared.windows, prepared.point, options.pareto, share, study.stages())
             begin, before = time.monotonic(), len(study.finished())
 
             def told(done: int, best: float) -> None:

@@ -80,7 +80,8 @@ class TrustRegionSampler(BaseSampler):
 
     def propose(self, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
         """The parameters of the next trial, from all trials so far."""
-        rng = np.random.default_rng((self.seed, len(trials)))
+        # Trials that failed do not count: an interrupted search proposes what an undisturbed one does.
+        rng = np.random.default_rng((self.seed, sum(t.state != TrialState.FAIL for t in trials)))
         done = [t for t in trials if t.state == TrialState.COMPLETE and t.params.keys() >= set(self.names)]
         started = [t for t in trials if not t.state.is_finished() and t.params.keys() >= set(self.names)]
         x_ND, started_ND = self._points(done), self._points(started)

@@ -42,7 +42,8 @@ def single_losses(
             plan = DraftPlan(mask) if form == "skip" else DraftPlan.in_form(cast(Quantised, form), mask)
             correct = [right for found in WindowReplay(windows, plan).outcomes(part) for right in found.correct]
             share = sum(correct) / len(correct)
-            of_form |= {sub: 1 - share ** (1 / len(group)) for sub in group}
+            # Rounded as it is stored, so that an interrupted run has the same seeds.
+            of_form |= {sub: round(1 - share ** (1 / len(group)), 5) for sub in group}
             keep(loss)
         progress("sensitivity", number + 1, len(groups))
     return loss
@@ -85,7 +86,7 @@ def sensitivity_or_load(
     chosen = choose() if part is None else part
 
     def by_kind(of_form: dict[Sublayer, float]) -> dict[str, dict[str, float]]:
-        return {kind: {str(i): round(of_form[kind, i], 5) for k, i in of_form if k == kind} for kind in KINDS}
+        return {kind: {str(i): of_form[kind, i] for k, i in of_form if k == kind} for kind in KINDS}
 
     def keep(loss: Loss) -> None:
         forms = {form: by_kind(of_form) for form, of_form in loss.items() if form != "skip"}

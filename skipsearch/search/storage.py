@@ -6,6 +6,8 @@ import json
 import random
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,47 @@ import optuna
 import sqlalchemy
 from optuna.storages import RDBStorage
 
-from skipsearch.errors import ResultsError
+from skipsearch.errors import ResultsError, SkipsearchError
 from skipsearch.search.prepare import STUDY
 
 HEARTBEAT, GRACE = 5, 15  # seconds; the trial of a killed worker is run again after the grace period
 ATTEMPTS, RACED = 10, ("already exists", "locked")  # to make the tables; what databases say when another one makes them
 # Heartbeats, metric names and deterministic objectives are experimental in Optuna: its warnings about them.
 EXPERIMENTAL = optuna.exceptions.ExperimentalWarning
+FAULTS = (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError)
+
+
+class _Storage(RDBStorage):
+    """Heartbeats that cannot be written are left out: the trial's own writes tell what is wrong, and in its thread."""
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        with suppress(*FAULTS):
+            super().record_heartbeat(trial_id)
+
+
+@contextmanager
+def storage_faults(url: str) -> Iterator[None]:
+    """Around all use of a study.
+
+    Raises:
+        ResultsError: the database could not be read or written, whatever Optuna made of that.
+    """
+    try:
+        yield
+    except SkipsearchError:
+        raise
+    except Exception as error:
+        found: BaseException | None = None
+        link: BaseException | None = error
+        while link is not None:  # the first fault is the reason; Optuna fails anew where it reports it
+            found = link if isinstance(link, FAULTS) else found
+            link = link.__cause__ or link.__context__
+        if found is None:
+            raise
+        reason = str(getattr(found, "orig", None) or found).strip().splitlines()[0]
+        raise ResultsError(
+            f"storage {url} cannot be used ({reason}); free some space, or choose another with --storage or --out"
+        ) from None
 
 
 def storage_url(folder: Path) -> str:
@@ -54,7 +90,7 @@ def _made_with_tables(url: str, engine: dict[str, Any] | None) -> RDBStorage:
     for attempt in range(1, ATTEMPTS + 1):
         try:
             with warnings.catch_warnings(action="ignore", category=EXPERIMENTAL):
-                return RDBStorage(url, heartbeat_interval=HEARTBEAT, grace_period=GRACE, engine_kwargs=engine)
+                return _Storage(url, heartbeat_interval=HEARTBEAT, grace_period=GRACE, engine_kwargs=engine)
         except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.OperationalError, sqlalchemy.exc.ProgrammingError) as e:
             raced = isinstance(e, sqlalchemy.exc.IntegrityError) or any(word in str(e) for word in RACED)
             if not raced or attempt == ATTEMPTS:

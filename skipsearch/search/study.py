@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pandas as pd
 from optuna.distributions import BaseDistribution, IntDistribution
@@ -27,17 +28,20 @@ from skipsearch.search.storage import EXPERIMENTAL, open_storage, set_once
 from skipsearch.search.worker import Params, Scored, Worker
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
+STAGES = "stages"  # the user attribute of a trial: the stages of its score
 
 
-def make_sampler(name: str, space: Space, seed: int) -> BaseSampler:
-    """One of `options.SAMPLERS`."""
-    if name == "trust-region":
+def make_sampler(name: str, space: Space, seed: int, counted: int = 0) -> BaseSampler:
+    """One of `options.SAMPLERS`, for the trial behind so many: an interrupted study goes on as if it had not been."""
+    if name == "trust-region":  # counts by itself
         return TrustRegionSampler(space.bounds, seed)
-    if name == "gp":  # its first points are the seeds: random masks, with half of the bits set, are useless
-        return GPSampler(seed=seed, deterministic_objective=True, n_startup_trials=4)
-    if name == "tpe":
-        return TPESampler(seed=seed, multivariate=False, constant_liar=True, n_startup_trials=4)
-    return NSGAIISampler(seed=seed, population_size=24) if name == "nsga2" else RandomSampler(seed=seed)
+    seed = int(np.random.SeedSequence((seed, counted)).generate_state(1)[0])
+    with warnings.catch_warnings(action="ignore", category=EXPERIMENTAL):
+        if name == "gp":  # its first points are the seeds: random masks, with half of the bits set, are useless
+            return GPSampler(seed=seed, deterministic_objective=True, n_startup_trials=4)
+        if name == "tpe":
+            return TPESampler(seed=seed, multivariate=False, constant_liar=True, n_startup_trials=4)
+        return NSGAIISampler(seed=seed, population_size=24) if name == "nsga2" else RandomSampler(seed=seed)
 
 
 class Study:
@@ -81,9 +85,10 @@ class Study:
         self.space = space.chosen_as(self.shared("space", space.choice()))
         bounds = self.space.bounds.items()
         self.distributions: dict[str, BaseDistribution] = {name: IntDistribution(*pair) for name, pair in bounds}
-        with warnings.catch_warnings(action="ignore", category=EXPERIMENTAL):
-            self.study.sampler = make_sampler(sampler, self.space, seed)
-        self._worker = Worker(self.study, self.distributions, self.space.size)
+        self._worker = Worker(
+            self.study, self.distributions, self.space.size,
+            lambda counted: make_sampler(sampler, self.space, seed, counted),
+        )  # fmt: skip
         self.memo: dict[DraftPlan, tuple[float, ...]] = {self.plan_of(t): tuple(t.values) for t in self.finished()}
 
     def shared(self, name: str, value: Any) -> Any:
@@ -111,12 +116,11 @@ class Study:
 
         Each worker has its own queue, and leaves out what another worker has added to the storage.
         """
-        queue = self._worker.queue
-        queue += [(self.space.params(plan), label) for label, plan in seeds]
-        # The trials that an interrupted run did not finish.
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,)):
-            if len(trial.params) == len(self.distributions) and self.plan_of(trial) not in self.memo:
-                queue.append((trial.params, f"again:{trial.number}"))
+        self._worker.queue += [(self.space.params(plan), label) for label, plan in seeds]
+
+    def stages(self) -> list[tuple[float, ...]]:
+        """Stages of the scores so far, for another scorer."""
+        return [tuple(t.user_attrs[STAGES]) for t in self.finished() if t.user_attrs.get(STAGES)]
 
     def optimize(
         self, scorer: Callable[[DraftPlan], Score], *, trials: int, time_budget: float | None,
@@ -139,7 +143,7 @@ class Study:
                     "acceptance_rate": round(found.acceptance_rate, 4), "tau": round(found.tau, 4),
                     "cost_ratio": round(found.cost_ratio, 4), "speedup_predicted": round(found.speedup, 4),
                     "max_length": found.policy.max_length, "exit_threshold": found.policy.exit_threshold,
-                    "fidelity": found.fidelity,
+                    "fidelity": found.fidelity, STAGES: found.stages,
                 }  # fmt: skip
                 both = (found.acceptance_rate, found.cost_ratio)
                 self.memo[plan] = both if self.pareto else (found.tokens_per_second,)
@@ -177,6 +181,6 @@ class Study:
         """Write all finished trials as a CSV table, atomically."""
         rows, front = [], {row["trial"] for row in self.front()}
         for t in self.finished():
-            took = t.duration.total_seconds() if t.duration else None
-            rows.append({"trial": t.number, "seconds": took, "on_front": t.number in front, **t.user_attrs})
+            columns = {name: value for name, value in t.user_attrs.items() if name != STAGES}
+            rows.append({"trial": t.number, "on_front": t.number in front, **columns})
         write_text(path, pd.DataFrame(rows).to_csv(index=False))

@@ -9,8 +9,6 @@ stopped, or at once where its process is known to be gone, and try its plan agai
 from __future__ import annotations
 
 import math
-import os
-import platform
 import time
 import warnings
 from collections import deque
@@ -20,15 +18,17 @@ from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
+from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, fail_stale_trials
 from optuna.storages._heartbeat import get_heartbeat_thread  # what `Study.optimize` uses; there is no public one
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from skipsearch.files import has_ended, this_process
 from skipsearch.search.sampler import TrustRegionSampler
 from skipsearch.search.storage import EXPERIMENTAL, HEARTBEAT
 
 POLL = 0.2  # seconds between two looks at what other workers do
-WORKER = "worker"  # the user attribute that names host and process of a trial's worker
+WORKER = "worker"  # the system attribute that names the process of a trial's worker
 
 Params = dict[str, Any]
 Scored = tuple[tuple[float, ...], dict[str, Any]]  # a trial's values and attributes
@@ -41,13 +41,14 @@ class Worker:
         study: of Optuna, with its sampler.
         distributions: of all parameters.
         size: how many different sets of parameters there are.
+        sampler: makes the sampler for the trial behind so many.
     """
 
     def __init__(
-        self, study: optuna.Study, distributions: dict[str, optuna.distributions.BaseDistribution], size: int
-    ) -> None:
-        self.study, self.distributions, self.size = study, distributions, size
-        self.name = f"{platform.node()} {os.getpid()}"
+        self, study: optuna.Study, distributions: dict[str, optuna.distributions.BaseDistribution], size: int,
+        sampler: Callable[[int], BaseSampler],
+    ) -> None:  # fmt: skip
+        self.study, self.distributions, self.size, self.sampler = study, distributions, size, sampler
         self.queue: deque[tuple[Params, str]] = deque()
         self._storage: BaseStorage = study._storage
         self._looked = -math.inf  # when dead workers were looked for
@@ -84,11 +85,11 @@ class Worker:
         if params is None:
             with warnings.catch_warnings(action="ignore", category=UserWarning):  # of heartbeats, which beat below
                 trial = self.study.ask(self.distributions)
-            trial.set_user_attr(WORKER, self.name)
+            self._storage.set_trial_system_attr(trial._trial_id, WORKER, this_process())
         else:
             template = create_trial(
                 state=TrialState.RUNNING, params=params, distributions=self.distributions,
-                user_attrs={WORKER: self.name, **({"seed": label} if label else {})},
+                user_attrs={"seed": label} if label else {}, system_attrs={WORKER: this_process()},
             )  # fmt: skip
             trial = optuna.Trial(self.study, self._storage.create_new_trial(self.study._study_id, template))
         before = [t for t in self.study.get_trials(deepcopy=False) if t.number < trial.number]
@@ -101,21 +102,24 @@ class Worker:
 
     def _next(self, now: Sequence[FrozenTrial]) -> tuple[Params | None, str]:
         """A seed's parameters and name, or those of our sampler; None where Optuna's sampler must be asked."""
-        known = {_key(t) for t in _of(now, TrialState.COMPLETE, TrialState.RUNNING)}
+        known_trials = _of(now, TrialState.COMPLETE, TrialState.RUNNING)
+        known = {_key(t) for t in known_trials}
         while self.queue:
             params, label = self.queue.popleft()
             if tuple(sorted(params.items())) not in known:
                 return params, label
-        sampler = self.study.sampler
+        sampler = self.study.sampler = self.sampler(len(known_trials))
         return (sampler.propose(now), "") if isinstance(sampler, TrustRegionSampler) else (None, "")
 
     def _score(self, trial: optuna.Trial, score: Callable[[Params], Scored]) -> None:
+        begin = time.monotonic()  # Optuna's clock may be set meanwhile
         try:
             with get_heartbeat_thread(trial._trial_id, self._storage):
                 values, attributes = score(trial.params)
         except BaseException:
             self._fail(trial._trial_id)
             raise
+        attributes |= {"seconds": round(time.monotonic() - begin, 6)}
         try:
             for key, value in attributes.items():
                 trial.set_user_attr(key, value)
@@ -131,18 +135,21 @@ class Worker:
                 )  # fmt: skip
 
     def _fail_dead(self) -> None:
-        """Fail the trials of dead workers, and queue their parameters here; every few seconds."""
+        """Fail the trials of dead workers, every few seconds; what failed is tried again first, as it was."""
         if time.monotonic() < self._looked + HEARTBEAT:
             return
-        self._looked = time.monotonic()
+        begin, self._looked = self._looked == -math.inf, time.monotonic()
         before = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         for trial in before:
-            if trial.user_attrs.get(WORKER) != self.name and _gone(trial.user_attrs.get(WORKER)):
+            if has_ended(trial.system_attrs.get(WORKER, "")):
                 self._fail(trial._trial_id)
         with suppress(UpdateFinishedTrialError), warnings.catch_warnings(action="ignore", category=EXPERIMENTAL):
             fail_stale_trials(self.study)
-        failed = {t.number for t in self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,))}
-        self.queue += [(t.params, f"again:{t.number}") for t in before if t.number in failed]
+        running = {t.number for t in before}
+        for t in reversed(self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,))):
+            # At first all, of runs that have ended; then those that this worker or another has just given up.
+            if (begin or t.number in running) and t.params.keys() == self.distributions.keys():
+                self.queue.appendleft((t.params, t.user_attrs.get("seed", "")))
 
     def _fail(self, trial_id: int) -> None:
         with suppress(UpdateFinishedTrialError):
@@ -155,17 +162,3 @@ def _of(trials: Sequence[FrozenTrial], *states: TrialState) -> list[FrozenTrial]
 
 def _key(trial: FrozenTrial) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted(trial.params.items()))
-
-
-def _gone(worker: str | None) -> bool:
-    """Whether a worker's process was on this host and has ended."""
-    host, _, process = (worker or "").rpartition(" ")
-    if host != platform.node() or not process.isdecimal():
-        return False
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False

@@ -85,8 +85,7 @@ def load_model(
     model.eval().requires_grad_(False)
     find_sublayers(model)
     check_weights(name, model)
-    short = name if preset else weights.stem if weights.is_local else name.replace("/", "--")
-    return Loaded(name=short, model=model, tokenizer=tokenizer, preset=preset)
+    return Loaded(name=name if preset else weights.short, model=model, tokenizer=tokenizer, preset=preset)
 
 
 def _from_pretrained(

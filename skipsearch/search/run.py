@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -27,12 +28,13 @@ from skipsearch.evaluate.prompts import PromptSource
 from skipsearch.evaluate.scorer import Scorer, affordable_share
 from skipsearch.evaluate.validate import Measured
 from skipsearch.evaluate.windows import Part, WindowReplay
-from skipsearch.files import write_json
+from skipsearch.files import results_folder, write_json
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import Provenance, load_mask
 from skipsearch.model.identity import check_mask_belongs, model_card
 from skipsearch.model.load import Loaded
 from skipsearch.model.space import Space
+from skipsearch.model.weights import Weights
 from skipsearch.plan import DraftPlan
 from skipsearch.search.budget import Budget
 from skipsearch.search.export import mask_file, validated
@@ -72,7 +74,7 @@ def search(
         SkipsearchError: see `skipsearch.errors`. Files are written completely or not at all.
     """
     options, loaded = _with_prompts(options or SearchOptions(), prompts), _as_loaded(model, tokenizer)
-    folder, budget = Path(out) if out is not None else Path("results") / loaded.name, Budget(options.time_budget)
+    folder, budget = Path(out) if out is not None else results_folder(loaded.name), Budget(options.time_budget)
     _check_writable(folder)
     try:
         prepared = prepare(loaded, folder, options, progress, budget)
@@ -122,11 +124,10 @@ def _check_writable(folder: Path) -> None:
     Raises:
         ResultsError: the folder cannot be made or written to.
     """
-    probe = folder / ".write-probe"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):  # a name of our own might be a link to another file
+            pass
     except OSError as error:
         raise ResultsError(
             f"results folder {folder} cannot be written to ({error.strerror}); choose another with --out"
@@ -145,7 +146,8 @@ def _as_loaded(model: PreTrainedModel | Loaded, tokenizer: PreTrainedTokenizerBa
         return model
     if tokenizer is None:
         raise ModelLoadError("tokenizer is None, a bare model needs one; pass it as the second argument")
-    return Loaded(name=model.config._name_or_path or "model", model=model, tokenizer=tokenizer, preset=None)
+    name = Weights(source=model.config._name_or_path or "model").short
+    return Loaded(name=name, model=model, tokenizer=tokenizer, preset=None)
 
 
 def search_trials(
@@ -164,7 +166,7 @@ def search_trials(
             study.enqueue(_seeds(loaded, prepared, folder, options, progress, budget))
         with budget.stage("trials"):
             seconds = budget.share(TRIALS)
-            share = study.study.user_attrs.get("share")
+            share = study.known("share")
             if share is None:
                 share = study.shared("share", affordable_share(prepared.windows, _dearest(prepared.space), seconds))
             scorer = Scorer(prepared.windows, prepared.point, options.pareto, share)

@@ -10,7 +10,8 @@ import optuna
 import sqlalchemy
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 
-from skipsearch.errors import ResultsError
+from skipsearch.errors import ResultsError, first_line
+from skipsearch.search.integrity import check_database
 from skipsearch.search.prepare import STUDY
 
 HEARTBEAT, GRACE = 5, 15  # seconds; the trial of a killed worker is run again after the grace period
@@ -19,8 +20,15 @@ EXPERIMENTAL = optuna.exceptions.ExperimentalWarning
 
 
 def storage_url(folder: Path) -> str:
-    """The URL of a results folder's own storage."""
-    return f"sqlite:///{(folder / STUDY).resolve()}"
+    """The URL of a results folder's own storage.
+
+    Raises:
+        ResultsError: it is a link, and might lead to a file of another program.
+    """
+    path = folder.resolve() / STUDY
+    if path.is_symlink():
+        raise ResultsError(f"database {path} is a link to {path.readlink()}; name that file with --storage")
+    return f"sqlite:///{path}"
 
 
 def open_storage(url: str) -> RDBStorage:
@@ -31,6 +39,8 @@ def open_storage(url: str) -> RDBStorage:
     """
     try:
         sqlite = url.startswith("sqlite")
+        if sqlite:
+            check_database(url)
         with warnings.catch_warnings(action="ignore", category=EXPERIMENTAL):
             storage = RDBStorage(
                 url, heartbeat_interval=HEARTBEAT, grace_period=GRACE,
@@ -42,10 +52,9 @@ def open_storage(url: str) -> RDBStorage:
             storage.engine.dispose()  # close the connections that were made without the listener
             with storage.engine.connect():
                 pass
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # a damaged database raises anything
         raise ResultsError(
-            f"storage {url} cannot be opened ({reason}); choose another with --storage or --out"
+            f"storage {url} cannot be opened ({first_line(error)}); choose another with --storage or --out"
         ) from None
     return storage
 

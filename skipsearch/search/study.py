@@ -22,6 +22,7 @@ from skipsearch.evaluate.objective import Score
 from skipsearch.files import write_text
 from skipsearch.model.space import Space
 from skipsearch.plan import DraftPlan
+from skipsearch.search.integrity import CHECK, check_trials, keep, kept, sum_of, tells_damage
 from skipsearch.search.sampler import TrustRegionSampler
 from skipsearch.search.seeds import Seed
 from skipsearch.search.storage import EXPERIMENTAL, open_storage
@@ -54,9 +55,10 @@ class Study:
 
     Raises:
         StudyMismatch: the storage holds a study of this name with another identity.
-        ResultsError: see `open_storage`.
+        ResultsError: see `open_storage`; or the study is damaged.
     """
 
+    @tells_damage
     def __init__(
         self, url: str, name: str, space: Space, identity: dict[str, str], sampler: str, seed: int,
         pareto: bool = False,
@@ -68,12 +70,12 @@ class Study:
                 storage=open_storage(url), study_name=name, load_if_exists=True,
                 directions=["maximize", "minimize"] if pareto else ["maximize"],
             )  # fmt: skip
-            known = self.study.user_attrs.get("identity")
+            known = kept(self.study, "identity")
             if known is None:
                 names = ["acceptance rate", "cost ratio"] if pareto else ["tokens per second (predicted)"]
                 self.study.set_metric_names(names)
         if known is None:
-            self.study.set_user_attr("identity", identity)
+            keep(self.study, "identity", identity)
         elif different := sorted(k for k in known.keys() | identity.keys() if known.get(k) != identity.get(k)):
             field = different[0]
             raise StudyMismatch(
@@ -86,13 +88,18 @@ class Study:
         with warnings.catch_warnings(action="ignore", category=EXPERIMENTAL):
             self.study.sampler = make_sampler(sampler, self.space, seed)
         self._queue: deque[tuple[dict[str, Any], str]] = deque()
+        check_trials(self.study, self.space.bounds)
         self.memo: dict[DraftPlan, tuple[float, ...]] = {self.plan_of(t): tuple(t.values) for t in self.finished()}
 
     def shared(self, name: str, value: Any) -> Any:
         """The value stored with the study under this name. If there is none yet, `value` is stored, as JSON."""
-        if name not in self.study.user_attrs:
-            self.study.set_user_attr(name, value)
-        return self.study.user_attrs[name]
+        if self.known(name) is None:
+            keep(self.study, name, value)
+        return self.known(name)
+
+    def known(self, name: str) -> Any:
+        """The value stored with the study under this name; None if there is none yet."""
+        return kept(self.study, name)
 
     @property
     def used_up(self) -> bool:
@@ -163,6 +170,7 @@ class Study:
                     trial.set_user_attr(key, value)
                 both = (result.acceptance_rate, result.cost_ratio)
                 self.memo[plan] = both if self.pareto else (result.tokens_per_second,)
+            trial.set_user_attr(CHECK, sum_of(trial, self.memo[plan]))
             return self.memo[plan]
 
         def after(study: optuna.Study, trial: FrozenTrial) -> None:
@@ -193,7 +201,7 @@ class Study:
 
     def front(self) -> list[dict[str, Any]]:
         """Trials that no other trial beats in both acceptance rate and cost ratio, by rising cost ratio."""
-        rows = [{"trial": t.number, **t.user_attrs} for t in self._scored()]
+        rows = [{"trial": t.number, **_shown(t)} for t in self._scored()]
         rows.sort(key=lambda row: (row["cost_ratio"], -row["acceptance_rate"]))
         kept: list[dict[str, Any]] = []
         for row in rows:
@@ -206,5 +214,9 @@ class Study:
         rows, front = [], {row["trial"] for row in self.front()}
         for t in self.finished():
             took = t.duration.total_seconds() if t.duration else None
-            rows.append({"trial": t.number, "seconds": took, "on_front": t.number in front, **t.user_attrs})
+            rows.append({"trial": t.number, "seconds": took, "on_front": t.number in front, **_shown(t)})
         write_text(path, pd.DataFrame(rows).to_csv(index=False))
+
+
+def _shown(trial: FrozenTrial) -> dict[str, Any]:
+    return {name: value for name, value in trial.user_attrs.items() if name != CHECK}

@@ -184,7 +184,8 @@ def ids_of(ranges: str) -> list[int]:
     for part in ranges.split():
         first, dash, last = part.partition("-")
         plain = first.isdecimal() and (last.isdecimal() or not dash) and len(part) < 20
-        if not plain or not int(first) <= int(last or first) < MOST_IDS or len(found) > MOST_IDS:
+        many = int(last or first) + 1 - int(first) if plain else 0
+        if not 0 < many <= MOST_IDS - len(found) or int(last or first) >= MOST_IDS:
             raise MaskError(
                 f"head.ids holds {shown(part)}, must hold numbers below {MOST_IDS} and ranges like 0-255, each at most "
                 f"once; export it again"

@@ -4,71 +4,30 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
-import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import make_tiny, quiet
+from conftest import quiet
 from counts import FULL, tell, times
-from transformers import AutoTokenizer
+from small_run import Anew, anew, opened, small_run
 
-from skipsearch import load_mask, search
-from skipsearch.errors import MaskError, ResultsError, SkipsearchError
+from skipsearch import load_mask
+from skipsearch.errors import MaskError, SkipsearchError
 from skipsearch.evaluate import profile, trace, validate
 from skipsearch.files import read_checked, write_checked
 from skipsearch.maskfile import MaskFile
-from skipsearch.model.load import DEMO
-from skipsearch.search import prepare, run, sensitivity
-from skipsearch.search.options import SearchOptions
-from skipsearch.search.study import Study
+from skipsearch.search import prepare, sensitivity
 
-SMALL = SearchOptions(
-    trials=4, prompts=3, held_out=2, prompt_tokens=12, new_tokens=8, trial_tokens=6, rounds=1, backend="eager",
-    time_budget=None,
-)  # fmt: skip
 Reader = Callable[[Path], Any]
 
 
-class Anew(Exception):
-    """The file counts as missing."""
-
-
-def anew(*_: Any, **__: Any) -> Any:
-    raise Anew
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The folder of a small run, and the calls with which its stages read its files back."""
-    tokenizer = AutoTokenizer.from_pretrained(DEMO)
-    model = make_tiny("llama", vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=64)
-    folder, calls = tmp_path_factory.mktemp("kept"), dict[str, Any]()
-
-    def noting(place: Any, name: str) -> None:
-        function = getattr(place, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls[name] = args, kwargs
-            return function(*args, **kwargs)
-
-        patch.setattr(place, name, call)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for place, name in (
-            (prepare, "record_or_load"), (prepare, "profile_or_load"), (prepare, "priced_forms"),
-            (run, "sensitivity_or_load"), (run, "Study"), (validate, "_read"),
-        ):  # fmt: skip
-            noting(place, name)
-        search(model, tokenizer, out=folder, options=SMALL)
-    with closing(sqlite3.connect(folder / "study.db")) as connection:
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    return SimpleNamespace(folder=folder, calls=calls, model=model)
+    return small_run(tmp_path_factory.getbasetemp() / "small-run")
 
 
 @pytest.fixture
@@ -111,26 +70,14 @@ def readers(kept: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Reader]:
     }
 
 
-def opened(kept: Any, path: Path) -> Any:
-    """What a study says that is read from this database."""
-    (_, *args), kwargs = kept.calls["Study"]
-    study = Study(f"sqlite:///{path}", *args, **kwargs)
-    try:
-        if not study.finished():
-            raise Anew
-        shared = {name: study.known(name) for name in ("identity", "space", "costs", "share")}
-        return study.best(9), study.memo, study.front(), shared, study.space
-    finally:
-        study.study._storage._backend.engine.dispose()  # type: ignore[attr-defined]
-
-
 def damaged(data: bytes, name: str) -> Iterator[bytes]:
     rng = random.Random(name)
     step = 64 if FULL else max(64, len(data) // 24)
     for end in range(0, len(data), step):
         yield data[:end]
+    places = [place for place, byte in enumerate(data) if byte]  # much of a database is empty
     for _ in range(times(40, 200)):
-        place = rng.randrange(len(data))
+        place = rng.choice(places)
         yield data[:place] + bytes([data[place] ^ rng.randrange(1, 256)]) + data[place + 1 :]
 
 
@@ -199,56 +146,3 @@ def test_a_file_of_other_content_counts_as_missing(tmp_path: Path) -> None:
     for text in ("[1]", "3", "null", "[" * 100_000, '{"a": NaN, "sha256": ""}', "\udc80"):
         path.write_bytes(text.encode(errors="surrogateescape"))
         assert read_checked(path, lambda data: data) is None
-
-
-CHANGES = (
-    "UPDATE trial_values SET value = value * 2 WHERE trial_id = 2",
-    "UPDATE trial_params SET param_value = 1 - param_value WHERE trial_id = 2",
-    "UPDATE trial_params SET param_value = 77 WHERE trial_id = 2",
-    "UPDATE trial_params SET param_name = 'mlp.77' WHERE trial_id = 2 AND param_name = 'mlp.00'",
-    "UPDATE trial_user_attributes SET value_json = '9999.5' WHERE trial_id = 2 AND key = 'tokens_per_second'",
-    "UPDATE trial_user_attributes SET key = 'tau2' WHERE trial_id = 2 AND key = 'tau'",
-    "UPDATE trial_user_attributes SET value_json = '{' WHERE trial_id = 2 AND key = 'tau'",
-    "DELETE FROM trial_user_attributes WHERE trial_id = 2 AND key = 'check'",
-    "DELETE FROM trial_values WHERE trial_id = 2",
-    "UPDATE trials SET study_id = 7 WHERE trial_id = 2",
-    "UPDATE trials SET number = 9 WHERE trial_id = 2",
-    "UPDATE trials SET state = 'COMPLETF' WHERE trial_id = 2",
-    "UPDATE trials SET datetime_start = 'yesterday' WHERE trial_id = 2",
-    "UPDATE study_user_attributes SET value_json = replace(value_json, '0', '1') WHERE key = 'costs'",
-    "UPDATE study_user_attributes SET value_json = replace(value_json, '0', '1') WHERE key = 'space'",
-    "UPDATE study_user_attributes SET value_json = replace(value_json, '0', '1') WHERE key = 'identity'",
-    "UPDATE study_user_attributes SET value_json = replace(value_json, 'value', 'valve') WHERE key = 'identity'",
-    "UPDATE study_user_attributes SET value_json = replace(value_json, 'sha256', 'sha356') WHERE key = 'costs'",
-    "UPDATE study_user_attributes SET value_json = '1.0' WHERE key = 'share'",
-    *(f"UPDATE study_user_attributes SET key = 'x' WHERE key = '{k}'" for k in ("identity", "space", "costs", "share")),
-    "UPDATE study_directions SET direction = 'UPWARDS'",
-    "UPDATE alembic_version SET version_num = 'v9'",
-)
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_study_is_refused(change: str, kept: Any, tmp_path: Path) -> None:
-    """Prevents a value that was changed where SQLite sees nothing from becoming the best trial."""
-    path = Path(shutil.copy(kept.folder / "study.db", tmp_path / "study.db"))
-    with closing(sqlite3.connect(path)) as connection:
-        assert connection.execute(change).rowcount > 0
-        connection.commit()
-    with pytest.raises(ResultsError) as error:
-        opened(kept, path)
-    assert len(str(error.value).splitlines()) == 1
-    assert "--out" in str(error.value), error.value
-
-
-def test_a_study_of_an_earlier_version_goes_on(kept: Any, readers: dict[str, Reader], tmp_path: Path) -> None:
-    """Prevents an update from throwing finished trials away."""
-    path = Path(shutil.copy(kept.folder / "study.db", tmp_path / "study.db"))
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute("DELETE FROM trial_user_attributes WHERE key = 'check'")
-        for row, text in connection.execute("SELECT study_user_attribute_id, value_json FROM study_user_attributes"):
-            plain = json.dumps(json.loads(text)["value"])
-            connection.execute(
-                "UPDATE study_user_attributes SET value_json = ? WHERE study_user_attribute_id = ?", (plain, row)
-            )
-        connection.commit()
-    assert opened(kept, path) == opened(kept, kept.folder / "study.db")

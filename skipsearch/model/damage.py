@@ -11,8 +11,10 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from skipsearch.errors import ModelLoadError, first_line, shown
+from skipsearch.mask import MOST_LAYERS
 
 POINTER = b"version https://git-lfs"
+LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # their number in configs
 
 
 def damaged_file(folder: Path) -> str | None:
@@ -34,6 +36,19 @@ def damaged_file(folder: Path) -> str | None:
         except Exception as error:  # the readers raise kinds of their own
             return f"{path.name} is truncated or damaged ({first_line(error, 120)}); download it again"
     return None
+
+
+def check_layers(config: Any) -> None:
+    """Refuse a config, as a dictionary, of more layers than any model has: the library would make them all.
+
+    Raises:
+        ValueError: it has more.
+    """
+    for name, value in config.items():
+        if isinstance(value, dict):
+            check_layers(value)
+        elif name in LAYERS and isinstance(value, int) and value > MOST_LAYERS:
+            raise ValueError(f"{name} is {shown(value)}, no model has more than {MOST_LAYERS}")
 
 
 def not_a_model(folder: Path) -> str:

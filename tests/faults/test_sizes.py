@@ -143,6 +143,16 @@ def test_json_nested_deep(folder: Path, tmp_path: Path) -> None:
         assert_one_sentence(error, "is an adapter of")
 
 
+@pytest.mark.parametrize("change", [{"num_hidden_layers": HUGE}, {"text_config": {"n_layer": 10**30}}])
+def test_a_config_of_any_number_of_layers(change: dict[str, Any], folder: Path) -> None:
+    """Prevents the library from making a billion layers before it looks at the weights."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ModelLoadError) as error:
+        load_model(str(folder))
+    assert_one_sentence(error, "no model has more than 16384")
+
+
 @pytest.mark.parametrize("length", [2**60, 2**63 - 1, 2**64 - 1, 99_999_999])
 def test_the_header_of_safetensors_is_not_believed(length: int, folder: Path) -> None:
     """Prevents memory for what a header claims."""

@@ -1,4 +1,4 @@
-# `make demo` runs the main job on the bundled model, `make real` on a small public one, `make test` checks everything, `make faults` with all faults.
+# `make demo` runs the main job on the bundled model, `make real` on a small public one, `make test` checks everything.
 # Each sets up its own .venv first. `make PYTHON=python3.12 ...` picks another interpreter.
 PYTHON ?= python3
 BIN := .venv/bin

@@ -219,7 +219,7 @@ def parse_mask(data: Any, source: str = "mask") -> MaskFile:
         raise MaskError(f"{source}: {newer[0]} goes with version 2, and version is 1; correct the version")
     try:
         file = MaskFile.model_validate(data)
-        _ = file.plan, checksum(file._document())
+        _ = file.plan, file._document(), checksum(data)
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "value_error":  # of DraftPolicy, which names the field itself

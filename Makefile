@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 REAL := .venv/.real
 
-.PHONY: demo real test bench clean
+.PHONY: demo real test faults bench clean
 
 # torch comes first and by itself: a resolver that sees it among the others may choose a CUDA build.
 $(READY): pyproject.toml constraints.txt
@@ -35,6 +35,10 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# All faults on purpose; each test prints a line of counts. Without the variable `make test` tries some of each.
+faults: $(READY)
+	SKIPSEARCH_FAULTS=full $(BIN)/pytest tests/faults --numprocesses=0 --capture=no
 
 bench: $(READY)
 	$(BIN)/python benchmarks/replay_speed.py

@@ -3,6 +3,20 @@
 from __future__ import annotations
 
 
+def shown(value: object, most: int = 120) -> str:
+    """A value in a message: its repr, cut short. What strangers wrote may be of any size."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of 4,300 digits, or deep nesting
+        text = f"a very large {type(value).__name__}"
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def first_line(error: BaseException, most: int = 160) -> str:
+    """The first line of another library's message, or the error's kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
 class SkipsearchError(Exception):
     """Base class of all errors for users. The CLI prints the message as one line and exits with 1."""
 

@@ -1,18 +1,22 @@
-"""Atomic writing of files, and which processes have ended in the middle of it."""
+"""Atomic writing of files, reading back those that stages leave, and which processes have ended in the middle of it."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import secrets
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from skipsearch.errors import ResultsError
 
+T = TypeVar("T")
+SUM = "sha256"  # the field of a checked file
 _TOKEN = secrets.token_hex(4)  # numbers of processes are used again
 
 
@@ -44,11 +48,10 @@ def open_folder(folder: Path) -> None:
     Raises:
         ResultsError: the folder cannot be made or written to.
     """
-    probe = folder / ".write-probe"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink(missing_ok=True)  # another worker may have removed it
+        with tempfile.TemporaryFile(dir=folder):  # a name of our own might be a link to another file
+            pass
     except OSError as error:
         raise ResultsError(
             f"results folder {folder} cannot be written to ({error.strerror}); choose another with --out"
@@ -95,3 +98,33 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of `value` as indented JSON; ValueError for NaN and infinity, which JSON does not have."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def checksum(value: Any) -> str:
+    """SHA-256 of a value as JSON gives it back; ValueError for NaN and infinity."""
+    plain = json.loads(json.dumps(value, allow_nan=False))  # keys are text now, and tuples lists
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def write_checked(path: Path, value: dict[str, Any]) -> None:
+    """`write_json` with the checksum of the rest in a field, for `read_checked`."""
+    write_json(path, {**value, SUM: checksum(value)})
+
+
+def read_checked(path: Path, take: Callable[[Any], T | None]) -> T | None:
+    """What `take` makes of a file of `write_checked`. None if it is missing, was changed or is of another form.
+
+    Files of earlier versions hold no checksum, and are taken as they are.
+    """
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        known = data.pop(SUM, None)
+        if known is None or known == checksum(data):
+            return take(data)
+    return None
+
+
+def results_folder(name: str) -> Path:
+    """The folder for the results on a model: inside results/, whatever its name holds."""
+    inside = "".join("--" if c in "/\\" else "-" if not c.isprintable() else c for c in name).strip(". ")
+    return Path("results") / (inside or "model")

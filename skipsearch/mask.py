@@ -7,23 +7,24 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from skipsearch.errors import MaskError
+from skipsearch.errors import MaskError, shown
 
 Kind = Literal["attention", "mlp"]
 KINDS: tuple[Kind, Kind] = ("attention", "mlp")
 Sublayer = tuple[Kind, int]  # kind and 0-based layer
 Ids = frozenset[int]
+MOST_LAYERS = 1 << 14  # no model has more; tables of a cell for each layer stay small
 
 
 def _layer_ids(kind: Kind, ids: Iterable[int], num_layers: int) -> Ids:
     found: set[int] = set()
     for i in ids:
         if isinstance(i, bool) or not isinstance(i, int):
-            raise MaskError(f"skip.{kind} must hold whole layer numbers, got {i!r}; write them as 0, 1, 2, ...")
+            raise MaskError(f"skip.{kind} must hold whole layer numbers, got {shown(i)}; write them as 0, 1, 2, ...")
         if not 0 <= i < num_layers:
             raise MaskError(
-                f"skip.{kind} holds layer {i}, must be in 0..{num_layers - 1} for a model of {num_layers} layers; "
-                f"use a mask made for this model"
+                f"skip.{kind} holds layer {shown(i)}, must be in 0..{num_layers - 1} for a model of {num_layers} "
+                f"layers; use a mask made for this model"
             )
         if i in found:
             raise MaskError(f"skip.{kind} holds layer {i} twice; remove one of them")
@@ -38,7 +39,7 @@ class SkipMask:
     Args:
         attention: 0-based ids of layers whose attention sublayer is skipped, each at most once.
         mlp: the same for MLP sublayers.
-        num_layers: decoder layers of the model, at least 1.
+        num_layers: decoder layers of the model, from 1 to `MOST_LAYERS`.
 
     Raises:
         MaskError: an id is duplicate, out of range or not an integer.
@@ -49,8 +50,10 @@ class SkipMask:
     num_layers: int
 
     def __init__(self, *, attention: Iterable[int] = (), mlp: Iterable[int] = (), num_layers: int) -> None:
-        if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
-            raise MaskError(f"num_layers must be a whole number of at least 1, got {num_layers!r}; count the layers")
+        if isinstance(num_layers, bool) or not isinstance(num_layers, int) or not 1 <= num_layers <= MOST_LAYERS:
+            raise MaskError(
+                f"num_layers must be a whole number from 1 to {MOST_LAYERS}, got {shown(num_layers)}; count the layers"
+            )
         object.__setattr__(self, "num_layers", num_layers)
         object.__setattr__(self, "attention", _layer_ids("attention", attention, num_layers))
         object.__setattr__(self, "mlp", _layer_ids("mlp", mlp, num_layers))

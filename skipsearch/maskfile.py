@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import datetime
 import json
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 
-from skipsearch.errors import MaskError
-from skipsearch.files import write_json
+from skipsearch.errors import MaskError, first_line, shown
+from skipsearch.files import checksum, write_json
 from skipsearch.mask import SkipMask
-from skipsearch.plan import QUANTISED, DraftPlan, HeadForm
+from skipsearch.plan import QUANTISED, DraftPlan, HeadForm, ids_of, ranges_of
 from skipsearch.policy import DraftPolicy
 
 FORMAT: Final = "skipsearch-mask"
 VERSIONS: Final = (1, 2)
-MOST_IDS = 1 << 24  # no vocabulary is larger
+SUM: Final = "checksum"  # of the rest of a file; derived, like the field beside it
+DERIVED: Final = {"per_layer_config", SUM}
+NEWER: Final = {"quantise", "head", "quantised_bytes"}  # than version 1
 
 
 class _Part(BaseModel):
@@ -68,8 +71,7 @@ class Evidence(_Part):
 
     Attributes:
         speedup, tokens_per_second: of the mask and its exit rule alone; the verdict is about them.
-        greedy_equal: None for a mask that was measured with sampling, at `temperature`.
-        decoding: how tokens were chosen, with what the model's generation config asked for.
+        greedy_equal: None where `decoding`, how tokens were chosen, is sampling at `temperature`.
         served_speedup: of the file's whole policy, with n-grams and fallback to plain steps.
     """
 
@@ -126,7 +128,7 @@ class MaskFile(_Part):
     @model_validator(mode="before")
     @classmethod
     def _drop_derived(cls, data: Any) -> Any:
-        return {k: v for k, v in data.items() if k != "per_layer_config"} if isinstance(data, dict) else data
+        return {k: v for k, v in data.items() if k not in DERIVED} if isinstance(data, dict) else data
 
     @property
     def mask(self) -> SkipMask:
@@ -139,7 +141,7 @@ class MaskFile(_Part):
         layers, sets, head = self.model.num_layers, self.quantise or QuantisedSets(), self.head or HeadPart()
         of = {form: getattr(sets, form) for form in QUANTISED}
         masks = {form: SkipMask(attention=of[form].attention, mlp=of[form].mlp, num_layers=layers) for form in of}
-        return DraftPlan(self.mask, **masks, head=head.form, head_ids=None if head.ids is None else _ids_of(head.ids))
+        return DraftPlan(self.mask, **masks, head=head.form, head_ids=None if head.ids is None else ids_of(head.ids))
 
     @property
     def drafting_plan(self) -> DraftPlan | None:
@@ -157,46 +159,29 @@ class MaskFile(_Part):
         }
         if not plan.only_skips:
             quantise = QuantisedSets(**{form: sets[form] for form in QUANTISED})
-            head = HeadPart(form=plan.head, ids=None if plan.head_ids is None else _ranges_of(plan.head_ids))
+            head = HeadPart(form=plan.head, ids=None if plan.head_ids is None else ranges_of(plan.head_ids))
             parts = {"version": 2, "quantise": quantise, "head": head, **parts}
         return cls(model=model, skip=sets["skip"], **parts)
 
     def save(self, path: str | Path) -> None:
-        """Write atomically; `per_layer_config` repeats `skip` in the words of transformers.
+        """Write atomically, with a checksum; `per_layer_config` repeats `skip` in the words of transformers.
 
         Raises:
             ResultsError: the folder cannot be written to.
         """
+        data = self._document()
+        write_json(Path(path), {**data, SUM: checksum(data)})
+
+    def _document(self) -> dict[str, Any]:
         data = self.model_dump(mode="json")
         data["draft"] = {k: v for k, v in data["draft"].items() if v or k in ("max_length", "exit_threshold")}
         if data["evidence"] is not None:
-            data["evidence"] = {k: v for k, v in data["evidence"].items() if v is not None or k == "greedy_equal"}
+            optional = ("temperature", "served_speedup", "served_speedup_ci")
+            data["evidence"] = {k: v for k, v in data["evidence"].items() if v is not None or k not in optional}
         data["per_layer_config"] = self.mask.to_per_layer_config()
         if self.version == 1:
-            data = {name: value for name, value in data.items() if name not in ("quantise", "head", "quantised_bytes")}
-        write_json(Path(path), data)
-
-
-def _ranges_of(ids: tuple[int, ...]) -> str:
-    """Rising numbers as ranges: (0, 1, 2, 5) is "0-2 5"."""
-    runs: list[list[int]] = []
-    for i in ids:
-        if runs and runs[-1][1] == i - 1:
-            runs[-1][1] = i
-        else:
-            runs.append([i, i])
-    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-
-
-def _ids_of(ranges: str) -> list[int]:
-    found: list[int] = []
-    for part in ranges.split():
-        first, dash, last = part.partition("-")
-        plain = first.isdecimal() and (last.isdecimal() or not dash) and len(part) < 20
-        if not plain or not 0 <= int(last or first) - int(first) < MOST_IDS - len(found):
-            raise MaskError(f"head.ids holds {part!r}, must hold numbers and ranges like 0-255; export it again")
-        found += range(int(first), int(last or first) + 1)
-    return found
+            data = {name: value for name, value in data.items() if name not in NEWER}
+        return data
 
 
 def read_json(path: Path, mend: str = "make one with `skipsearch run`") -> Any:
@@ -221,26 +206,39 @@ def parse_mask(data: Any, source: str = "mask") -> MaskFile:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         got = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise MaskError(
-            f"{source}: format is {got!r}, must be {FORMAT!r}; convert other skip sets with `skipsearch import`"
+            f"{source}: format is {shown(got)}, must be {FORMAT!r}; convert other skip sets with `skipsearch import`"
+        )
+    if SUM in data and data[SUM] != _checksum_of(data):
+        raise MaskError(
+            f"{source}: its content is not that of its checksum, it was changed after it was written; export it "
+            f"again, or delete the field {SUM} if the change was on purpose"
         )
     version = data.get("version")
     if isinstance(version, bool) or version not in VERSIONS:
-        raise MaskError(f"{source}: version is {version!r}, this skipsearch reads versions 1 and 2; update skipsearch")
-    if version == 1 and (newer := sorted(data.keys() & {"quantise", "head"})):
+        raise MaskError(f"{source}: version is {shown(version)}, must be 1 or 2; update skipsearch for later ones")
+    if version == 1 and (newer := sorted(data.keys() & NEWER)):
         raise MaskError(f"{source}: {newer[0]} goes with version 2, and version is 1; correct the version")
     try:
         file = MaskFile.model_validate(data)
-        _ = file.plan
+        _ = file.plan, file._document(), checksum(data)
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "value_error":  # of DraftPolicy, which names the field itself
             raise MaskError(f"{source}: {first['ctx']['error']}") from None
-        field = repr(".".join(str(part) for part in first["loc"]) or "file")[1:-1]  # repr: a key may hold a newline
-        got = "" if first["type"] == "missing" else f", got {first['input']!r}"
+        field = shown(".".join(str(part) for part in first["loc"]) or "file")[1:-1]  # a key may hold a newline
+        got = "" if first["type"] == "missing" else f", got {shown(first['input'])}"
         raise MaskError(f"{source}: {field}: {first['msg'].lower()}{got}; export the mask again") from None
     except MaskError as error:
         raise MaskError(f"{source}: {error}") from None
+    except (ValueError, TypeError, RecursionError) as error:  # of fields that this version does not know
+        raise MaskError(f"{source}: a field cannot be written again ({first_line(error)}); remove it") from None
     return file
+
+
+def _checksum_of(data: dict[str, Any]) -> str | None:
+    with suppress(ValueError, TypeError, RecursionError):
+        return checksum({name: value for name, value in data.items() if name != SUM})
+    return None
 
 
 def load_mask(path: str | Path) -> MaskFile:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from skipsearch.errors import MaskError
+from skipsearch.errors import MaskError, shown
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import MaskFile, ModelCard, Provenance, read_json
 
@@ -23,16 +23,21 @@ def import_mask(path: str | Path, *, num_layers: int, key: str | None = None, mo
     Raises:
         MaskError: the entry does not exist, or its ids do not fit `num_layers`.
     """
-    entries = dict(_skip_sets(read_json(Path(path), "check the path")))
+    try:
+        entries = dict(_skip_sets(read_json(Path(path), "check the path")))
+    except RecursionError:
+        raise MaskError(f"{path} holds no skip set, its tables are nested too deep; check the path") from None
     if key is None and len(entries) == 1:
         key = next(iter(entries))
     if key not in entries:
-        what = f"no skip set named {key!r}" if key is not None or not entries else f"{len(entries)} skip sets"
-        raise MaskError(f"{path} holds {what}; pass --key with one of: {', '.join(sorted(entries)) or 'none'}")
+        what = f"no skip set named {shown(key)}" if key is not None or not entries else f"{len(entries)} skip sets"
+        names = shown(", ".join(sorted(entries)) or "none", 2000)[1:-1]
+        raise MaskError(f"{path} holds {what}; pass --key with one of: {names}")
     sets = entries[key]
     for kind in ("attention", "mlp"):
         if not isinstance(sets.get(kind, []), list):
-            raise MaskError(f"{path}: {key}.{kind} must be a list of layer numbers, got {sets[kind]!r}; correct it")
+            got, name = shown(sets[kind]), shown(f"{key}.{kind}")[1:-1]
+            raise MaskError(f"{path}: {name} must be a list of layer numbers, got {got}; correct it")
     mask = SkipMask(attention=sets.get("attention", []), mlp=sets.get("mlp", []), num_layers=num_layers)
     return MaskFile.of(
         mask, model=ModelCard(id=model_id, num_layers=num_layers), provenance=Provenance(study=f"import:{key}")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from skipsearch.errors import MaskError
+from skipsearch.errors import MaskError, shown
 from skipsearch.mask import KINDS, Kind, SkipMask, Sublayer
 
 Form = Literal["run", "int8", "int4", "skip"]
@@ -19,6 +19,7 @@ HeadForm = Literal["full", "int8", "int4"]
 FORMS: tuple[Form, ...] = get_args(Form)  # in the order of parameters: each costs less than the one before
 QUANTISED: tuple[Quantised, ...] = get_args(Quantised)
 HEAD_FORMS: tuple[HeadForm, ...] = get_args(HeadForm)
+MOST_IDS = 1 << 20  # tokens that a file may name; no vocabulary is larger
 CELLS: dict[Form, str] = {"run": "█", "int8": "▓", "int4": "░", "skip": "·"}
 
 
@@ -54,7 +55,7 @@ class DraftPlan:
             for kind, i in (masks[one] & masks[other]).sublayers():
                 raise MaskError(f"{one} and {other} share {kind} {i}, a sublayer has one form; remove it from one")
         if head not in HEAD_FORMS:
-            raise MaskError(f"head.form is {head!r}, must be one of {', '.join(HEAD_FORMS)}; correct it")
+            raise MaskError(f"head.form is {shown(head)}, must be one of {', '.join(HEAD_FORMS)}; correct it")
         ids = None if head_ids is None else _checked_ids(head_ids)
         for name, value in (("skip", skip), ("int8", int8), ("int4", int4), ("head", head), ("head_ids", ids)):
             object.__setattr__(self, name, value)
@@ -71,7 +72,7 @@ class DraftPlan:
         """A plan from 2L forms: attention 0..L-1, then mlp 0..L-1."""
         for number, form in enumerate(forms):
             if form not in FORMS:
-                raise MaskError(f"form {number} is {form!r}, must be one of {', '.join(FORMS)}; correct it")
+                raise MaskError(f"form {number} is {shown(form)}, must be one of {', '.join(FORMS)}; correct it")
         of = {form: SkipMask.from_bits([found == form for found in forms]) for form in ("skip", *QUANTISED)}
         return cls(**of, head=head, head_ids=head_ids)
 
@@ -158,5 +159,36 @@ def _checked_ids(ids: Iterable[int]) -> tuple[int, ...]:
         raise MaskError("head.ids is empty, a draft needs tokens to choose from; leave it out for all of them")
     for i in found:
         if isinstance(i, bool) or not isinstance(i, int) or i < 0:
-            raise MaskError(f"head.ids holds {i!r}, must hold whole numbers of at least 0; correct it")
+            raise MaskError(f"head.ids holds {shown(i)}, must hold whole numbers of at least 0; correct it")
     return tuple(sorted(set(found)))
+
+
+def ranges_of(ids: tuple[int, ...]) -> str:
+    """Rising numbers as ranges: (0, 1, 2, 5) is "0-2 5"."""
+    runs: list[list[int]] = []
+    for i in ids:
+        if runs and runs[-1][1] == i - 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def ids_of(ranges: str) -> list[int]:
+    """The numbers of such ranges, at most `MOST_IDS`.
+
+    Raises:
+        MaskError: it is another text, or there are more.
+    """
+    found: list[int] = []
+    for part in ranges.split():
+        first, dash, last = part.partition("-")
+        plain = first.isdecimal() and (last.isdecimal() or not dash) and len(part) < 20
+        many = int(last or first) + 1 - int(first) if plain else 0
+        if not 0 < many <= MOST_IDS - len(found) or int(last or first) >= MOST_IDS:
+            raise MaskError(
+                f"head.ids holds {shown(part)}, must hold numbers below {MOST_IDS} and ranges like 0-255, each at most "
+                f"once; export it again"
+            )
+        found += range(int(first), int(last or first) + 1)
+    return found

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from pydantic import ConfigDict, StrictInt
 
-from skipsearch.errors import MaskError
+from skipsearch.errors import MaskError, shown
 
 NGRAM = 10  # the most tokens that prompt lookup proposes, where nothing else is said
 
@@ -54,22 +54,24 @@ class DraftPolicy:
         for name in ("curve", "prices", "costs"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if isinstance(self.max_length, bool) or not isinstance(self.max_length, int) or self.max_length < 1:
-            raise MaskError(f"draft.max_length must be a whole number of at least 1, got {self.max_length!r}; try 5")
+            raise MaskError(
+                f"draft.max_length must be a whole number of at least 1, got {shown(self.max_length)}; try 5"
+            )
         threshold = self.exit_threshold
         if threshold is not None and not (isinstance(threshold, int | float) and 0 < threshold < 1):
             raise MaskError(
-                f"draft.exit_threshold must lie between 0 and 1, got {threshold!r}; try 0.6, or leave it out"
+                f"draft.exit_threshold must lie between 0 and 1, got {shown(threshold)}; try 0.6, or leave it out"
             )
         if self.adaptive and threshold is None:
             raise MaskError("draft.adaptive is true, which needs a threshold to start from; set draft.exit_threshold")
         if isinstance(self.ngram, bool) or not isinstance(self.ngram, int) or self.ngram < 0:
-            raise MaskError(f"draft.ngram must be a whole number of at least 0, got {self.ngram!r}; try 10")
+            raise MaskError(f"draft.ngram must be a whole number of at least 0, got {shown(self.ngram)}; try 10")
         if bool(self.curve) != bool(self.prices):
             raise MaskError("draft.curve and draft.prices belong together, got one of them; leave both out, or neither")
         if self.curve and (threshold is not None or any(not 0 <= value <= 1 for value in self.curve)):
             raise MaskError(
-                f"draft.curve must hold values between 0 and 1 and stand without exit_threshold, got {self.curve!r} "
-                f"and {threshold!r}; search again"
+                f"draft.curve must hold values between 0 and 1 and stand without exit_threshold, got "
+                f"{shown(self.curve)} and {threshold!r}; search again"
             )
         if self.curve and len(self.prices) < self.max_length:
             raise MaskError(
@@ -77,12 +79,12 @@ class DraftPolicy:
                 f"search again"
             )
         if any(not math.isfinite(price) for price in self.prices):
-            raise MaskError(f"draft.prices must hold finite numbers, got {self.prices!r}; search again")
+            raise MaskError(f"draft.prices must hold finite numbers, got {shown(self.prices)}; search again")
         costs_fit = all(0 <= value < math.inf for value in self.costs)
         if self.costs and (len(self.costs) < 2 or not costs_fit or not self.costs[1]):
             raise MaskError(
-                f"draft.costs must hold seconds of a draft step and of verifying 0, 1, ... tokens, got {self.costs!r}; "
-                f"leave it out"
+                f"draft.costs must hold seconds of a draft step and of verifying 0, 1, ... tokens, got "
+                f"{shown(self.costs)}; leave it out"
             )
 
     @classmethod

@@ -22,6 +22,7 @@ CARD = ModelCard(num_layers=3)
 def written(path: Path, plan: DraftPlan | SkipMask) -> dict[str, Any]:
     MaskFile.of(plan, model=CARD).save(path)
     data: dict[str, Any] = json.loads(path.read_text())
+    data.pop("checksum")  # those who edit a file delete it
     return data
 
 

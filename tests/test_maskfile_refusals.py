@@ -166,6 +166,15 @@ def test_unreadable_content_is_refused(tmp_path: Path, content: bytes) -> None:
     assert_one_sentence(error, str(path), "cannot be read")
 
 
+@pytest.mark.parametrize("value", ["1e999", "-1e999", "NaN", "[" * 280 + "]" * 280])
+def test_what_could_not_be_written_again_is_refused(tmp_path: Path, value: str) -> None:
+    """Prevents a field that this version does not know from being another one, or a traceback, after it is saved."""
+    path = write(tmp_path / "mask.json", json.dumps(DOCUMENT)[:-1] + f', "later": {value}}}')
+    with pytest.raises(MaskError) as error:
+        load_mask(path)
+    assert_one_sentence(error, str(path), "cannot be written again")
+
+
 def test_a_folder_is_refused(tmp_path: Path) -> None:
     """Prevents a traceback for the folder of a mask in place of the mask."""
     with pytest.raises(MaskError) as error:

@@ -82,6 +82,7 @@ def bench(
     file = load_mask(mask) if mask is not None else None
     loaded = opt.load(model, dtype, device, revision, trust)
     from skipsearch.bench.bench import BenchOptions, bench_file
+    from skipsearch.files import results_folder
     from skipsearch.report.bench import bench_title, counts_table, groups_table, save_bench, speed_table
     from skipsearch.report.progress import stages
 
@@ -91,7 +92,7 @@ def bench(
     )  # fmt: skip
     with stages(opt.err, quiet=as_json) as progress:
         data = bench_file(loaded, file, options, progress.stage)
-    paths = save_bench(data, folder or Path("results") / loaded.name)
+    paths = save_bench(data, folder or results_folder(loaded.name))
     tables = (bench_title(data), speed_table(data), counts_table(data), groups_table(data))
     opt.print_result({**data, "files": paths}, as_json, *tables, f"picture: {paths['bench.svg']}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +57,7 @@ def run(
     loading = time.monotonic() - begin
     if options.time_budget is not None:
         options = replace(options, time_budget=max(1.0, options.time_budget - loading))
+    from skipsearch.files import read_checked
     from skipsearch.report.cells import draw_plan, draw_sensitivity
     from skipsearch.report.summary import summary_table, verdict_line
     from skipsearch.report.tables import front_table
@@ -72,11 +72,10 @@ def run(
     chat = chat and bool(loaded.tokenizer.chat_template)
     next_step = f"\nNext: {_next_step(model, result.folder, data, chat)}"
     cells = draw_plan(result.plan)
-    try:
-        loss = json.loads((result.folder / "sensitivity.json").read_text())["loss"]
-        cells.append("\n").append_text(draw_sensitivity(loss, result.mask.num_layers))
-    except (OSError, ValueError, KeyError):
-        pass  # of a study that was finished elsewhere
+    layers = result.mask.num_layers
+    drawn = read_checked(result.folder / "sensitivity.json", lambda data: draw_sensitivity(data["loss"], layers))
+    if drawn is not None:  # None: of a study that was finished elsewhere
+        cells.append("\n").append_text(drawn)
     opt.print_result(data, as_json, verdict_line(data), *fronts, summary_table(data), cells, next_step)
     raise typer.Exit(0 if result.file.evidence and result.file.evidence.verdict == "use" else 1)
 

@@ -33,7 +33,8 @@ def compiler() -> str | None:
 def keep_compiled() -> Path:
     """Where compiled pieces are kept between runs; TORCHINDUCTOR_CACHE_DIR, if set, decides.
 
-    Where the home cannot be written, they are kept in a temporary folder, for this process alone.
+    Code is run from there, so the folder must belong to this user, and only they may write to it. Where that cannot
+    be, a temporary folder serves this process alone.
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
@@ -41,13 +42,19 @@ def keep_compiled() -> Path:
     if os.environ.get(name, default_cache_dir()) == default_cache_dir():  # torch sets its own, which a reboot empties
         # Machines that share a home directory must not share code for vectors of different lengths.
         folder = home / "skipsearch" / "compiled" / torch.backends.cpu.get_cpu_capability().lower()
-        os.environ[name] = str(folder) if _writable(folder) else tempfile.mkdtemp(prefix="skipsearch-")
+        os.environ[name] = str(folder) if _ours(folder, home) else tempfile.mkdtemp(prefix="skipsearch-")
     return Path(os.environ[name])
 
 
-def _writable(folder: Path) -> bool:
+def _ours(folder: Path, home: Path) -> bool:
+    """Make a folder below `home` that nobody else can write to; False if that is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for part in (folder, *folder.parents[: len(folder.relative_to(home).parts) - 1]):
+            if hasattr(os, "getuid"):
+                if not part.lstat().st_uid == part.stat().st_uid == os.getuid():
+                    return False
+                part.chmod(0o700)
         with tempfile.TemporaryFile(dir=folder):
             return True
     except OSError:

@@ -5,6 +5,7 @@ Values, with the name of the set-up they were measured on; `profile` measures th
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -77,7 +78,7 @@ class Costs:
         """Costs from the dictionary that `asdict` made of them, as JSON gives it back.
 
         Raises:
-            KeyError, TypeError: it is another dictionary.
+            KeyError, TypeError: it is another dictionary, or holds something else than finite numbers.
         """
         points = tuple(Point(**{name: _tuples(value) for name, value in point.items()}) for point in data["points"])
         return cls(identity=data["identity"], points=points)
@@ -96,7 +97,11 @@ def _tuples(value: Any) -> Any:
     """JSON's lists as tuples."""
     if isinstance(value, dict):
         return {name: _tuples(part) for name, part in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return tuple(map(_tuples, value))
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise TypeError(f"a cost is {value!r}")
+    return value
 
 
 def combine_points(points: Sequence[Point], of: Callable[[Sequence[float]], float]) -> Point:

@@ -7,7 +7,6 @@ well enough, or when its seconds are spent.
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import statistics
 import time
@@ -27,7 +26,7 @@ from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.clock import sequence_at
 from skipsearch.evaluate.cost import Costs, Point, draft_step
 from skipsearch.evaluate.design import Arm, Design, choose_design, timed_arm
-from skipsearch.files import write_json
+from skipsearch.files import read_checked, write_checked
 from skipsearch.mask import KINDS, SkipMask
 from skipsearch.model.target import Target
 from skipsearch.plan import DraftPlan, Form, Quantised
@@ -195,16 +194,12 @@ def profile_or_load(
     key += f" | {rule}" * (rule != GREEDY)
     key += f" | {', '.join(forms)}" * bool(forms)
     key += " | packed weights" * (target.compiled is not None and target.compiled.packs)
-    known: tuple[Point, ...] = ()
-    try:
-        found = Costs.of(json.loads(path.read_text()))
-        known = found.points if found.identity == key else ()
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # there are none yet, or they are another one's: measure anew
+    found = read_checked(path, Costs.of)
+    known = found.points if found is not None and found.identity == key else ()  # others are another set-up's
     if len(known) < len(contexts):
         known = profile(
             target, contexts=contexts, max_length=max_length, progress=progress, seconds=seconds,
             rule=rule, forms=forms, known=known,
-            keep=lambda points: write_json(path, asdict(Costs(identity=key, points=tuple(points)))),
+            keep=lambda points: write_checked(path, asdict(Costs(identity=key, points=tuple(points)))),
         )  # fmt: skip
     return Costs(identity=key, points=known)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-from skipsearch.errors import PromptError
+from skipsearch.errors import PromptError, first_line, shown
 
 FORMATS = (".txt", ".json", ".jsonl", ".csv", ".parquet")
 Row = dict[str, Any]
@@ -35,7 +35,7 @@ def read_rows(path: Path) -> list[Row]:
         raise
     except Exception as error:  # the readers raise kinds of their own
         raise PromptError(
-            f"prompt file {path} cannot be read as {kind[1:]} ({_first_line(error)}); give a .txt, .jsonl, .csv or "
+            f"prompt file {path} cannot be read as {kind[1:]} ({first_line(error)}); give a .txt, .jsonl, .csv or "
             f".parquet file"
         ) from error
     text = text_of(path)
@@ -73,25 +73,21 @@ def _json(text: str, path: Path) -> list[Row]:
     if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
-        except ValueError as error:
-            raise PromptError(f"prompt file {path} is no JSON list ({_first_line(error)}); mend the file") from error
+        except (ValueError, RecursionError) as error:
+            raise PromptError(f"prompt file {path} is no JSON list ({first_line(error)}); mend the file") from error
     else:
         rows = []
         for number, line in enumerate(_lines(text), 1):
             try:
                 rows += [json.loads(line)] if line.strip() else []
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise PromptError(
-                    f"line {number} of prompt file {path} is not JSON ({_first_line(error)}); mend the line"
+                    f"line {number} of prompt file {path} is not JSON ({first_line(error)}); mend the line"
                 ) from error
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise PromptError(
-                f"row {number} of prompt file {path} is {str(row)[:40]!r}, must be an object with a column; "
+                f"row {number} of prompt file {path} is {shown(row, 40)}, must be an object with a column; "
                 f'write {{"prompt": ".."}}'
             )
     return cast(list[Row], rows)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

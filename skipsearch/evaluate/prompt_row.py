@@ -8,15 +8,15 @@ import warnings
 from collections import Counter
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from skipsearch.errors import PromptError, PromptWarning
+from skipsearch.errors import PromptError, PromptWarning, first_line, shown
 
 Ids = tuple[int, ...]
 # Some templates write today's date; prompts must be the same every day.
 TODAY, CLOCK = datetime.datetime(2025, 1, 1), re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _TEXT = "a text that no template holds"
+MOST = 1 << 22  # characters of a prompt; no context holds more
 ANSWERED = "end with an answer, which is left off"
 TEMPLATED = "hold the chat template's text already, and are taken as they are"
 
@@ -64,10 +64,11 @@ class RowReader:
         text = row[0] if isinstance(row, list) and row else row
         if not isinstance(text, str):
             raise PromptError(
-                f"a prompt must be text, a list of turns or chat messages, got {text!r}; check the column"
+                f"a prompt must be text, a list of turns or chat messages, got {shown(text)}; check the column"
             )
         if not text.strip():
             return ()
+        _check_text(text)
         if self.chat and self._templated(text):
             self._counts[TEMPLATED] += 1
             return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -76,9 +77,11 @@ class RowReader:
     def _of_messages(self, messages: list[Any]) -> Ids:
         if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
             raise PromptError(
-                f"chat messages must hold text under 'content', got {messages[0]!r}; convert them, "
+                f"chat messages must hold text under 'content', got {shown(messages[0])}; convert them, "
                 f"or choose another column with --prompt-column"
             )
+        for message in messages:
+            _check_text(message["content"])
         asked = list(messages)
         while asked and asked[-1].get("role") == "assistant":
             asked.pop()
@@ -94,8 +97,10 @@ class RowReader:
                     asked, add_generation_prompt=True, return_dict=True, chat_template=self._template
                 )["input_ids"]
             )
-        except TemplateError as error:
-            raise PromptError(f"the chat template refuses {asked!r} ({error}); pass --no-chat") from error
+        except Exception as error:  # a template raises whatever its expressions do
+            raise PromptError(
+                f"the chat template refuses {shown(asked)} ({first_line(error)}); pass --no-chat"
+            ) from error
 
     def _templated(self, text: str) -> bool:
         """Whether a text holds the template's special token, or where it has none begins with what it writes."""
@@ -113,9 +118,16 @@ class RowReader:
                         [{"role": "user", "content": _TEXT}], tokenize=False, chat_template=self._template
                     )
                 )
-            except TemplateError:
+            except Exception:  # a template raises whatever its expressions do
                 whole = ""
             head = whole.partition(_TEXT)[0].removeprefix(str(self.tokenizer.bos_token or "")).strip()
             at = max((head.rfind(token) for token in self.tokenizer.all_special_tokens), default=-1)
             self._mark = head[max(at, 0) :] or _TEXT
         return self._mark
+
+
+def _check_text(text: str) -> None:
+    if len(text) > MOST:
+        raise PromptError(f"a prompt has {len(text):,} characters, at most {MOST:,} are read; cut it")
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise PromptError("a prompt holds one half of a surrogate pair, which is no text; remove it")

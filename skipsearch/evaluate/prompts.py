@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from skipsearch.errors import PromptError
+from skipsearch.errors import PromptError, shown
 from skipsearch.evaluate.builtin import BUILT_IN, CODE, CODE_TOKENS, built_in, built_in_rows
 from skipsearch.evaluate.prompt_file import FORMATS, read_rows
 from skipsearch.evaluate.prompt_row import Ids, RowReader
@@ -73,7 +73,7 @@ def load_prompts(
     ours = None if source.texts else built_in(source.name, chat)
     rows = list(source.texts or (_rows(source) if ours is None else built_in_rows(ours, seed)))
     if not ours:  # blank rows and doubles must not change the order
-        rows = list({repr(row): row for row in rows if not (isinstance(row, str) and not row.strip())}.values())
+        rows = list({_key(row): row for row in rows if not (isinstance(row, str) and not row.strip())}.values())
     reader = RowReader(source.name, tokenizer, chat and ours != CODE)
     limit = CODE_TOKENS if ours == CODE and max_tokens is None else max_tokens
     wanted, order = calibration + held_out, list(range(len(rows)))
@@ -143,11 +143,18 @@ def _rows(source: PromptSource) -> list[Any]:
     return list(table[_column(source, table.column_names)])
 
 
+def _key(row: Any) -> str:
+    try:
+        return repr(row)
+    except RecursionError:
+        raise PromptError("a prompt's lists are nested too deep; give text, turns or chat messages") from None
+
+
 def _column(source: PromptSource, names: Sequence[str]) -> str:
     column = source.column or next((c for c in COLUMNS if c in names), None)
     if column is None or column not in names:
         raise PromptError(
             f"prompt column {column or '/'.join(COLUMNS[:4])} is not in {source.name}, which has "
-            f"{', '.join(names)}; choose one with --prompt-column"
+            f"{shown(', '.join(map(str, names)), 400)[1:-1]}; choose one with --prompt-column"
         )
     return column

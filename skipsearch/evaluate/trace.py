@@ -5,12 +5,12 @@ Every mask is scored against it, so it is made once and kept.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from skipsearch.decoding.scheduler import Scheduler
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.evaluate.prompt_row import Ids
 from skipsearch.evaluate.prompts import fingerprint
-from skipsearch.files import write_json
+from skipsearch.files import read_checked, write_checked
 from skipsearch.model.target import Target
 from skipsearch.policy import DraftPolicy
 
@@ -145,20 +145,19 @@ def record_or_load(
         key |= {"chosen": str(rule)}
     if rule.temperature:
         key |= {"temperature": rule.temperature, "seed": settings.seed}
-    known: list[Ids] = []
-    try:
-        data = json.loads(path.read_text())
-        if data["key"] == key:
-            known = [tuple(row) for row in data["continuations"]]
-            if len(known) == len(prompts) or (known and not may_grow):
-                return Trace(
-                    prompts=prompts[: len(known)], continuations=tuple(known), new_tokens=new_tokens,
-                    rule=rule,
-                )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError):
-        known = []  # there is none yet, or it is another one's: record anew
+
+    def take(data: dict[str, Any]) -> list[Ids]:
+        rows = [tuple(row) for row in data["continuations"]]
+        fits = all(type(token) is int and 0 <= token < target.vocabulary for row in rows for token in row)
+        return rows if fits and data["key"] == key and len(rows) <= len(prompts) else []
+
+    known = read_checked(path, take) or []  # none: there is no trace yet, or it is another one's
+    if len(known) == len(prompts) or (known and not may_grow):
+        return Trace(
+            prompts=prompts[: len(known)], continuations=tuple(known), new_tokens=new_tokens, rule=rule
+        )  # fmt: skip
 
     def keep(rows: list[Ids]) -> None:
-        write_json(path, {"key": key, "prompts": prompts[: len(rows)], "continuations": rows})
+        write_checked(path, {"key": key, "prompts": prompts[: len(rows)], "continuations": rows})
 
     return record(target, prompts, settings, progress, known=known, seconds=seconds, keep=keep)

@@ -7,7 +7,6 @@ when enough prompts are timed.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections import Counter
@@ -24,7 +23,7 @@ from skipsearch.evaluate.prompt_row import Ids
 from skipsearch.evaluate.prompts import fingerprint
 from skipsearch.evaluate.timing import Interleaved, Run, Timing, our_arm
 from skipsearch.evaluate.trace import DecodeSettings
-from skipsearch.files import write_json
+from skipsearch.files import read_checked, write_checked
 from skipsearch.maskfile import Evidence
 from skipsearch.model.device import device_name
 from skipsearch.model.target import Target
@@ -152,7 +151,7 @@ def _write(path: Path, key: str, timing: Interleaved) -> None:
         counts = {name: list(getattr(run.stats, name).items()) for name in ("blocks", "accepted_from", "blocks_from")}
         return {**asdict(run), "stats": {**counts, "committed": run.stats.committed}}
 
-    write_json(path, {"key": key, "measured": {
+    write_checked(path, {"key": key, "measured": {
         name: [[row(run) for run in runs] for runs in prompts] for name, prompts in timing.measured.items()
     }})  # fmt: skip
 
@@ -169,14 +168,13 @@ def _read(path: Path, key: str, timing: Interleaved) -> None:
         )  # fmt: skip
         return Run(**{**row, "ids": tuple(row["ids"]), "stats": counts})
 
-    try:
-        data = json.loads(path.read_text())
+    def take(data: dict[str, Any]) -> None:
         if data["key"] == key:
             found = {name: [[run(row) for row in runs] for runs in data["measured"][name]] for name in timing.measured}
             if all(len(prompts) == len(timing.prompts) for prompts in found.values()):
                 timing.measured = found
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # there is none, or it is another one's
+
+    read_checked(path, take)
 
 
 def evidence(

@@ -10,9 +10,11 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from skipsearch.errors import ModelLoadError
+from skipsearch.errors import ModelLoadError, first_line, shown
+from skipsearch.mask import MOST_LAYERS
 
 POINTER = b"version https://git-lfs"
+LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # their number in configs
 
 
 # Files by which folders are known that hold no causal LM, or not all of one.
@@ -53,19 +55,33 @@ def damaged_file(folder: Path) -> str | None:
             elif path.suffix == ".json":
                 json.loads(path.read_text(encoding="utf-8"))
         except Exception as error:  # the readers raise kinds of their own
-            return f"{path.name} is truncated or damaged ({_first_line(error)}); download it again"
+            return f"{path.name} is truncated or damaged ({first_line(error, 120)}); download it again"
     return None
+
+
+def check_layers(config: Any) -> None:
+    """Refuse a config, as a dictionary, of more layers than any model has: the library would make them all.
+
+    Raises:
+        ValueError: it has more.
+    """
+    for name, value in config.items():
+        if isinstance(value, dict):
+            check_layers(value)
+        elif name in LAYERS and isinstance(value, int) and value > MOST_LAYERS:
+            raise ValueError(f"{name} is {shown(value)}, no model has more than {MOST_LAYERS}")
 
 
 def not_a_model(folder: Path) -> str:
     """Why a folder without a config is no model, in words."""
     if (folder / "adapter_config.json").is_file():
         try:
-            base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-        except (OSError, ValueError):
+            base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             base = None
+        of = shown(base)[1:-1] if isinstance(base, str) and base else "another model"
         return (
-            f"is an adapter of {base or 'another model'}; load both, call merge_and_unload() of peft, "
+            f"is an adapter of {of}; load both, call merge_and_unload() of peft, "
             f"and give the folder that save_pretrained makes"
         )
     for pattern, kind in OTHER_KINDS.items():
@@ -94,7 +110,3 @@ def check_weights(name: str, model: PreTrainedModel) -> None:
         f"the logits of {name} are NaN or infinite ({where}); "
         + ("download or convert it again" if broken else "load it with --dtype float32 or bfloat16")
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

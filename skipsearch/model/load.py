@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 
 import torch
 from huggingface_hub import constants
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from skipsearch.errors import ModelLoadError
-from skipsearch.model.damage import check_weights, damaged_file, mended
+from skipsearch.model.damage import check_layers, check_weights, damaged_file, mended
 from skipsearch.model.preset import Preset, presets
 from skipsearch.model.sublayers import find_sublayers
 from skipsearch.model.target import Target
@@ -85,8 +85,7 @@ def load_model(
     model.eval().requires_grad_(False)
     find_sublayers(model)
     check_weights(name, model)
-    short = name if preset else weights.stem if weights.is_local else name.replace("/", "--")
-    return Loaded(name=short, model=model, tokenizer=tokenizer, preset=preset)
+    return Loaded(name=name if preset else weights.short, model=model, tokenizer=tokenizer, preset=preset)
 
 
 def _from_pretrained(
@@ -95,6 +94,8 @@ def _from_pretrained(
     """Tokenizer and model. Weights that the checkpoint lacks are an error: the library makes random ones of them."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(weights.source, **weights.for_tokenizer, **options)
+        if weights.gguf_file is None:
+            check_layers(PreTrainedConfig.get_config_dict(weights.source, **options)[0])
         model, found = AutoModelForCausalLM.from_pretrained(
             weights.source, **weights.for_model(dtype), device_map="auto" if spread else None,
             output_loading_info=True, **options,

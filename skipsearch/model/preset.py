@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from skipsearch.errors import ModelLoadError
+from skipsearch.errors import ModelLoadError, first_line, shown
 from skipsearch.mask import KINDS, SkipMask
 from skipsearch.model.space import Space, Structure, ordered
+
+UNREADABLE = (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError)  # what reading a file may raise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +65,10 @@ def _read_preset(path: Path) -> Preset:
     try:
         data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         layers = data["model"]["num_layers"]
+        for words in (data["model"], *data.get("masks", [])):
+            for name in words.keys() & {"id", "package", "file", "name", "source"}:
+                if not isinstance(words[name], str):
+                    raise TypeError(f"{name} is {shown(words[name])}, must be text")
         masks = tuple(
             PublishedMask(
                 name=m["name"], source=m["source"],
@@ -75,8 +81,10 @@ def _read_preset(path: Path) -> Preset:
             model_id=model["id"], space=_space(data.get("space", {}), layers), masks=masks,
             package=model.get("package"), file=model.get("file"),
         )  # fmt: skip
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ModelLoadError(f"search space {path} cannot be read ({error!r}); compare it with demo.toml") from error
+    except UNREADABLE as error:
+        raise ModelLoadError(
+            f"search space {path} cannot be read ({shown(error, 300)}); compare it with demo.toml"
+        ) from error
 
 
 def read_space(path: Path, num_layers: int) -> Space:
@@ -87,37 +95,42 @@ def read_space(path: Path, num_layers: int) -> Space:
     """
     try:
         return _space(tomllib.loads(path.read_text(encoding="utf-8-sig"))["space"], num_layers)
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        why = "it has no [space] table" if isinstance(error, KeyError) else str(error)
+    except UNREADABLE as error:
+        why = "it has no [space] table" if isinstance(error, KeyError) else first_line(error, 300)
         raise ModelLoadError(f"search space {path} cannot be read ({why}); see search_spaces/README.md") from error
 
 
 def _space(table: dict[str, Any], num_layers: int) -> Space:
+    if not isinstance(table, dict):
+        raise TypeError(f"space is {shown(table)}, must be a table")
+    layers = SkipMask(num_layers=num_layers).num_layers  # checked before anything has a cell for each
     known = {"fixed_attention", "fixed_mlp", "only", "structure", "spans", "max_skipped", "forms"}
     if unknown := sorted(table.keys() - known):
-        raise ValueError(f"space.{unknown[0]} is not known, must be one of {', '.join(sorted(known))}")
+        raise ValueError(f"space.{shown(unknown[0])[1:-1]} is not known, must be one of {', '.join(sorted(known))}")
     fixed = {kind: list(table.get(f"fixed_{kind}", [])) for kind in KINDS}
     only = table.get("only")
     if only is not None:
         if only not in KINDS:
-            raise ValueError(f"space.only is {only!r}, must be attention or mlp")
-        fixed["mlp" if only == "attention" else "attention"] = list(range(num_layers))
+            raise ValueError(f"space.only is {shown(only)}, must be attention or mlp")
+        fixed["mlp" if only == "attention" else "attention"] = list(range(layers))
     structure = table.get("structure", "sublayers")
     if structure not in get_args(Structure):
-        raise ValueError(f"space.structure is {structure!r}, must be one of {', '.join(get_args(Structure))}")
+        raise ValueError(f"space.structure is {shown(structure)}, must be one of {', '.join(get_args(Structure))}")
     if only is not None and structure != "sublayers":
         raise ValueError(f"space.only is {only!r}, which leaves no whole layers for structure {structure!r}")
     for name, least in (("spans", 1), ("max_skipped", 1 if structure == "sublayers" else 2)):
         value = table.get(name, least)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"space.{name} is {value!r}, must be a whole number of at least {least}")
+            raise ValueError(f"space.{name} is {shown(value)}, must be a whole number of at least {least}")
+    if table.get("spans", 1) > layers:
+        raise ValueError(f"space.spans is {shown(table['spans'])}, must be at most the number of layers, {layers}")
     given = table.get("forms")
     if given is not None and (not isinstance(given, list) or not given):
-        raise ValueError(f"space.forms is {given!r}, must be a list like ['int8', 'skip']")
+        raise ValueError(f"space.forms is {shown(given)}, must be a list like ['int8', 'skip']")
     forms = None if given is None else ordered(given)
     if structure == "spans":
         if forms not in (None, ("skip",)):
-            raise ValueError(f"space.forms is {given}, but structure 'spans' only skips; leave one of them out")
+            raise ValueError(f"space.forms is {shown(given)}, but structure 'spans' only skips; leave one of them out")
         forms = ordered(["skip"])
     return Space(
         num_layers=num_layers, fixed=SkipMask(**fixed, num_layers=num_layers), structure=structure,

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
+from skipsearch.errors import shown
 from skipsearch.mask import KINDS, SkipMask, Sublayer
 from skipsearch.plan import FORMS, QUANTISED, DraftPlan, Form, HeadForm, Quantised
 
@@ -212,7 +213,7 @@ def ordered(forms: Sequence[str]) -> tuple[Form, ...]:
     """
     for form in forms:
         if form not in FORMS[1:]:
-            raise ValueError(f"space.forms holds {form!r}, must hold some of {', '.join(FORMS[1:])}")
+            raise ValueError(f"space.forms holds {shown(form)}, must hold some of {', '.join(FORMS[1:])}")
     return tuple(form for form in FORMS[1:] if form in forms)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from skipsearch.errors import ModelLoadError
 from skipsearch.model.damage import not_a_model
+from skipsearch.model.gguf_header import excess_of
 from skipsearch.model.preset import Preset
 
 GGUF = ".gguf"
@@ -37,7 +38,12 @@ class Weights:
     @property
     def stem(self) -> str:
         """The name of the folder or file."""
-        return Path(self.gguf_file or self.source).name.removesuffix(GGUF)
+        return Path(self.gguf_file or Path(self.source).resolve()).name.removesuffix(GGUF)
+
+    @property
+    def short(self) -> str:
+        """A name for the results: of the folder or file, or the hub id."""
+        return self.stem if self.is_local else self.source.replace("/", "--")
 
     @property
     def for_tokenizer(self) -> dict[str, Any]:
@@ -93,6 +99,8 @@ def _gguf(path: Path) -> Weights:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ModelLoadError(f"model file {path} is no GGUF file; download or convert it again")
+    if excess := excess_of(path):
+        raise ModelLoadError(f"model file {path} is truncated or damaged ({excess}); download it again")
     return Weights(source=str(path.parent), gguf_file=path.name)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from skipsearch.evaluate.prompts import Prompts, fingerprint, lengthened, load_p
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.trace import Trace, record_or_load
 from skipsearch.evaluate.windows import Windows
+from skipsearch.files import read_checked
 from skipsearch.mask import KINDS, SkipMask
 from skipsearch.model.device import free_memory
 from skipsearch.model.identity import model_card
@@ -199,11 +199,8 @@ def candidate_forms(target: Target, space: Space) -> list[Quantised]:
 
 def priced_forms(path: Path, made_with: str, space: Space) -> list[Quantised] | None:
     """The quantised forms that an earlier run in this folder has priced; None if there are no such costs."""
-    try:
-        found = Costs.of(json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if not found.identity.startswith(made_with) or not found.points:
+    found = read_checked(path, Costs.of)
+    if found is None or not found.identity.startswith(made_with) or not found.points:
         return None
     return [form for form in QUANTISED if form in found.points[0].forms and form in (space.forms or QUANTISED)]
 

@@ -27,12 +27,13 @@ from skipsearch.evaluate.prompts import PromptSource
 from skipsearch.evaluate.scorer import Scorer, affordable_share
 from skipsearch.evaluate.validate import Measured
 from skipsearch.evaluate.windows import Part, WindowReplay
-from skipsearch.files import open_folder, write_json
+from skipsearch.files import open_folder, results_folder, write_json
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import Provenance, load_mask
 from skipsearch.model.identity import check_mask_belongs, model_card
 from skipsearch.model.load import Loaded
 from skipsearch.model.space import Space
+from skipsearch.model.weights import Weights
 from skipsearch.plan import DraftPlan
 from skipsearch.search.budget import Budget
 from skipsearch.search.export import mask_file, validated
@@ -72,7 +73,7 @@ def search(
         SkipsearchError: see `skipsearch.errors`. Files are written completely or not at all.
     """
     options, loaded = _with_prompts(options or SearchOptions(), prompts), _as_loaded(model, tokenizer)
-    folder, budget = Path(out) if out is not None else Path("results") / loaded.name, Budget(options.time_budget)
+    folder, budget = Path(out) if out is not None else results_folder(loaded.name), Budget(options.time_budget)
     open_folder(folder)
     try:
         prepared = prepare(loaded, folder, options, progress, budget)
@@ -137,7 +138,8 @@ def _as_loaded(model: PreTrainedModel | Loaded, tokenizer: PreTrainedTokenizerBa
         return model
     if tokenizer is None:
         raise ModelLoadError("tokenizer is None, a bare model needs one; pass it as the second argument")
-    return Loaded(name=model.config._name_or_path or "model", model=model, tokenizer=tokenizer, preset=None)
+    name = Weights(source=model.config._name_or_path or "model").short
+    return Loaded(name=name, model=model, tokenizer=tokenizer, preset=None)
 
 
 def search_trials(
@@ -156,7 +158,7 @@ def search_trials(
             study.enqueue(_seeds(loaded, prepared, folder, options, progress, budget))
         with budget.stage("trials"):
             seconds = budget.share(TRIALS)
-            share = study.study.user_attrs.get("share")
+            share = study.known("share")
             if share is None:
                 share = study.shared("share", affordable_share(prepared.windows, _dearest(prepared.space), seconds))
             scorer = Scorer(prepared.windows, prepared.point, options.pareto, share, study.stages())

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from skipsearch.compiled.backend import Progress
 from skipsearch.evaluate.windows import Part, WindowReplay, Windows
-from skipsearch.files import write_json
+from skipsearch.files import read_checked, write_checked
 from skipsearch.mask import KINDS, SkipMask, Sublayer
 from skipsearch.model.space import Space
 from skipsearch.plan import DraftPlan, Form, Quantised
@@ -71,26 +70,26 @@ def sensitivity_or_load(
     Returns:
         the losses, and the windows that they were computed on.
     """
-    known: Loss = {}
-    part: Part | None = None
-    try:
-        data = json.loads(path.read_text())
-        if data["identity"] == identity and len(data["windows"]) == len(windows.counts):
-            part = tuple(range(min(int(n), most)) for n, most in zip(data["windows"], windows.counts, strict=True))
-            for form, of_form in {"skip": data["loss"], **data["forms"]}.items():
-                pairs = ((kind, i, loss) for kind in KINDS for i, loss in of_form[kind].items())
-                if found := {(kind, int(i)): float(loss) for kind, i, loss in pairs}:
-                    known[cast(Form, form)] = found
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # there are none yet, or they are another trace's
-    chosen = choose() if part is None else part
+
+    def take(data: dict[str, Any]) -> tuple[Loss, Part] | None:
+        if data["identity"] != identity or len(data["windows"]) != len(windows.counts):
+            return None  # of another trace
+        part = tuple(range(min(int(n), most)) for n, most in zip(data["windows"], windows.counts, strict=True))
+        losses: Loss = {}
+        for form, of_form in {"skip": data["loss"], **data["forms"]}.items():
+            pairs = ((kind, i, loss) for kind in KINDS for i, loss in of_form[kind].items())
+            if found := {(kind, int(i)): float(loss) for kind, i, loss in pairs}:
+                losses[cast(Form, form)] = found
+        return losses, part
+
+    known, chosen = read_checked(path, take) or ({}, choose())
 
     def by_kind(of_form: dict[Sublayer, float]) -> dict[str, dict[str, float]]:
         return {kind: {str(i): of_form[kind, i] for k, i in of_form if k == kind} for kind in KINDS}
 
     def keep(loss: Loss) -> None:
         forms = {form: by_kind(of_form) for form, of_form in loss.items() if form != "skip"}
-        write_json(path, {
+        write_checked(path, {
             "identity": identity, "windows": [len(some) for some in chosen], "loss": by_kind(loss.get("skip", {})),
             "forms": forms,
         })  # fmt: skip

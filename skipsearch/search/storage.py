@@ -15,7 +15,8 @@ import optuna
 import sqlalchemy
 from optuna.storages import RDBStorage
 
-from skipsearch.errors import ResultsError, SkipsearchError
+from skipsearch.errors import ResultsError, SkipsearchError, first_line
+from skipsearch.search.integrity import check_database
 from skipsearch.search.prepare import STUDY
 
 HEARTBEAT, GRACE = 5, 15  # seconds; the trial of a killed worker is run again after the grace period
@@ -59,8 +60,15 @@ def storage_faults(url: str) -> Iterator[None]:
 
 
 def storage_url(folder: Path) -> str:
-    """The URL of a results folder's own storage."""
-    return f"sqlite:///{(folder / STUDY).resolve()}"
+    """The URL of a results folder's own storage.
+
+    Raises:
+        ResultsError: it is a link, and might lead to a file of another program.
+    """
+    path = folder.resolve() / STUDY
+    if path.is_symlink():
+        raise ResultsError(f"database {path} is a link to {path.readlink()}; name that file with --storage")
+    return f"sqlite:///{path}"
 
 
 def open_storage(url: str) -> RDBStorage:
@@ -71,16 +79,17 @@ def open_storage(url: str) -> RDBStorage:
     """
     try:
         sqlite = url.startswith("sqlite")
+        if sqlite:
+            check_database(url)
         storage = _made_with_tables(url, {"connect_args": {"timeout": 60}} if sqlite else None)
         if sqlite:
             sqlalchemy.event.listen(storage.engine, "connect", _write_ahead)
             storage.engine.dispose()  # close the connections that were made without the listener
             with storage.engine.connect():
                 pass
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # a damaged database raises anything
         raise ResultsError(
-            f"storage {url} cannot be opened ({reason}); choose another with --storage or --out"
+            f"storage {url} cannot be opened ({first_line(error)}); choose another with --storage or --out"
         ) from None
     return storage
 

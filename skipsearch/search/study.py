@@ -22,6 +22,7 @@ from skipsearch.evaluate.objective import Score
 from skipsearch.files import write_text
 from skipsearch.model.space import Space
 from skipsearch.plan import DraftPlan
+from skipsearch.search.integrity import CHECK, check_trials, kept, sealed, tells_damage
 from skipsearch.search.sampler import TrustRegionSampler
 from skipsearch.search.seeds import Seed
 from skipsearch.search.storage import EXPERIMENTAL, open_storage, set_once
@@ -44,6 +45,11 @@ def make_sampler(name: str, space: Space, seed: int, counted: int = 0) -> BaseSa
         return NSGAIISampler(seed=seed, population_size=24) if name == "nsga2" else RandomSampler(seed=seed)
 
 
+def columns_of(trial: FrozenTrial) -> dict[str, Any]:
+    """What a table shows of a trial."""
+    return {name: value for name, value in trial.user_attrs.items() if name not in (STAGES, CHECK)}
+
+
 class Study:
     """Trials of one set-up.
 
@@ -58,9 +64,10 @@ class Study:
 
     Raises:
         StudyMismatch: the storage holds a study of this name with another identity.
-        ResultsError: see `open_storage`.
+        ResultsError: see `open_storage`; or the study is damaged.
     """
 
+    @tells_damage
     def __init__(
         self, url: str, name: str, space: Space, identity: dict[str, str], sampler: str, seed: int,
         pareto: bool = False,
@@ -89,6 +96,7 @@ class Study:
             self.study, self.distributions, self.space.size,
             lambda counted: make_sampler(sampler, self.space, seed, counted),
         )  # fmt: skip
+        check_trials(self.study, self.space.bounds)
         self.memo: dict[DraftPlan, tuple[float, ...]] = {self.plan_of(t): tuple(t.values) for t in self.finished()}
 
     def shared(self, name: str, value: Any) -> Any:
@@ -96,9 +104,13 @@ class Study:
 
         Of several workers that come at once, one is the first, and all get its value.
         """
-        if name not in self.study.user_attrs:
-            set_once(self.study, name, value)
-        return self.study.user_attrs[name]
+        if self.known(name) is None:
+            set_once(self.study, name, sealed(value))
+        return self.known(name)
+
+    def known(self, name: str) -> Any:
+        """The value stored with the study under this name; None if there is none yet."""
+        return kept(self.study, name)
 
     @property
     def used_up(self) -> bool:
@@ -169,7 +181,7 @@ class Study:
 
     def front(self) -> list[dict[str, Any]]:
         """Trials that no other trial beats in both acceptance rate and cost ratio, by rising cost ratio."""
-        rows = [{"trial": t.number, **t.user_attrs} for t in self._scored()]
+        rows = [{"trial": t.number, **columns_of(t)} for t in self._scored()]
         rows.sort(key=lambda row: (row["cost_ratio"], -row["acceptance_rate"]))
         kept: list[dict[str, Any]] = []
         for row in rows:
@@ -181,6 +193,5 @@ class Study:
         """Write all finished trials as a CSV table, atomically."""
         rows, front = [], {row["trial"] for row in self.front()}
         for t in self.finished():
-            columns = {name: value for name, value in t.user_attrs.items() if name != STAGES}
-            rows.append({"trial": t.number, "on_front": t.number in front, **columns})
+            rows.append({"trial": t.number, "on_front": t.number in front, **columns_of(t)})
         write_text(path, pd.DataFrame(rows).to_csv(index=False))

@@ -24,6 +24,7 @@ from optuna.storages._heartbeat import get_heartbeat_thread  # what `Study.optim
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from skipsearch.files import has_ended, this_process
+from skipsearch.search.integrity import CHECK, sum_of
 from skipsearch.search.sampler import TrustRegionSampler
 from skipsearch.search.storage import EXPERIMENTAL, HEARTBEAT
 
@@ -120,6 +121,7 @@ class Worker:
             self._fail(trial._trial_id)
             raise
         attributes |= {"seconds": round(time.monotonic() - begin, 6)}
+        attributes |= {CHECK: sum_of(trial.params, self.distributions, values, {**trial.user_attrs, **attributes})}
         try:
             for key, value in attributes.items():
                 trial.set_user_attr(key, value)

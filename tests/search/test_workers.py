@@ -117,7 +117,7 @@ def test_the_first_identity_holds(tmp_path: Path) -> None:
     """Prevents a second worker of another model from overwriting what the study was made with."""
     first = opened(tmp_path)
     storages.set_once(first.study, "identity", {"model": "xyz"})
-    assert first.study.user_attrs["identity"]["model"] == "abc"
+    assert first.known("identity")["model"] == "abc"
     with pytest.raises(StudyMismatch, match="another model"):
         Study(storage_url(tmp_path), "search", SPACE, {"model": "xyz"}, "trust-region", seed=0)
 

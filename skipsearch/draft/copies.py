@@ -20,6 +20,7 @@ from skipsearch.model.clone import clone
 from skipsearch.model.device import free_memory
 from skipsearch.model.state import writes_to
 from skipsearch.model.sublayers import Sublayers, find_sublayers
+from skipsearch.model.turns import one_at_a_time
 from skipsearch.plan import QUANTISED, DraftPlan, Quantised
 
 LEAST = 0.5  # share of a sublayer's weights that must be quantised, for its form to be worth the name
@@ -54,10 +55,11 @@ def _copy(model: PreTrainedModel, module: nn.Module, form: Quantised) -> nn.Modu
 
 
 def _kept(model: PreTrainedModel, key: Any, make: Any) -> nn.Module:
-    known = _copies.setdefault(model, weakref.WeakValueDictionary())
-    found = known.get(key)
-    if found is None:
-        known[key] = found = make()
+    with one_at_a_time:
+        known = _copies.setdefault(model, weakref.WeakValueDictionary())
+        found = known.get(key)
+        if found is None:
+            known[key] = found = make()
     return cast(nn.Module, found)
 
 

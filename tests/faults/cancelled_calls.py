@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 import threading
@@ -10,11 +11,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from conftest import make_tiny
+from counts import FULL, times
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
+
+from skipsearch import DraftPlan, SkipMask, load_model, self_speculative
+from skipsearch.compiled.backend import with_backend
+from skipsearch.compiled.model import WIDTHS
+from skipsearch.model.target import Target
 
 LONGEST_WAIT = 3600.0  # seconds until a thread counts as hanging
 CANCELLED = ("streamer", "criterion", "processor")
@@ -76,12 +85,35 @@ class Call:
         model.generate(self.ids, custom_generate=method, **self.options, **given)
 
 
+@functools.cache
+def served_model(backend: str) -> Any:
+    """A model of 4 layers, compiled for two widths, in half the time; with all counts the bundled one."""
+    if FULL and backend == "compiled":
+        return load_model("demo").model
+    model = make_tiny("llama")
+    if backend == "compiled":
+        with patch.dict(WIDTHS, {"cpu": (1, 13)}):
+            assert with_backend(Target.of(model), "compiled").compiled is not None
+    return model
+
+
+def methods(backend: Any, layers: int) -> list[Any]:
+    """As different as they can be: a mask, a plan with quantised copies, n-grams with a mask, and a search."""
+    half = SkipMask(attention=range(0, layers, 2), mlp=range(1, layers, 3), num_layers=layers)
+    return [
+        self_speculative(half, max_length=5, exit_threshold=0.05, backend=backend),
+        self_speculative(DraftPlan.everywhere("int8", layers), max_length=4, backend=backend),
+        self_speculative(half, max_length=5, ngram=6, never_slower=True, backend=backend),
+        self_speculative("auto", share=0.5, backend=backend),
+    ]
+
+
 OPTIONS: tuple[dict[str, Any], ...] = (
     {}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 3}, {"do_sample": True, "top_k": 1},
 )  # fmt: skip
 
 
-def calls(model: Any, count: int, *, new: int = 16, seed: int = 0) -> list[Call]:
+def calls(model: Any, count: int, *, new: int = times(8, 16), seed: int = 0) -> list[Call]:
     """Calls of several lengths and options, every fourth one a batch with padding."""
     rng, generator, found = random.Random(seed), torch.Generator().manual_seed(seed), list[Call]()
     for number in range(count):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from skipsearch.errors import BackendError, BackendWarning
 from skipsearch.mask import SkipMask
 from skipsearch.model.state import ModelState
 from skipsearch.model.target import Target
+from skipsearch.model.turns import one_at_a_time
 from skipsearch.plan import DraftPlan
 
 Backend = Literal["auto", "eager", "compiled"]
@@ -30,7 +30,6 @@ Found = CompiledModel | str
 _known: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, dict[int, Found]]] = weakref.WeakKeyDictionary()
 KEPT = 4  # states of code
 _log = logging.getLogger(__name__)
-_lock = threading.RLock()  # the compiler changes settings of the whole process
 
 
 def with_backend(target: Target, backend: Backend, progress: Progress | None = None) -> Target:
@@ -57,7 +56,7 @@ def with_backend(target: Target, backend: Backend, progress: Progress | None = N
 def _compiled_for(target: Target, progress: Progress | None) -> CompiledModel | None:
     """What was compiled for the model as it is now, or None after a warning that says why nothing is."""
     model, state = target.model, ModelState.of(target.model)
-    with _lock:
+    with one_at_a_time:
         weights, by_code = _known.get(model, (state.weights, {}))
         if weights != state.weights:
             by_code = {}  # what was compiled with other weights holds them in memory
@@ -139,7 +138,7 @@ def warm_draft(target: Target, draft: PreTrainedModel, progress: Progress | None
     """The same for a draft view."""
     if target.compiled is not None:
         compiled = cast(CompiledModel, target.compiled)
-        with _lock, torch.inference_mode(False), torch.no_grad():
+        with one_at_a_time, torch.inference_mode(False), torch.no_grad():
             stack = compiled.stack_of(draft)
             widths = {compiled.width_for(n, stack) for n in (1, 1 + GUESS)[: 1 + compiled.guesses(stack)]}
             compiled.warm(stack, sorted(widths), progress)

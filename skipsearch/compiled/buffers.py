@@ -5,7 +5,7 @@ Shapes: C tokens of a buffer, H heads, D head size, Q tokens of a forward, V voc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ class Buffers:
         ids [1, C], positions [C], slots [C]: tokens; the position of each slot; 0, 1, 2, ...
         at [2]: slot of a forward's first token, and its place in ids.
         layers: keys and values [1, H, C, D].
+        give_back: to be called by the present owner alone; calls after the first do nothing.
     """
 
     ids: Tensor
@@ -31,6 +32,7 @@ class Buffers:
     at: Tensor
     layers: list[tuple[Tensor, Tensor]]
     slices: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    give_back: Callable[[], Any] | None = None
     pool: Any = None  # memory of the graphs that run in them; each overwrites the output of the others
 
     @classmethod

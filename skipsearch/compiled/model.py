@@ -8,7 +8,6 @@ Shapes: Q tokens of a forward, T slots that attention reads, V vocabulary.
 from __future__ import annotations
 
 import math
-import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from skipsearch.compiled.tracing import EXAMPLE_SLOTS
 from skipsearch.errors import BackendError
 from skipsearch.model.device import synchronize
 from skipsearch.model.target import Target
+from skipsearch.model.turns import one_at_a_time
 
 # Forwards of a block: a plain step, and drafts with the token before them. 2 to 13 tokens take a GPU the same time.
 WIDTHS = {"cpu": (1, 2, 4, 6, 9, 13), "cuda": (1, 13)}
@@ -59,25 +59,26 @@ class CompiledModel:
         self._tails: dict[tuple[int, str], Piece] = {}
         self._padded_to: dict[int, int] = {}
         self._free: list[Buffers] = []
-        self._lock = threading.Lock()
 
     # -- buffers -----------------------------------------------------------------------------------------------
 
     def acquire(self, capacity: int, owner: object) -> Buffers:
-        """Buffers with room for so many tokens. They are free for others when `owner` is garbage-collected."""
+        """Buffers with room for so many tokens, free for others once given back or `owner` is garbage-collected."""
         size = -(-(capacity + SLACK) // self.step) * self.step
-        with self._lock:
+        with one_at_a_time:
             fitting = [b for b in self._free if b.ids.shape[1] >= size]
             buffers = min(fitting, key=lambda b: b.ids.shape[1]) if fitting else None
             if buffers is not None:
                 self._free.remove(buffers)
+            else:  # new ones serve in place of those not much smaller: longer and longer sequences must not leave all
+                self._free[:] = [b for b in self._free if 2 * b.ids.shape[1] <= size]
         if buffers is not None:
             for layer in buffers.layers:
                 for buffer in layer:
                     buffer.zero_()  # attention weights of 0 times NaN of an earlier sequence would be NaN
         else:
             buffers = Buffers.of(size, self.pieces.shapes, self.device)
-        weakref.finalize(owner, self._free.append, buffers)
+        buffers.give_back = weakref.finalize(owner, self._free.append, buffers)
         return buffers
 
     def stack_of(self, model: nn.Module) -> Stack:

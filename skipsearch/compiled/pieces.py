@@ -11,7 +11,6 @@ Shapes: Q tokens of a forward, C tokens of a buffer, T slots that attention read
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -43,6 +42,7 @@ from skipsearch.draft.head import DraftHead
 from skipsearch.draft.view import RemovedLayer, with_layers
 from skipsearch.errors import BackendError
 from skipsearch.model.target import Target
+from skipsearch.model.turns import one_at_a_time
 
 # Lengths to trace with. They and `EXAMPLE_SLOTS` differ: equal ones would be taken for one symbol.
 EXAMPLE_IDS, EXAMPLE_POSITIONS = 331, 359
@@ -73,7 +73,6 @@ class Pieces:
         self._layers: weakref.WeakKeyDictionary[nn.Module, Layer] = weakref.WeakKeyDictionary()
         self._stacks: weakref.WeakKeyDictionary[nn.Module, Stack] = weakref.WeakKeyDictionary()
         self._compiled: dict[Any, Piece] = {}
-        self._lock = threading.Lock()
         self.layer_calls: list[Call] = []
 
     def stack_of(self, model: nn.Module) -> Stack:
@@ -119,13 +118,14 @@ class Pieces:
         `at` holds the slot of the first token and its place in ids.
         """
         tensors, count = self.outside.tensors, len(self.outside.names)
+        model = copy_sharing_tensors(self.outside.module)  # others may be copying that one
 
         def run(*inputs: Tensor) -> list[Tensor]:
             ids_C, positions_N, slots_T, at = inputs[count:]
             slots_Q = at[0] + torch.arange(width, device=ids_C.device)
             ids = ids_C[:, slots_Q + (at[1] - at[0])]
             self.calls.clear()
-            self._outer(self.outside, self.outside.module, inputs, ids, slots_Q, slots_T, positions_N[slots_Q])
+            self._outer(self.outside, model, inputs, ids, slots_Q, slots_T, positions_N[slots_Q])
             hidden, extras, self.layer_calls = read_calls(self.calls)
             self.calls.clear()
             return [hidden, slots_Q, *extras]
@@ -212,7 +212,7 @@ class Pieces:
         dynamic: list[tuple[int, ...]],
     ) -> Piece:  # fmt: skip
         """A piece that is compiled once for each key; see `compile_piece`."""
-        with self._lock:  # tracing notes the layers' calls here: one at a time
+        with one_at_a_time:  # tracing notes the layers' calls here: one at a time
             if key not in self._compiled:
                 self._compiled[key] = compile_piece(run, examples(), dynamic)
         return self._compiled[key]

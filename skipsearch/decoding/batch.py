@@ -15,7 +15,7 @@ from transformers import Cache, LogitsProcessorList, PreTrainedModel
 from skipsearch.compiled.buffers import Scores
 from skipsearch.decoding.processors import TokenSelection, process
 from skipsearch.errors import DecodingError
-from skipsearch.model.cache import SharedCache
+from skipsearch.model.cache import SharedCache, length_of
 from skipsearch.model.target import CompiledForwards, Target
 
 SLACK = 64  # slots behind the longest sequence for what a batch's other rows draft
@@ -71,6 +71,8 @@ class Batch:
         selection: TokenSelection | None = None, layout: Layout | None = None, aligned: int = 0,
     ) -> None:  # fmt: skip
         layout = layout or Layout()
+        target.check_ids(input_ids)
+        length_of(layout.past)  # what is refused is refused before buffers are taken
         rows, length = input_ids.shape
         self.target, self.selection, self.aligned = target, selection or TokenSelection(), aligned
         self.rows, self.lengths = list(layout.rows or range(rows)), [length] * rows
@@ -79,12 +81,12 @@ class Batch:
         if self.compiled is not None:
             assert rows == 1 and not aligned
             self.buffers = buffers = self.compiled.acquire(capacity + layout.past_only, self)
+            self.give_back = buffers.give_back  # noted here: the next owner's is another one
             self.target_stack = self.compiled.stack_of(target.model)
             self.ids, self.chunk = buffers.ids, self.compiled.chunk
         else:
             self.ids = torch.zeros((rows, capacity + SLACK), dtype=torch.long, device=input_ids.device)
         self.draft_with(draft)
-        target.check_ids(input_ids)
         self.ids[:, :length] = input_ids
         pads = list(layout.pads) or [0] * rows
         self.cache = SharedCache(target, capacity, layout.past, rows, None if buffers is None else buffers.layers)

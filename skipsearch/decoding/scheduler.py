@@ -83,7 +83,8 @@ class Scheduler:
     @property
     def mask_rate(self) -> float:
         """Tokens per second of mask drafting; infinite before the first block, so that it is tried."""
-        return MARGIN * self.tokens / self.seconds if self.seconds else math.inf
+        seconds = self.seconds  # other sequences may change it meanwhile
+        return MARGIN * self.tokens / seconds if seconds else math.inf
 
     @property
     def mask_acceptance(self) -> float:
@@ -152,10 +153,11 @@ class Scheduler:
             self.accepted = MEMORY_OF_MASK * self.accepted + min(accepted, of_mask)
             self.drafted = MEMORY_OF_MASK * self.drafted + min(accepted + 1, of_mask)
         self._learn_acceptance(parts, accepted)
-        for other in self._since:
+        for other in list(self._since):  # to which other sequences may add
             self._since[other] += seconds
         self._since[source] = 0.0
-        self._loss[source] = max(0.0, seconds - (accepted + 1) / self._best) if self._best else 0.0
+        best = self._best
+        self._loss[source] = max(0.0, seconds - (accepted + 1) / best) if best else 0.0
 
     def _learn_acceptance(self, parts: Sequence[Part], accepted: int) -> None:
         """Update the acceptance of each token source whose tokens were reached."""

@@ -30,6 +30,12 @@ Guess = Callable[[list[int]], list[int]]  # tokens drafted so far -> `GUESS` tok
 class Sequences(Batch):
     """A batch with the two steps of a block; made like `Batch`."""
 
+    def close(self) -> None:
+        """Let go of keys and buffers: the traceback of an error may keep this alive."""
+        self.cache.cache.layers.clear()
+        if self.compiled is not None:
+            self.give_back()
+
     @torch.no_grad()
     def draft(
         self, limits: list[int], stop: Stop | None = None, guess: Guess | None = None

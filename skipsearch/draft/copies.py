@@ -5,12 +5,9 @@ A copy lives as long as a view that uses it.
 
 from __future__ import annotations
 
-import copy
-import functools
-import types
 import weakref
 from collections.abc import Iterator
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,30 +16,19 @@ from skipsearch.draft.forms import bytes_of, quantised, weight_of, why_not
 from skipsearch.draft.head import DraftHead
 from skipsearch.errors import BackendError, MaskError
 from skipsearch.mask import KINDS, Kind, Sublayer
+from skipsearch.model.clone import clone
 from skipsearch.model.device import free_memory
 from skipsearch.model.state import writes_to
 from skipsearch.model.sublayers import Sublayers, find_sublayers
+from skipsearch.model.turns import one_at_a_time
 from skipsearch.plan import QUANTISED, DraftPlan, Quantised
 
-M = TypeVar("M", bound=nn.Module)
 LEAST = 0.5  # share of a sublayer's weights that must be quantised, for its form to be worth the name
 ROOM = 0.9  # of the free memory, for copies
 
 _copies: weakref.WeakKeyDictionary[PreTrainedModel, weakref.WeakValueDictionary[Any, nn.Module]] = (
     weakref.WeakKeyDictionary()
 )
-
-
-def clone(module: M) -> M:
-    """A shallow copy with a table of children of its own; the tensors stay shared."""
-    new = copy.copy(module)
-    new._modules = module._modules.copy()
-    if "_hf_hook" in vars(module):  # accelerate binds forward to the original: bind it to the copy
-        vars(new)["_old_forward"] = types.MethodType(type(module).forward, new)
-        vars(new)["forward"] = functools.partial(cast(Any, vars(module)["forward"]).func, new)
-    else:
-        vars(new).pop("forward", None)  # one of its own, as of torch.compile, would run the original
-    return new
 
 
 def branch(model: PreTrainedModel, module: nn.Module, form: Quantised) -> nn.Module:
@@ -69,10 +55,11 @@ def _copy(model: PreTrainedModel, module: nn.Module, form: Quantised) -> nn.Modu
 
 
 def _kept(model: PreTrainedModel, key: Any, make: Any) -> nn.Module:
-    known = _copies.setdefault(model, weakref.WeakValueDictionary())
-    found = known.get(key)
-    if found is None:
-        known[key] = found = make()
+    with one_at_a_time:
+        known = _copies.setdefault(model, weakref.WeakValueDictionary())
+        found = known.get(key)
+        if found is None:
+            known[key] = found = make()
     return cast(nn.Module, found)
 
 

@@ -13,9 +13,10 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from skipsearch.draft.copies import branch, check_forms, clone, draft_head
+from skipsearch.draft.copies import branch, check_forms, draft_head
 from skipsearch.errors import MaskError
 from skipsearch.mask import KINDS, SkipMask
+from skipsearch.model.clone import clone
 from skipsearch.model.sublayers import Sublayers, find_sublayers
 from skipsearch.plan import DraftPlan
 

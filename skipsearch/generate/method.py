@@ -10,6 +10,7 @@ import threading
 import warnings
 import weakref
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,6 +65,15 @@ class SelfSpeculative:
         self._drafts: weakref.WeakKeyDictionary[PreTrainedModel, tuple[ModelState, PreTrainedModel]] = (
             weakref.WeakKeyDictionary()
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled with its settings, without what it has learnt and compiled."""
+        drafting = Drafting(plan=self.plan, policy=self.policy, file=self._file)
+        remade = partial(
+            type(self), streamer=self._streamer, deterministic=self.deterministic, backend=self.backend,
+            make_tuner=self._make_tuner, joint=self.joint,
+        )  # fmt: skip
+        return remade, (drafting,)
 
     def warm_up(self, model: PreTrainedModel, progress: Progress | None = None) -> None:
         """Compile what decoding of one sequence needs, or read it from the disk, so that no call has to wait for it.
@@ -209,11 +219,15 @@ class SelfSpeculative:
                     sequences, ending, policy=self.policy if drafts else None, stats=stats, scheduler=scheduler,
                     tuner=tuner, temperature=given.temperature,
                 )  # fmt: skip
-            for block in blocks:
-                outputs[block.row].add(block, given)
-                if given.streamer is not None:
-                    for token in block.tokens:
-                        given.streamer.put(torch.tensor([token]))
+            try:
+                for block in blocks:
+                    outputs[block.row].add(block, given)
+                    if given.streamer is not None:
+                        for token in block.tokens:
+                            given.streamer.put(torch.tensor([token]))
+            except BaseException:
+                sequences.close()
+                raise
         if given.streamer is not None:
             given.streamer.end()
         past = given.layout.past if given.batch == 1 else None

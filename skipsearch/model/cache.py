@@ -77,7 +77,7 @@ class SharedCache:
         self.cursor = _Cursor(capacity)
         self.cache = DynamicCache(config=target.model.config)
         self.windows = target.attention.windows
-        length = _length_of(past)
+        length = length_of(past)
         self.cache.layers = [_BufferLayer(self.cursor, window) for window in self.windows]
         for layer, pair in zip(self.cache.layers, buffers or [], strict=False):
             layer.lazy_initialization(*pair)
@@ -210,7 +210,12 @@ def _zeros(states: Tensor, room: int) -> Tensor:
     return states.new_zeros((*states.shape[:-2], room, states.shape[-1]))
 
 
-def _length_of(past: Cache | None) -> int:
+def length_of(past: Cache | None) -> int:
+    """Tokens that a cache to continue from holds.
+
+    Raises:
+        DecodingError: it cannot be rolled back, or its layers have different lengths.
+    """
     if past is None:
         return 0
     if past.offloading:

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from skipsearch.errors import UnsupportedModel
 from skipsearch.mask import KINDS, Kind
+from skipsearch.model.clone import clone_tree
 from skipsearch.model.device import input_device
 from skipsearch.model.stub import Probe, Stub, replaced_children, run_layer
 
@@ -84,6 +85,7 @@ def _detect(model: PreTrainedModel) -> Sublayers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise _refuse(model, f"layer {i} caches in a {type(layer).__name__}, which has no proven rollback")
 
+    model = clone_tree(model)  # other threads may be running the given one
     path, layers = _layer_list(model, config.num_hidden_layers)
     child = {kind: _child_names(model, path, layers, kind) for kind in KINDS}
     returns, layer_returns_tuple = _return_arity(model, layers, child)

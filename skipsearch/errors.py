@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 def shown(value: object, most: int = 120) -> str:
     """A value in a message: its repr, cut short. What strangers wrote may be of any size."""
@@ -49,6 +52,10 @@ class ResultsError(SkipsearchError, OSError):
     """A results folder or file cannot be read or written."""
 
 
+class MemoryShortage(SkipsearchError, MemoryError):
+    """A stage needs more memory than there is."""
+
+
 class BackendError(SkipsearchError):
     """A backend does not support this model or this machine."""
 
@@ -59,3 +66,31 @@ class BackendWarning(UserWarning):
 
 class PromptWarning(UserWarning):
     """Some rows of a prompt source were left out, or taken in another way than the others."""
+
+
+ALLOCATORS = ("out of memory", "allocate memory", "not enough memory", "bad_alloc")  # how they say it, in any case
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator of Python, of the CPU or of a GPU raised this."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in said for words in ALLOCATORS)
+    )
+
+
+@contextmanager
+def enough_memory(what: str, remedy: str) -> Iterator[None]:
+    """Around what may need too much memory.
+
+    Raises:
+        MemoryShortage: it did.
+    """
+    try:
+        yield
+    except SkipsearchError:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise MemoryShortage(f"memory does not suffice to {what}; {remedy}") from None

@@ -19,7 +19,7 @@ from rich.markup import escape
 from skipsearch.cli import run, generate, measure, files  # isort: skip  # noqa: F401 (the order of --help)
 from skipsearch.cli.options import app, err
 from skipsearch.cli.terminal import plain_where_needed
-from skipsearch.errors import BackendWarning, PromptWarning, SkipsearchError
+from skipsearch.errors import BackendWarning, PromptWarning, SkipsearchError, enough_memory
 
 _interruptions: list[float] = []  # when Ctrl-C was pressed
 
@@ -38,7 +38,8 @@ def main() -> None:
     _interruptions.clear()
     before = signal.signal(signal.SIGINT, _interrupt)
     try:
-        app()
+        with enough_memory("run this command", "pass --dtype bfloat16, --backend eager, or fewer or shorter prompts"):
+            app()
     except BaseException as error:
         left = isinstance(error, SystemExit) and error.code != 130  # typer makes 130 of an interruption
         if not left and (_interruptions or isinstance(error, (KeyboardInterrupt, SystemExit))):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from skipsearch.decoding.exit_rule import ExitRule
 from skipsearch.draft.view import draft_view
+from skipsearch.errors import out_of_memory
 from skipsearch.evaluate.reference import Start
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.scores import log_probs
@@ -58,8 +59,20 @@ class DraftReplay:
             for start, n, confidence in zip(part, matches, confidence_SK.tolist(), strict=True):
                 self.drafts[start] = ReplayedDraft(n, tuple(confidence))
 
-    @torch.no_grad()
     def evaluate(self, starts: list[Start]) -> tuple[Tensor, Tensor]:
+        """`_pass`, in two halves where it needs more memory than there is; later passes are then as small."""
+        try:
+            return self._pass(starts)
+        except (MemoryError, RuntimeError) as error:
+            if len(starts) == 1 or not out_of_memory(error):
+                raise
+        half = len(starts) // 2  # behind the handler, which keeps what the pass has allocated
+        self.replay.rows = min(self.replay.rows, half)
+        (correct, confidence), (other_correct, other_confidence) = map(self.evaluate, (starts[:half], starts[half:]))
+        return torch.cat([correct, other_correct]), torch.cat([confidence, other_confidence])
+
+    @torch.no_grad()
+    def _pass(self, starts: list[Start]) -> tuple[Tensor, Tensor]:
         """One pass over drafts from these starts, which are in the order of prompts and share a group.
 
         Returns:

@@ -18,7 +18,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from skipsearch.compiled.backend import Progress
-from skipsearch.errors import MaskError, ModelLoadError, SkipsearchError
+from skipsearch.errors import MaskError, ModelLoadError, SkipsearchError, enough_memory
 from skipsearch.evaluate.cost import Costs
 from skipsearch.evaluate.draft_replay import DraftReplay
 from skipsearch.evaluate.hidden_states import draft_states, layer_states
@@ -35,7 +35,7 @@ from skipsearch.model.load import Loaded
 from skipsearch.model.space import Space
 from skipsearch.model.weights import Weights
 from skipsearch.plan import DraftPlan
-from skipsearch.search.budget import Budget
+from skipsearch.search.budget import LESS, Budget
 from skipsearch.search.export import mask_file, validated
 from skipsearch.search.options import SearchOptions
 from skipsearch.search.prepare import Prepared, prepare
@@ -49,6 +49,7 @@ SEEDS, TRIALS, FINALISTS = 0.2, 0.4, 0.25  # shares of what is left of the budge
 SEED_PROMPTS = 8  # on which sublayers are skipped one at a time
 
 
+@enough_memory("run the search", LESS)
 def search(
     model: PreTrainedModel | Loaded, tokenizer: PreTrainedTokenizerBase | None = None,
     prompts: Sequence[str] | PromptSource | None = None, *, out: str | Path | None = None,

@@ -30,7 +30,7 @@ class _Storage(RDBStorage):
     """Heartbeats that cannot be written are left out: the trial's own writes tell what is wrong, and in its thread."""
 
     def record_heartbeat(self, trial_id: int) -> None:
-        with suppress(*FAULTS):
+        with suppress(*FAULTS, MemoryError):
             super().record_heartbeat(trial_id)
 
 

@@ -30,10 +30,10 @@ from skipsearch.model.families import tiny_model
 from skipsearch.model.load import DEMO, Loaded
 from skipsearch.search.options import MAX_LENGTH, SearchOptions
 from skipsearch.search.run import search
+from skipsearch.search.storage import open_storage, storage_url
 
-TEXTS = tuple(
-    f"def {name}(items, count):\n    return [count" for name in ["take", "drop", "split", "join", "sort", "find"]
-)
+NAMES = ("take", "drop", "split", "join", "sort", "find")
+TEXTS = tuple(f"def {name}(items, count):\n    return [count" for name in NAMES)
 OPTIONS = SearchOptions(
     trials=times(16, 24), prompts=3, held_out=2, prompt_tokens=8, new_tokens=12, trial_tokens=6, rounds=1,
     backend="eager", time_budget=None, source=PromptSource(name="texts", texts=TEXTS),
@@ -44,6 +44,8 @@ Act = Callable[[Callable[..., None]], Any]
 
 def made_small(monkeypatch: pytest.MonkeyPatch) -> Loaded:
     """A random model of four layers whose costs are those of a made-up machine."""
+    with tempfile.TemporaryDirectory() as folder:  # Optuna imports much at its first storage; once, not in each child
+        open_storage(storage_url(Path(folder))).engine.dispose()
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     model = tiny_model("llama", vocab_size=len(tokenizer))
     loaded = Loaded(name="tiny", model=model, tokenizer=tokenizer, preset=None)

@@ -13,7 +13,7 @@ from skipsearch.decoding.batch import Layout
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.model.target import Target
 
-_proven: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
+_proven: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, bool]] = weakref.WeakKeyDictionary()  # by kernel
 
 
 def rows_may_differ(target: Target) -> bool:
@@ -21,17 +21,17 @@ def rows_may_differ(target: Target) -> bool:
 
     Position biases that are made from a two-dimensional mask (ALiBi) and kernels that take no mask fail it.
     """
-    model = target.model
-    if model not in _proven:
-        kernel = model.config._attn_implementation
-        _proven[model] = kernel in ("sdpa", "eager") and _try_two_rows(replace(target, compiled=None))
-        if not _proven[model]:
+    model, kernel = target.model, str(target.model.config._attn_implementation)
+    proven = _proven.setdefault(model, {})
+    if kernel not in proven:
+        proven[kernel] = kernel in ("sdpa", "eager") and _try_two_rows(replace(target, compiled=None))
+        if not proven[kernel]:
             warnings.warn(
                 f"{type(model).__name__} with {kernel} attention cannot hold rows of different lengths in one batch, "
                 f"so they are decoded one after another",
                 stacklevel=2,
             )
-    return _proven[model]
+    return proven[kernel]
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from skipsearch.errors import MaskError
 from skipsearch.maskfile import MaskFile, ModelCard
@@ -67,3 +67,14 @@ def check_mask_belongs(file: MaskFile, target: Target) -> None:
             f"model.config_sha256 of the mask is {found[:12]}... (made for {file.model.id}), "
             f"this model's is {str(card.config_sha256)[:12]}...; search a mask for this model with `skipsearch run`"
         )
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """A hash over a sample of every parameter. Cheap for large models; training changes it."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        if parameter.device.type != "meta":
+            flat = parameter.detach().flatten()
+            digest.update(flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()

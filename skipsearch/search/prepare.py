@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from skipsearch.evaluate.windows import Windows
 from skipsearch.files import read_checked
 from skipsearch.mask import KINDS, SkipMask
 from skipsearch.model.device import free_memory
-from skipsearch.model.identity import model_card
+from skipsearch.model.identity import model_card, weights_fingerprint
 from skipsearch.model.load import Loaded
 from skipsearch.model.preset import read_space
 from skipsearch.model.space import Space, ordered
@@ -105,6 +104,21 @@ def _longest_profiled(target: Target) -> int:
     return target.context - MAX_LENGTH - 4
 
 
+def early_identity(loaded: Loaded, options: SearchOptions) -> dict[str, str]:
+    """What a study depends on that is known before any work.
+
+    Weights and not only the config: a fine-tuned model must not continue the study of its base model.
+    """
+    rule = SelectionRule.of(loaded.model, options.temperature)
+    return {
+        "model": str(model_card(loaded.target, loaded.name).config_sha256),
+        "weights": weights_fingerprint(loaded.model),
+        "tokens": f"{options.new_tokens} recorded",
+        "context": ", ".join(map(str, options.contexts)) or "as the prompts",
+        "temperature": str(rule) if rule != GREEDY else "0.0",
+    }
+
+
 def prepare(
     loaded: Loaded, folder: Path, options: SearchOptions, progress: Progress, budget: Budget | None = None
 ) -> Prepared:
@@ -118,25 +132,16 @@ def prepare(
         space = loaded.preset.space
     else:
         space = Space(num_layers=target.num_layers, fixed=SkipMask(num_layers=target.num_layers))
-    card, weights = str(model_card(target, loaded.name).config_sha256), _weights_fingerprint(target.model)
+    identity = early_identity(loaded, options)
     with budget.stage("compile", on_top=True):
         target = with_backend(target, options.backend, progress)  # slow, so the options are checked first
-        made_with = f"{card} {weights} {set_up(target)}"
+        made_with = f"{identity['model']} {identity['weights']} {set_up(target)}"
         forms = priced_forms(folder / "costs.json", made_with, space)
         forms = candidate_forms(target, space) if forms is None else forms
         # From here on quantised copies are kept, so that each is made once.
         copies = tuple(draft_view(target.model, DraftPlan.everywhere(form, target.num_layers)) for form in forms)
         _warm(target, forms, progress)
-    # Weights and not only the config: a fine-tuned model must not continue the study of its base model.
-    identity = {
-        "model": card,
-        "weights": weights,
-        "set_up": set_up(target),
-        "space": str(space),
-        "tokens": f"{options.new_tokens} recorded",
-        "context": ", ".join(map(str, options.contexts)) or "as the prompts",
-        "temperature": str(rule) if rule != GREEDY else "0.0",
-    }
+    identity |= {"set_up": set_up(target), "space": str(space)}
     with budget.stage("record"):  # workers that share a study must score on one trace, whatever time each has
         seconds = math.inf if options.storage else budget.share(RECORD)
         trace = record_or_load(
@@ -232,14 +237,3 @@ def _warn_of_slow_verifies(target: Target, costs: Costs) -> None:
             f"verifying 5 tokens in {name} takes {verify[5] / verify[0]:.1f} plain steps on this processor; "
             f"--dtype float32 probably serves better here", BackendWarning, stacklevel=2,
         )  # fmt: skip
-
-
-def _weights_fingerprint(model: PreTrainedModel) -> str:
-    """A hash over a sample of every parameter. Cheap for large models; training changes it."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode())
-        if parameter.device.type != "meta":
-            flat = parameter.detach().flatten()
-            digest.update(flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -38,12 +38,12 @@ from skipsearch.plan import DraftPlan
 from skipsearch.search.budget import LESS, Budget
 from skipsearch.search.export import mask_file, validated
 from skipsearch.search.options import SearchOptions
-from skipsearch.search.prepare import Prepared, prepare
+from skipsearch.search.prepare import STUDY, Prepared, early_identity, prepare
 from skipsearch.search.result import SearchResult, summary
 from skipsearch.search.seeds import Seed, all_seeds
 from skipsearch.search.sensitivity import TOGETHER, sensitivity_or_load
 from skipsearch.search.storage import storage_faults, storage_url
-from skipsearch.search.study import Study
+from skipsearch.search.study import Study, check_study
 
 SEEDS, TRIALS, FINALISTS = 0.2, 0.4, 0.25  # shares of what is left of the budget; validation takes the rest
 SEED_PROMPTS = 8  # on which sublayers are skipped one at a time
@@ -77,6 +77,8 @@ def search(
     folder, budget = Path(out) if out is not None else results_folder(loaded.name), Budget(options.time_budget)
     open_folder(folder)
     try:
+        if options.storage or (folder / STUDY).exists():
+            check_study(options.storage or storage_url(folder), options.study, early_identity(loaded, options))
         prepared = prepare(loaded, folder, options, progress, budget)
     except SkipsearchError:
         with suppress(OSError):

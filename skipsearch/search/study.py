@@ -6,7 +6,7 @@ A finished trial is never lost, and trials of different set-ups never mix.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,32 @@ def columns_of(trial: FrozenTrial) -> dict[str, Any]:
     return {name: value for name, value in trial.user_attrs.items() if name not in (STAGES, CHECK)}
 
 
+def check_study(url: str, name: str, identity: dict[str, str]) -> None:
+    """Open a storage before the work, and refuse a study of this name that was made with something else.
+
+    Args:
+        identity: what is known of it so far.
+
+    Raises:
+        StudyMismatch, ResultsError: see `Study`.
+    """
+    storage = open_storage(url)
+    if name in (study.study_name for study in storage.get_all_studies()):
+        with warnings.catch_warnings(action="ignore", category=EXPERIMENTAL):
+            known = kept(optuna.load_study(study_name=name, storage=storage), "identity")
+        if known is not None:
+            _must_agree(name, known, identity, identity.keys())
+
+
+def _must_agree(name: str, known: Mapping[str, str], identity: Mapping[str, str], keys: Iterable[str]) -> None:
+    if different := sorted(key for key in keys if known.get(key) != identity.get(key)):
+        field = different[0]
+        raise StudyMismatch(
+            f"study {name} was made with another {', '.join(different)} ({field}: {known.get(field)!r} then, "
+            f"{identity.get(field)!r} now); run with the old settings, or start a new study with --out or --study"
+        )
+
+
 class Study:
     """Trials of one set-up.
 
@@ -83,12 +109,7 @@ class Study:
             if self.study.metric_names is None:
                 self.study.set_metric_names(names)
         known = self.shared("identity", identity)
-        if different := sorted(k for k in known.keys() | identity.keys() if known.get(k) != identity.get(k)):
-            field = different[0]
-            raise StudyMismatch(
-                f"study {name} was made with another {', '.join(different)} ({field}: {known.get(field)!r} then, "
-                f"{identity.get(field)!r} now); run with the old settings, or start a new study with --out or --study"
-            )
+        _must_agree(name, known, identity, known.keys() | identity.keys())
         self.space = space.chosen_as(self.shared("space", space.choice()))
         bounds = self.space.bounds.items()
         self.distributions: dict[str, BaseDistribution] = {name: IntDistribution(*pair) for name, pair in bounds}

@@ -85,6 +85,16 @@ def test_another_set_up_is_refused(result: Any, demo: Any) -> None:
         search(demo, out=result.folder, options=replace(SMALL, seed=5))
 
 
+def test_what_cannot_join_the_study_is_told_before_the_work(result: Any, demo: Any, tmp_path: Path) -> None:
+    """Prevents: two minutes of recording and profiling, then another temperature is refused, or a missing driver."""
+    stages: list[str] = []
+    for changes, named in (({"temperature": 0.7}, "temperature"), ({"storage": "postgresql+none://h/d"}, "opened")):
+        with pytest.raises((StudyMismatch, ResultsError), match=named):
+            options = replace(SMALL, **changes)
+            search(demo, out=result.folder, options=options, progress=lambda stage, *_: stages.append(stage))
+    assert not stages
+
+
 def test_calibration_and_held_out_prompts_are_disjoint(demo: Any) -> None:
     """Prevents validation on what the search has seen."""
     prompts = chosen_prompts(demo.target, demo.tokenizer, SearchOptions())

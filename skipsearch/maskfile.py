@@ -176,7 +176,7 @@ class MaskFile(_Part):
         data = self.model_dump(mode="json")
         data["draft"] = {k: v for k, v in data["draft"].items() if v or k in ("max_length", "exit_threshold")}
         if data["evidence"] is not None:
-            optional = ("temperature", "served_speedup", "served_speedup_ci")
+            optional = ("temperature", "decoding", "served_speedup", "served_speedup_ci")
             data["evidence"] = {k: v for k, v in data["evidence"].items() if v is not None or k not in optional}
         data["per_layer_config"] = self.mask.to_per_layer_config()
         if self.version == 1:

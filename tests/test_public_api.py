@@ -35,7 +35,7 @@ COMMANDS = {
     "generate": f"{MODEL} mask on_the_fly decoding beam_width threshold draft_model share save prompt chat "
     "max_new_tokens temperature top_k top_p compare backend seed",
     "validate": f"mask {MODEL} {PROMPTS} rounds seed backend temperature context write audit",
-    "bench": f"{MODEL} mask prompts per_group arm hf new_tokens rounds backend seed out",
+    "bench": f"{MODEL} mask prompts per_group arm hf new_tokens rounds temperature backend seed out",
     "doctor": f"{MODEL} calibrate backend seed",
     "show": "mask",
     "import": "source layers to key model_id",

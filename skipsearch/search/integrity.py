@@ -15,7 +15,7 @@ from typing import Any, ParamSpec
 
 from sqlalchemy.engine import make_url
 
-from skipsearch.errors import ResultsError, SkipsearchError, first_line
+from skipsearch.errors import ResultsError, SkipsearchError, first_line, out_of_memory
 from skipsearch.files import checksum
 
 CHECK = "check"  # a trial's attribute
@@ -33,6 +33,8 @@ def tells_damage(opens: Callable[P, None]) -> Callable[P, None]:
         except SkipsearchError:
             raise
         except Exception as error:
+            if out_of_memory(error):
+                raise
             raise _damaged(f"cannot be read ({first_line(error)})") from error
 
     return told

@@ -15,7 +15,7 @@ import optuna
 import sqlalchemy
 from optuna.storages import RDBStorage
 
-from skipsearch.errors import ResultsError, SkipsearchError, first_line
+from skipsearch.errors import ResultsError, SkipsearchError, first_line, out_of_memory
 from skipsearch.search.integrity import check_database
 from skipsearch.search.prepare import STUDY
 
@@ -88,6 +88,8 @@ def open_storage(url: str) -> RDBStorage:
             with storage.engine.connect():
                 pass
     except Exception as error:  # a damaged database raises anything
+        if out_of_memory(error):
+            raise
         raise ResultsError(
             f"storage {url} cannot be opened ({first_line(error)}); choose another with --storage or --out"
         ) from None

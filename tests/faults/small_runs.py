@@ -97,7 +97,7 @@ def trials_in(folder: Path) -> list[Any]:
                 "key, value_json FROM trial_user_attributes",
             ):  # fmt: skip
                 pairs = base.execute(f"SELECT {what} WHERE trial_id = ?", (key,)).fetchall()
-                row.append(sorted(list(pair) for pair in pairs if pair[0] != "seconds"))
+                row.append(sorted(list(pair) for pair in pairs if pair[0] not in ("seconds", "check")))
             found.append(row)
         return found
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from skipsearch.compiled import compile as compiling
 from skipsearch.errors import ModelLoadError, ResultsError, SkipsearchError
-from skipsearch.files import results_folder, write_json
+from skipsearch.files import open_folder, results_folder, write_json
 from skipsearch.maskfile import parse_mask
 from skipsearch.model.load import DEMO, load_model
 from skipsearch.search import run
@@ -139,7 +139,7 @@ def test_a_model_with_a_path_for_a_name(monkeypatch: pytest.MonkeyPatch, tmp_pat
     """Prevents results in the model's own folder, or wherever a config's name leads."""
     monkeypatch.chdir(tmp_path)
     model, folders = make_tiny("llama"), list[Path]()
-    monkeypatch.setattr(run, "_check_writable", lambda folder: folders.append(folder))
+    monkeypatch.setattr(run, "open_folder", lambda folder: folders.append(folder))
     for name in ("../../x", str(tmp_path), "some/model", "."):
         model.config._name_or_path = name
         with pytest.raises(SkipsearchError):
@@ -155,7 +155,7 @@ def test_a_link_leads_no_write_elsewhere(tmp_path: Path) -> None:
     other.write_text("mine")
     for name in (".write-probe", "trace.json", "mask.json", "study.db"):
         (folder / name).symlink_to(other)
-    run._check_writable(folder)
+    open_folder(folder)
     write_json(folder / "trace.json", {})
     parse_mask(DOCUMENT).save(folder / "mask.json")
     with pytest.raises(ResultsError) as error:

@@ -19,6 +19,7 @@ from skipsearch.model.space import Space
 from skipsearch.policy import DraftPolicy
 from skipsearch.search import storage as storages
 from skipsearch.search import worker as workers
+from skipsearch.search.integrity import CHECK, sum_of
 from skipsearch.search.storage import storage_url
 from skipsearch.search.study import Study
 
@@ -132,9 +133,13 @@ def test_a_result_that_comes_after_its_trial_was_failed_is_kept_once(tmp_path: P
             running = study.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))[0]
             study.study._storage.set_trial_state_values(running._trial_id, TrialState.FAIL)
             if len(calls) == 2:  # the one that gave it up has tried the plan too
+                total = sum_of(running.params, running.distributions, [1.0], {})
                 study.study.add_trial(
-                    create_trial(value=1.0, params=running.params, distributions=running.distributions)
-                )
+                    create_trial(
+                        value=1.0, params=running.params, distributions=running.distributions,
+                        user_attrs={CHECK: total},
+                    )
+                )  # fmt: skip
         return slow_scorer(plan)
 
     study.optimize(given_up, trials=6, time_budget=None, report=lambda *_: None)

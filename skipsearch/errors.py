@@ -64,6 +64,10 @@ class BackendWarning(UserWarning):
     """Decoding is eager, or its backend is not the one that the mask was tuned for. The CLI prints one line."""
 
 
+class DecodingWarning(UserWarning):
+    """Something that the model's generation config asks for is not applied."""
+
+
 class PromptWarning(UserWarning):
     """Some rows of a prompt source were left out, or taken in another way than the others."""
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import secrets
 import tempfile
 from collections.abc import Callable
@@ -22,14 +23,14 @@ _TOKEN = secrets.token_hex(4)  # numbers of processes are used again
 
 def this_process() -> str:
     """The name of this process, to be stored with what it has not finished yet."""
-    return f"{os.getpid()}-{_TOKEN}@{platform.node()}"
+    return f"{os.getpid()}-{_TOKEN}@{_here()}"
 
 
 def has_ended(process: str) -> bool:
     """Whether the process of this name has ended; False where that cannot be known, as on another host."""
     number, _, rest = process.partition("-")
     token, _, host = rest.partition("@")
-    if os.name != "posix" or host != platform.node() or not number.isdigit():
+    if os.name != "posix" or host != _here() or not re.fullmatch("[0-9]{1,9}", number):
         return False
     if int(number) == os.getpid():
         return token != _TOKEN
@@ -37,9 +38,16 @@ def has_ended(process: str) -> bool:
         os.kill(int(number), 0)
     except ProcessLookupError:
         return True
-    except OSError:
+    except (OSError, OverflowError):
         pass  # another user's
     return False
+
+
+def _here() -> str:
+    """Where numbers of processes mean the same: the host, and which of its containers."""
+    with suppress(OSError):
+        return f"{platform.node()}.{os.stat('/proc/self/ns/pid').st_ino}"
+    return platform.node()
 
 
 def open_folder(folder: Path) -> None:
@@ -102,8 +110,14 @@ def write_json(path: Path, value: Any) -> None:
 
 def checksum(value: Any) -> str:
     """SHA-256 of a value as JSON gives it back; ValueError for NaN and infinity."""
-    plain = json.loads(json.dumps(value, allow_nan=False))  # keys are text now, and tuples lists
+    # Keys are text now, tuples lists, and 1.0 is 1: tools that rewrite JSON spell these otherwise.
+    plain = json.loads(json.dumps(value, allow_nan=False), parse_float=_whole)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _whole(text: str) -> float | int:
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def write_checked(path: Path, value: dict[str, Any]) -> None:

@@ -70,7 +70,7 @@ class Evidence(_Part):
     """What `validate` measured; None in the file of a mask that was never validated.
 
     Attributes:
-        speedup, tokens_per_second: of the mask and its exit rule alone; the verdict is about them.
+        speedup, tokens_per_second, verdict: of the mask and its exit rule alone.
         greedy_equal: None where `decoding`, how tokens were chosen, is sampling at `temperature`.
         served_speedup: of the file's whole policy, with n-grams and fallback to plain steps.
     """

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig, StaticCache, StoppingCriteria, StoppingCriteriaList
 
-from skipsearch.decoding.rule import GREEDY, SelectionRule
+from skipsearch.decoding.rule import GREEDY, ONE_TEXT, SelectionRule
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.draft.copies import possible_forms
 from skipsearch.draft.view import draft_view
@@ -73,7 +73,7 @@ def hf_arm(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             out = target.model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, **ONE_TEXT,
                 stopping_criteria=StoppingCriteriaList([clock]), **given,
             )  # fmt: skip
         synchronize(device)

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from typing import Any
@@ -19,7 +20,7 @@ from rich.markup import escape
 from skipsearch.cli import run, generate, measure, files  # isort: skip  # noqa: F401 (the order of --help)
 from skipsearch.cli.options import app, err
 from skipsearch.cli.terminal import plain_where_needed
-from skipsearch.errors import BackendWarning, PromptWarning, SkipsearchError, enough_memory
+from skipsearch.errors import BackendWarning, DecodingWarning, PromptWarning, SkipsearchError, enough_memory
 
 _interruptions: list[float] = []  # when Ctrl-C was pressed
 
@@ -30,13 +31,17 @@ def main() -> None:
     plain_where_needed()
     if not debug:
         warnings.filterwarnings("ignore")
-        for category in (BackendWarning, PromptWarning):
+        for category in (BackendWarning, DecodingWarning, PromptWarning):
             warnings.filterwarnings("once", category=category)
         warnings.showwarning = lambda message, *_, **__: err.print(f"note: {message}", markup=False, soft_wrap=True)
         logging.getLogger("transformers").setLevel(logging.ERROR)
         os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # our own error reports the same
     _interruptions.clear()
-    before = signal.signal(signal.SIGINT, _interrupt)
+    # Not in a thread, and not where who started this process has decided otherwise.
+    ours = threading.current_thread() is threading.main_thread()
+    ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         with enough_memory("run this command", "pass --dtype bfloat16, --backend eager, or fewer or shorter prompts"):
             app()
@@ -50,8 +55,8 @@ def main() -> None:
         err.print(f"[red]error:[/] {escape(str(error))}", markup=True, highlight=False, soft_wrap=True)
         sys.exit(1)
     finally:
-        if not _interruptions:
-            signal.signal(signal.SIGINT, before)
+        if ours and not _interruptions:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _interrupt(*_: Any) -> None:
@@ -64,7 +69,8 @@ def _interrupt(*_: Any) -> None:
 
 
 def _tell_interrupted() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if signal.getsignal(signal.SIGINT) is _interrupt:  # the process is on its way out
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     kept = "; what was done is kept, run the same command again to continue" if sys.argv[1:2] == ["run"] else ""
     err.show_cursor()
     err.print(f"\ninterrupted{kept}", soft_wrap=True)

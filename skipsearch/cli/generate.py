@@ -59,16 +59,21 @@ def generate(
     if joint or backend == "auto":
         backend = "eager" if joint else "compiled" if on_the_fly else _backend_of(mask)
     loaded = opt.load(model, dtype, device, revision, trust)
-    from skipsearch.decoding.rule import SelectionRule
+    from skipsearch.decoding.rule import GREEDY, SelectionRule
     from skipsearch.generate.continuation import GenerateSettings, encode
 
     settings = GenerateSettings(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, chat=chat
     )
     encode(loaded, prompt, settings)
-    rule = SelectionRule.of(loaded.model, temperature)
-    if rule.fields and not as_json:
-        opt.err.print(f"decoding as the model's generation config says: {rule}", markup=False)
+    given = {name: value for name, value in (("top_k", top_k), ("top_p", top_p)) if value is not None}
+    rule = SelectionRule.of(loaded.model, temperature, **given)
+    if given and not rule.temperature:
+        raise typer.BadParameter(
+            "it goes with sampling, and this decodes greedily; pass --temperature", param_hint="--top-k"
+        )
+    if rule != GREEDY and not as_json:
+        opt.err.print(f"decoding: {rule}", markup=False)
     if draft_model is not None:
         beams["draft_model"] = opt.load(draft_model, dtype, device, None, trust).model
     methods = _methods(mask, on_the_fly, compare, backend, seed, share, {"decoding": decoding, **beams})

@@ -61,9 +61,10 @@ Backends = Annotated[
     ),
 ]
 Temperature = Annotated[
-    float | None, typer.Option(min=0, help="of sampling; 0: greedy (default: as the model's generation config says)")
+    float | None,
+    typer.Option(min=0, max=100, help="of sampling; 0: greedy (default: as the model's generation config says)"),
 ]
-Seed = Annotated[int, typer.Option(help="seed of the random numbers")]
+Seed = Annotated[int, typer.Option(min=0, max=2**62, help="seed of the random numbers")]
 Folder = Annotated[Path | None, typer.Option("--out", help="results folder (default results/<model>)")]
 
 

@@ -6,6 +6,7 @@ predicted for it must obey too. The processors are those that `generate` itself 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from skipsearch.decoding.accept import Sampling
 from skipsearch.decoding.processors import TokenSelection
-from skipsearch.errors import DecodingError
+from skipsearch.errors import DecodingError, DecodingWarning
 
 # Fields of a generation config that change scores, with the value at which they do not.
 ALWAYS: dict[str, Any] = {
@@ -28,6 +29,13 @@ ALWAYS: dict[str, Any] = {
 }  # fmt: skip
 SAMPLING: dict[str, Any] = {
     "top_k": 0, "top_p": 1.0, "min_p": None, "top_h": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+}  # fmt: skip
+
+
+ENDS = ("stop_strings", "max_time")
+# Arguments of `generate` with which it gives one text as a tensor, ended by end tokens alone.
+ONE_TEXT: dict[str, Any] = {
+    **dict.fromkeys(ENDS), "num_return_sequences": 1, "return_dict_in_generate": False,
 }  # fmt: skip
 
 
@@ -44,23 +52,26 @@ class SelectionRule:
     fields: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def of(cls, model: PreTrainedModel, temperature: float | None = None) -> SelectionRule:
+    def of(cls, model: PreTrainedModel, temperature: float | None = None, **asked: Any) -> SelectionRule:
         """The rule of a model's generation config.
 
         Args:
             temperature: in place of the config's own; 0: greedily. Everything else holds.
+            asked: other arguments of `generate` in place of the config's own.
 
         Raises:
             DecodingError: the config asks for beams or another mode that cannot be drafted for, or is invalid.
         """
-        config, processors = _asked(model, torch.zeros((1, 1), dtype=torch.long, device=model.device), 8, temperature)
-        mode = config.get_generation_mode(None)
-        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-            raise DecodingError(
-                f"the model's generation config asks for {mode.value}, must be greedy search or sampling; "
-                f"unset what selects it in generation_config.json"
-            )
-        sampled = mode == GenerationMode.SAMPLE
+        ids = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+        config, processors = _asked(model, ids, 8, temperature, **asked)
+        check_config(config)
+        own = model.generation_config
+        if left := [name for name in ENDS if own is not None and getattr(own, name, None) is not None]:
+            warnings.warn(
+                f"{' and '.join(left)} of the model's generation config: not applied, texts end at end tokens alone",
+                DecodingWarning, stacklevel=3,
+            )  # fmt: skip
+        sampled = config.get_generation_mode(None) == GenerationMode.SAMPLE
         neutral = {**ALWAYS, **(SAMPLING if sampled else {})}
         found = ((name, getattr(config, name, unset)) for name, unset in neutral.items())
         fields = tuple((name, _short(value)) for name, value in found if value is not None and value != neutral[name])
@@ -87,8 +98,33 @@ class SelectionRule:
 GREEDY = SelectionRule()
 
 
+def check_config(config: GenerationConfig) -> None:
+    """Refuse what nothing can be drafted for.
+
+    Raises:
+        DecodingError: another mode than greedy search and sampling, no cache, or outputs that a block has not.
+    """
+    mode, at = config.get_generation_mode(None), "of the generation config"
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        asks = f"the generation config asks for {mode.value}"
+        raise DecodingError(
+            f"{asks}, must be greedy search or sampling; unset what selects it (num_beams and the like)"
+        )
+    if config.use_cache is False:
+        raise DecodingError(
+            f"use_cache {at} is False, must be True: draft and target share the cache; set use_cache=True"
+        )
+    if config.cache_implementation not in (None, "dynamic", "hybrid"):
+        raise DecodingError(
+            f"cache_implementation {at} is {config.cache_implementation!r}, which cannot be rolled back; unset it"
+        )
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(config, name, False) and config.return_dict_in_generate:
+            raise DecodingError(f"{name} is True, must be False: a block has no such outputs for single tokens")
+
+
 def _asked(
-    model: PreTrainedModel, prompt: Tensor, new_tokens: int, temperature: float | None
+    model: PreTrainedModel, prompt: Tensor, new_tokens: int, temperature: float | None, **others: Any
 ) -> tuple[GenerationConfig, LogitsProcessorList]:
     """The config and the processors that `generate` hands to a decoding method."""
     found: list[tuple[GenerationConfig, LogitsProcessorList]] = []
@@ -100,13 +136,13 @@ def _asked(
         found.append((generation_config, logits_processor))
         return input_ids
 
-    asked: dict[str, Any] = {} if temperature is None else {"do_sample": bool(temperature)}
+    asked: dict[str, Any] = {**others, **({} if temperature is None else {"do_sample": bool(temperature)})}
     if temperature:
         asked["temperature"] = temperature
     try:
         model.generate(  # what ends a text is not asked for: it needs a tokenizer, or a clock
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, custom_generate=keep,
-            stop_strings=None, max_time=None, num_return_sequences=1, **asked,
+            **ONE_TEXT, **asked,
         )  # fmt: skip
     except ValueError as error:
         first = str(error).splitlines()[0]

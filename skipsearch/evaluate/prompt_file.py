@@ -59,7 +59,7 @@ def text_of(path: Path) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    return [line.removesuffix("\r") for line in text.split("\n")]  # splitlines also cuts at separators within text
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")  # splitlines also cuts at separators in text
 
 
 def _csv(text: str) -> list[Row]:

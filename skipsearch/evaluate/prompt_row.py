@@ -75,9 +75,10 @@ class RowReader:
         return self._of_messages([{"role": "user", "content": text}])
 
     def _of_messages(self, messages: list[Any]) -> Ids:
-        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+        wrong = [m for m in messages if not (isinstance(m, dict) and isinstance(m.get("content"), str))]
+        if wrong:
             raise PromptError(
-                f"chat messages must hold text under 'content', got {shown(messages[0])}; convert them, "
+                f"chat messages must hold text under 'content', got {shown(wrong[0])}; convert them, "
                 f"or choose another column with --prompt-column"
             )
         for message in messages:

@@ -72,8 +72,14 @@ def load_prompts(
     chat = source.chat and bool(tokenizer.chat_template)
     ours = None if source.texts else built_in(source.name, chat)
     rows = list(source.texts or (_rows(source) if ours is None else built_in_rows(ours, seed)))
+    numbers = list(range(1, len(rows) + 1))  # as the source counts them
     if not ours:  # blank rows and doubles must not change the order
-        rows = list({_key(row): row for row in rows if not (isinstance(row, str) and not row.strip())}.values())
+        known: dict[str, int] = {}
+        for number, row in zip(numbers, rows, strict=True):
+            if not (isinstance(row, str) and not row.strip()):
+                known.setdefault(_key(row), number)
+        numbers = list(known.values())
+        rows = [rows[number - 1] for number in numbers]
     reader = RowReader(source.name, tokenizer, chat and ours != CODE)
     limit = CODE_TOKENS if ours == CODE and max_tokens is None else max_tokens
     wanted, order = calibration + held_out, list(range(len(rows)))
@@ -81,13 +87,13 @@ def load_prompts(
         random.Random(seed).shuffle(order)
     unique: dict[Ids, None] = {}
     for number in order:
-        ids = reader.tokens(number + 1, rows[number])[:limit]
+        ids = reader.tokens(numbers[number], rows[number])[:limit]
         if not ids or (ours and len(ids) > room):
             continue
         if len(ids) > room:
             raise PromptError(
-                f"prompt {number + 1} of {source.name} has {len(ids)} tokens, at most {room} fit the model's context; "
-                f"cut prompts with --prompt-tokens {room}, or leave it out"
+                f"prompt {numbers[number]} of {source.name} has {len(ids)} tokens, at most {room} fit the model's "
+                f"context; cut prompts with --prompt-tokens {room}, or leave it out"
             )
         unique.setdefault(ids)
         if len(unique) == wanted:

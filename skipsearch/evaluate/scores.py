@@ -28,11 +28,10 @@ class Scores:
 
     def __init__(self, target: Target, trace: Trace, ids: Tensor) -> None:
         self.rule, self.ids = trace.rule, ids
-        pairs = zip(trace.prompts, trace.continuations, strict=True)
         # of each prompt, since some depend on its length; none: the bare logits, or a temperature
         self.processors = [
-            self.rule.selection(target.model, target.ids(prompt), max(1, len(found))).of_drafts
-            for prompt, found in pairs if self.rule.fields
+            self.rule.selection(target.model, target.ids(prompt), trace.new_tokens).of_drafts
+            for prompt in trace.prompts if self.rule.fields
         ]  # fmt: skip
 
     def __call__(self, logits_PQV: Tensor, prompt_P: Tensor, at_PQ: Tensor) -> Tensor:

@@ -17,12 +17,12 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )  # fmt: skip
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from skipsearch.decoding.batch import Layout
 from skipsearch.decoding.processors import in_order
+from skipsearch.decoding.rule import check_config
 from skipsearch.errors import DecodingError
 from skipsearch.model.target import Target
 
@@ -172,20 +172,11 @@ _HONOURED = {"past_key_values", "attention_mask", "position_ids", "use_cache", "
 
 def _refuse_modes(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
     """Raise DecodingError for what self-speculative decoding cannot honour."""
-    if config.num_beams and config.num_beams > 1:
-        raise DecodingError(f"num_beams is {config.num_beams}, must be 1: beams cannot be drafted by skipping")
-    mode = config.get_generation_mode(None)
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise DecodingError(
-            f"the generation config asks for {mode.value}, must be greedy search or sampling; unset what selects it"
-        )
     if model_kwargs.get("use_cache") is False:
         raise DecodingError(
             "use_cache is False, must be True: draft and target share the cache; pass use_cache=True to generate"
         )
-    for name in ("output_attentions", "output_hidden_states"):
-        if getattr(config, name, False) and config.return_dict_in_generate:
-            raise DecodingError(f"{name} is True, must be False: a block has no such outputs for single tokens")
+    check_config(config)
     if given := sorted(k for k, v in model_kwargs.items() if v is not None and k not in _HONOURED):
         raise DecodingError(
             f"generate was given {', '.join(given)}, which self_speculative cannot honour; leave it out"

@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from transformers import TextStreamer
 
 from skipsearch.compiled.backend import Progress
+from skipsearch.decoding.rule import ONE_TEXT
 from skipsearch.errors import DecodingError
 from skipsearch.generate.method import SelfSpeculative
 from skipsearch.model.load import Loaded
@@ -60,7 +61,7 @@ def continue_text(
     start = time.perf_counter()
     output = loaded.model.generate(
         **inputs, max_new_tokens=settings.max_new_tokens, custom_generate=method, streamer=streamer,
-        tokenizer=loaded.tokenizer, **settings.sampling,
+        **ONE_TEXT, **settings.sampling,
     )  # fmt: skip
     seconds = time.perf_counter() - start
     tokens, stats = output[0, inputs["input_ids"].shape[1] :].tolist(), method.stats
@@ -79,6 +80,10 @@ def encode(loaded: Loaded, prompt: str, settings: GenerateSettings) -> Any:
         DecodingError: it is empty, or leaves no room in the context.
     """
     tokenizer, max_new_tokens = loaded.tokenizer, settings.max_new_tokens
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise DecodingError(f"prompt {ascii(prompt)[:80]} is not Unicode text; give it in UTF-8") from None
     if settings.chat and tokenizer.chat_template and prompt.strip():
         try:
             inputs = tokenizer.apply_chat_template(

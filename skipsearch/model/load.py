@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import urllib.request
 from dataclasses import dataclass
@@ -106,6 +107,13 @@ def _from_pretrained(
     if missing := sorted(found["missing_keys"]):
         raise ModelLoadError(
             f"model {name} lacks {len(missing)} of its weights, {missing[0]} first; download or convert it again"
+        )
+    # One layer more may be for predicting further tokens, which transformers leaves out.
+    beyond = {int(layer) for key in found["unexpected_keys"] for layer in re.findall(r"layers?\.([0-9]+)\.", key)}
+    if len(beyond) > 1:
+        raise ModelLoadError(
+            f"model {name} has weights of layers {min(beyond)} to {max(beyond)}, of which its config says nothing; "
+            f"correct num_hidden_layers in config.json, or download it again"
         )
     return tokenizer, model
 

@@ -9,6 +9,7 @@ Shapes: S block starts; K drafted tokens; V vocabulary.
 from __future__ import annotations
 
 import torch
+from transformers import TemperatureLogitsWarper
 
 from skipsearch.decoding.rule import SelectionRule
 from skipsearch.decoding.sequences import Sequences
@@ -49,6 +50,9 @@ class Window:
         room = len(self.starts) * LENGTH
         reference = sequences.cache.keys_and_values(len(text) + room)
         self.replay = Replay(sequences.target, trace, LENGTH, side=len(self.starts), reference=reference)
+        processors = sequences.selection.of_drafts
+        if any(type(processor) is not TemperatureLogitsWarper for processor in processors):
+            self.replay.scores.processors = [processors]
         if temperature:
             self._read_target()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -19,6 +19,7 @@ from skipsearch.errors import ResultsError, SkipsearchError, first_line, out_of_
 from skipsearch.files import checksum
 
 CHECK = "check"  # a trial's attribute
+NO_DAMAGE = ("disk is full", "disk I/O error", "readonly database", "unable to open", "database is locked")
 SEAL = {"value", "sha256"}
 P = ParamSpec("P")
 
@@ -33,11 +34,17 @@ def tells_damage(opens: Callable[P, None]) -> Callable[P, None]:
         except SkipsearchError:
             raise
         except Exception as error:
-            if out_of_memory(error):
+            if out_of_memory(error) or any(word in said for said in _chain(error) for word in NO_DAMAGE):
                 raise
             raise _damaged(f"cannot be read ({first_line(error)})") from error
 
     return told
+
+
+def _chain(error: BaseException | None) -> Iterator[str]:
+    while error is not None:
+        yield str(error)
+        error = error.__cause__ or error.__context__
 
 
 def _damaged(what: str) -> ResultsError:

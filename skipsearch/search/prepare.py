@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from skipsearch.compiled.backend import Progress, warm_plan, with_backend
-from skipsearch.decoding.rule import GREEDY, SelectionRule
+from skipsearch.decoding.rule import SelectionRule
 from skipsearch.draft.copies import copies_bytes, possible_forms
 from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendWarning, PromptError, SkipsearchError
@@ -115,7 +115,7 @@ def early_identity(loaded: Loaded, options: SearchOptions) -> dict[str, str]:
         "weights": weights_fingerprint(loaded.model),
         "tokens": f"{options.new_tokens} recorded",
         "context": ", ".join(map(str, options.contexts)) or "as the prompts",
-        "temperature": str(rule) if rule != GREEDY else "0.0",
+        "temperature": str(rule) if rule.fields else str(rule.temperature),
     }
 
 

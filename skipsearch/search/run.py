@@ -75,14 +75,18 @@ def search(
     """
     options, loaded = _with_prompts(options or SearchOptions(), prompts), _as_loaded(model, tokenizer)
     folder, budget = Path(out) if out is not None else results_folder(loaded.name), Budget(options.time_budget)
+    made = not folder.exists()
     open_folder(folder)
     try:
         if options.storage or (folder / STUDY).exists():
-            check_study(options.storage or storage_url(folder), options.study, early_identity(loaded, options))
+            url = options.storage or storage_url(folder)
+            with storage_faults(url):
+                check_study(url, options.study, early_identity(loaded, options))
         prepared = prepare(loaded, folder, options, progress, budget)
     except SkipsearchError:
         with suppress(OSError):
-            folder.rmdir()  # if nothing was written to it
+            if made:
+                folder.rmdir()  # if nothing was written to it
         raise
     with storage_faults(options.storage or storage_url(folder)):
         return _search(loaded, prepared, folder, options, progress, report, budget)

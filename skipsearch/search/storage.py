@@ -6,10 +6,11 @@ import json
 import random
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import optuna
 import sqlalchemy
@@ -54,9 +55,8 @@ def storage_faults(url: str) -> Iterator[None]:
         if found is None:
             raise
         reason = str(getattr(found, "orig", None) or found).strip().splitlines()[0]
-        raise ResultsError(
-            f"storage {url} cannot be used ({reason}); free some space, or choose another with --storage or --out"
-        ) from None
+        mend = "free some space, or choose another with --storage or --out"
+        raise ResultsError(f"storage {_shown(url)} cannot be used ({reason}); {mend}") from None
 
 
 def storage_url(folder: Path) -> str:
@@ -68,7 +68,10 @@ def storage_url(folder: Path) -> str:
     path = folder.resolve() / STUDY
     if path.is_symlink():
         raise ResultsError(f"database {path} is a link to {path.readlink()}; name that file with --storage")
-    return f"sqlite:///{path}"
+    for name in (str(path), quote(str(path))):
+        if sqlalchemy.engine.make_url(f"sqlite:///{name}").database == str(path):
+            return f"sqlite:///{name}"
+    raise ResultsError(f"database {path} cannot be named in a URL; choose another folder with --out")
 
 
 def open_storage(url: str) -> RDBStorage:
@@ -79,6 +82,8 @@ def open_storage(url: str) -> RDBStorage:
     """
     try:
         sqlite = url.startswith("sqlite")
+        if sqlite and sqlalchemy.engine.make_url(url).database in (None, "", ":memory:"):
+            raise ValueError("it is in memory, where no study is kept")
         if sqlite:
             check_database(url)
         storage = _made_with_tables(url, {"connect_args": {"timeout": 60}} if sqlite else None)
@@ -90,10 +95,22 @@ def open_storage(url: str) -> RDBStorage:
     except Exception as error:  # a damaged database raises anything
         if out_of_memory(error):
             raise
-        raise ResultsError(
-            f"storage {url} cannot be opened ({first_line(error)}); choose another with --storage or --out"
-        ) from None
+        raise ResultsError(f"storage {_shown(url)} cannot be opened ({first_line(error)}); {_mend(error)}") from None
     return storage
+
+
+def _shown(url: str) -> str:
+    """A URL without its password."""
+    try:
+        return str(sqlalchemy.engine.make_url(url).render_as_string(hide_password=True))
+    except sqlalchemy.exc.ArgumentError:
+        return url
+
+
+def _mend(error: Exception) -> str:
+    if isinstance(error, ImportError):
+        return "install its driver, for PostgreSQL `pip install 'skipsearch[postgres]'`"
+    return "choose another with --storage or --out"
 
 
 def _made_with_tables(url: str, engine: dict[str, Any] | None) -> RDBStorage:
@@ -111,16 +128,35 @@ def _made_with_tables(url: str, engine: dict[str, Any] | None) -> RDBStorage:
 
 
 def set_once(study: optuna.Study, name: str, value: Any) -> None:
-    """Store a user attribute of the study, unless it has one of this name: one transaction, which Optuna lacks."""
+    """Store a user attribute of the study, unless it has one of this name."""
+    with suppress(sqlalchemy.exc.IntegrityError):  # study and key are unique: another worker was faster
+        _insert(study, "study", study._study_id, {name: value})
+
+
+def set_attributes(study: optuna.Study, trial_id: int, attributes: Mapping[str, Any]) -> None:
+    """Store new user attributes of a running trial at once; Optuna takes a transaction for each."""
+    _insert(study, "trial", trial_id, attributes)
+
+
+def _insert(study: optuna.Study, kind: str, number: int, attributes: Mapping[str, Any]) -> None:
+    columns = (f"{kind}_id", "key", "value_json")
+    table = sqlalchemy.table(f"{kind}_user_attributes", *map(sqlalchemy.column, columns))
+    rows = [dict(zip(columns, (number, key, json.dumps(value)), strict=True)) for key, value in attributes.items()]
+    with _engine(study).begin() as connection:
+        connection.execute(table.insert(), rows)
+
+
+def never_beaten(study: optuna.Study, trial_ids: Collection[int]) -> set[int]:
+    """Those of the trials whose worker has not told once that it is alive; Optuna never takes these for dead."""
+    beats = sqlalchemy.table("trial_heartbeats", sqlalchemy.column("trial_id"))
+    with _engine(study).connect() as connection:
+        found = connection.execute(sqlalchemy.select(beats.c.trial_id).where(beats.c.trial_id.in_(trial_ids)))
+        return set(trial_ids) - {row[0] for row in found}
+
+
+def _engine(study: optuna.Study) -> Any:
     storage: Any = study._storage
-    engine = getattr(storage, "_backend", storage).engine  # Optuna may wrap the storage in a cache
-    table = sqlalchemy.table("study_user_attributes", *map(sqlalchemy.column, ("study_id", "key", "value_json")))
-    row = {"study_id": study._study_id, "key": name, "value_json": json.dumps(value)}
-    try:
-        with engine.begin() as connection:
-            connection.execute(table.insert(), row)
-    except sqlalchemy.exc.IntegrityError:  # study and key are unique: another worker was faster
-        pass
+    return getattr(storage, "_backend", storage).engine  # Optuna may wrap the storage in a cache
 
 
 def _write_ahead(connection: Any, _record: Any) -> None:

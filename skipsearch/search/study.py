@@ -50,6 +50,7 @@ def columns_of(trial: FrozenTrial) -> dict[str, Any]:
     return {name: value for name, value in trial.user_attrs.items() if name not in (STAGES, CHECK)}
 
 
+@tells_damage
 def check_study(url: str, name: str, identity: dict[str, str]) -> None:
     """Open a storage before the work, and refuse a study of this name that was made with something else.
 

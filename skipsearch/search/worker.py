@@ -9,14 +9,16 @@ stopped, or at once where its process is known to be gone, and try its plan agai
 from __future__ import annotations
 
 import math
+import random
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import optuna
+from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, fail_stale_trials
@@ -26,12 +28,14 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from skipsearch.files import has_ended, this_process
 from skipsearch.search.integrity import CHECK, sum_of
 from skipsearch.search.sampler import TrustRegionSampler
-from skipsearch.search.storage import EXPERIMENTAL, HEARTBEAT
+from skipsearch.search.storage import EXPERIMENTAL, GRACE, HEARTBEAT, never_beaten, set_attributes
 
+LOST, DRAWS = 3, 1000  # claims lost in a row, behind which plans are drawn at random; how often
 POLL = 0.2  # seconds between two looks at what other workers do
 WORKER = "worker"  # the system attribute that names the process of a trial's worker
 
 Params = dict[str, Any]
+Key = tuple[tuple[str, Any], ...]
 Scored = tuple[tuple[float, ...], dict[str, Any]]  # a trial's values and attributes
 
 
@@ -46,13 +50,15 @@ class Worker:
     """
 
     def __init__(
-        self, study: optuna.Study, distributions: dict[str, optuna.distributions.BaseDistribution], size: int,
+        self, study: optuna.Study, distributions: dict[str, BaseDistribution], size: int,
         sampler: Callable[[int], BaseSampler],
     ) -> None:  # fmt: skip
         self.study, self.distributions, self.size, self.sampler = study, distributions, size, sampler
         self.queue: deque[tuple[Params, str]] = deque()
         self._storage: BaseStorage = study._storage
         self._looked = -math.inf  # when dead workers were looked for
+        self._lost = 0  # claims one after the other for which another worker was faster
+        self._seen: dict[int, float] = {}  # when a running trial was first seen, by its id
 
     def run(
         self, score: Callable[[Params], Scored], *, trials: int, seconds: float | None,
@@ -76,7 +82,10 @@ class Worker:
                 time.sleep(POLL)  # the others are at the last ones
                 continue
             if (trial := self._claim(now, trials)) is None:
+                self._lost += 1
+                time.sleep(POLL * self._lost / 4)
                 continue
+            self._lost = 0
             self._score(trial, score)
             report(_of(self.study.get_trials(deepcopy=False), TrialState.COMPLETE))
 
@@ -109,8 +118,20 @@ class Worker:
             params, label = self.queue.popleft()
             if tuple(sorted(params.items())) not in known:
                 return params, label
+        if self._lost >= LOST:
+            return self._untried(known), ""
         sampler = self.study.sampler = self.sampler(len(known_trials))
         return (sampler.propose(now), "") if isinstance(sampler, TrustRegionSampler) else (None, "")
+
+    def _untried(self, known: set[Key]) -> Params:
+        """Random parameters that nobody has begun, if a few hundred draws find some: samplers may repeat themselves."""
+        rng = random.Random(f"{this_process()} {len(known)} {self._lost}")
+        for _ in range(DRAWS):
+            ranges = ((name, cast(IntDistribution, d)) for name, d in self.distributions.items())
+            params = {name: rng.randint(d.low, d.high) for name, d in ranges}
+            if tuple(sorted(params.items())) not in known:
+                break
+        return params
 
     def _score(self, trial: optuna.Trial, score: Callable[[Params], Scored]) -> None:
         begin = time.monotonic()  # Optuna's clock may be set meanwhile
@@ -123,8 +144,7 @@ class Worker:
         attributes |= {"seconds": round(time.monotonic() - begin, 6)}
         attributes |= {CHECK: sum_of(trial.params, self.distributions, values, {**trial.user_attrs, **attributes})}
         try:
-            for key, value in attributes.items():
-                trial.set_user_attr(key, value)
+            set_attributes(self.study, trial._trial_id, attributes)
             self.study.tell(trial, values)
         except (UpdateFinishedTrialError, ValueError):  # taken for dead: this process was paused
             others = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING))
@@ -142,8 +162,10 @@ class Worker:
             return
         begin, self._looked = self._looked == -math.inf, time.monotonic()
         before = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        first = {t._trial_id: self._seen.setdefault(t._trial_id, self._looked) for t in before}
+        silent = never_beaten(self.study, [i for i, seen in first.items() if seen < self._looked - GRACE])
         for trial in before:
-            if has_ended(trial.system_attrs.get(WORKER, "")):
+            if trial._trial_id in silent or has_ended(str(trial.system_attrs.get(WORKER, ""))):
                 self._fail(trial._trial_id)
         with suppress(UpdateFinishedTrialError), warnings.catch_warnings(action="ignore", category=EXPERIMENTAL):
             fail_stale_trials(self.study)
@@ -162,5 +184,5 @@ def _of(trials: Sequence[FrozenTrial], *states: TrialState) -> list[FrozenTrial]
     return [t for t in trials if t.state in states]
 
 
-def _key(trial: FrozenTrial) -> tuple[tuple[str, Any], ...]:
+def _key(trial: FrozenTrial) -> Key:
     return tuple(sorted(trial.params.items()))

@@ -17,7 +17,7 @@ from skipsearch import SkipMask, search
 from skipsearch.bench.bench import BenchOptions, bench
 from skipsearch.decoding.rule import GREEDY, SelectionRule
 from skipsearch.decoding.stats import DecodeStats
-from skipsearch.errors import DecodingError
+from skipsearch.errors import DecodingError, DecodingWarning
 from skipsearch.evaluate.draft_replay import DraftReplay
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.timing import our_arm
@@ -73,7 +73,8 @@ def test_modes_that_cannot_be_drafted_for_are_refused(model: Any, fields: dict[s
 
 def test_what_ends_a_text_is_not_asked_for(model: Any) -> None:
     """Prevents a config with stop strings from being refused for want of a tokenizer."""
-    assert SelectionRule.of(asks(model, stop_strings=["x"], max_time=1.0)) == GREEDY
+    with pytest.warns(DecodingWarning, match="stop_strings and max_time .* not applied"):
+        assert SelectionRule.of(asks(model, stop_strings=["x"], max_time=1.0)) == GREEDY
 
 
 def test_recorded_and_timed_text_is_that_of_generate(model: Any) -> None:
@@ -139,8 +140,10 @@ def test_a_run_and_a_validation_obey_and_say_so(demo: Any, tmp_path: Path) -> No
     model = copy.deepcopy(demo.model)
     asks(model, eos_token_id=[0, 5], repetition_penalty=1.2)
     loaded = Loaded(name="tuned", model=model, tokenizer=demo.tokenizer, preset=None)
+    (tmp_path / "masks.toml").write_text('[space]\nforms = ["skip"]\n')
     small = SearchOptions(
-        trials=3, prompts=2, held_out=2, prompt_tokens=16, new_tokens=16, trial_tokens=12, rounds=1, backend="eager",
+        trials=3, prompts=2, held_out=2, prompt_tokens=16, new_tokens=12, trial_tokens=6, rounds=1, backend="eager",
+        space=tmp_path / "masks.toml", time_budget=30,
     )  # fmt: skip
     result = search(loaded, out=tmp_path, options=small)
     assert result.file.evidence is not None and result.file.evidence.greedy_equal

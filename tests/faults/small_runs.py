@@ -69,7 +69,7 @@ def run(loaded: Loaded, folder: Path, say: Callable[..., None], **changes: Any) 
         loaded, out=folder, options=replace(OPTIONS, **changes), progress=lambda stage, done, _total: say(stage, done),
         report=lambda done, _best: say("finished", done),
     )  # fmt: skip
-    rows = [{**row, "seconds": None} for row in result.front]
+    rows = [{**row, "seconds": None, "trial": None} for row in result.front]
     predicted = result.predicted
     return {
         "plan": result.plan.to_dict(), "policy": repr(predicted.policy), "front": rows,

@@ -13,13 +13,13 @@ from skipsearch import draft_view, self_speculative
 from skipsearch.errors import DecodingError
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "beams": ({"num_beams": 2}, "num_beams is 2"),
+    "beams": ({"num_beams": 2}, "beam_search"),
     "no cache": ({"use_cache": False}, "use_cache is False"),
     "attentions": ({"return_dict_in_generate": True, "output_attentions": True}, "output_attentions is True"),
     "hidden states": ({"return_dict_in_generate": True, "output_hidden_states": True}, "output_hidden_states is True"),
     "prompt lookup": ({"prompt_lookup_num_tokens": 3}, "assisted_generation"),
-    "static cache": ({"cache_implementation": "static"}, "StaticLayer"),
-    "offloaded cache": ({"cache_implementation": "offloaded"}, "offloads its layers"),
+    "static cache": ({"cache_implementation": "static"}, "cache_implementation"),
+    "offloaded cache": ({"cache_implementation": "offloaded"}, "cache_implementation"),
     "holes": ({"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1]])}, "zeros inside the prompt"),
     "positions": ({"position_ids": torch.arange(5, 16)[None]}, "position_ids are not those"),
 }

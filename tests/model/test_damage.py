@@ -106,6 +106,12 @@ def test_folders_of_another_kind(tmp_path: Path) -> None:
         refused(tmp_path / str(number), kind, "save_pretrained")
 
 
+def test_layers_that_the_config_does_not_name(folder: Path) -> None:
+    """Prevents half of a model from being decoded, searched and called "use"."""
+    config_with(folder, num_hidden_layers=10)
+    refused(folder, "layers 10 to 19", "num_hidden_layers")
+
+
 def config_with(folder: Path, **fields: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | fields))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -9,12 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import postgres_server
 import pytest
 from optuna.trial import TrialState, create_trial
 
 from skipsearch import DraftPlan, SkipMask
 from skipsearch.errors import StudyMismatch
 from skipsearch.evaluate.objective import Score
+from skipsearch.files import has_ended, this_process
 from skipsearch.model.space import Space
 from skipsearch.policy import DraftPolicy
 from skipsearch.search import storage as storages
@@ -36,35 +39,35 @@ def slow_scorer(plan: DraftPlan) -> Score:
     )  # fmt: skip
 
 
-def work(folder: Path, trials: int, go: Any, number: int, told: Any) -> None:
+def work(url: str, trials: int, go: Any, number: int, told: Any) -> None:
     """One worker's process; it tells its own value of what all must share, and what it got."""
     go.wait()
-    study = Study(storage_url(folder), "search", SPACE, {"model": "abc"}, "trust-region", seed=0)
+    study = opened(url)
     told.put((number, study.shared("costs", {"made by": number})["made by"]))
     study.enqueue([(str(layer), DraftPlan(SkipMask(mlp=[layer], num_layers=6))) for layer in range(4)])
     study.optimize(slow_scorer, trials=trials, time_budget=None, report=lambda *_: None)
 
 
-def begin(folder: Path, count: int, trials: int) -> tuple[list[Any], Any]:
-    folder.mkdir(exist_ok=True)
+def begin(url: str, count: int, trials: int) -> tuple[list[Any], Any]:
     go, told = FORK.Event(), FORK.Queue()
-    found = [FORK.Process(target=work, args=(folder, trials, go, number, told)) for number in range(count)]
+    found = [FORK.Process(target=work, args=(url, trials, go, number, told)) for number in range(count)]
     for process in found:
         process.start()
     go.set()
     return found, told
 
 
-def opened(folder: Path) -> Study:
-    return Study(storage_url(folder), "search", SPACE, {"model": "abc"}, "trust-region", seed=0)
+def opened(url: str) -> Study:
+    return Study(url, "search", SPACE, {"model": "abc"}, "trust-region", seed=0)
 
 
-def assert_whole(folder: Path, trials: int) -> None:
+def assert_whole(url: str, trials: int) -> None:
     """As many trials as were wanted, each plan once, none left running."""
-    study = opened(folder)
+    study = opened(url)
     finished = study.finished()
     assert len(finished) == trials and len({study.plan_of(t) for t in finished}) == trials
     states = {t.state.name for t in study.study.get_trials(deepcopy=False)}
+    storages._engine(study.study).dispose()
     assert states <= {"COMPLETE", "FAIL"}, states
 
 
@@ -72,25 +75,25 @@ def test_workers_that_come_at_once_share_a_new_database(tmp_path: Path) -> None:
     """Prevents: 2 of 20 workers died of tables that another one made, or of one trial that two had taken; a study
     whose trials are scored with the costs of several workers; more trials than were wanted."""
     for attempt in range(3):
-        processes, told = begin(tmp_path / str(attempt), 4, 30)
+        processes, told = begin(f"sqlite:///{tmp_path / str(attempt)}.db", 4, 30)
         costs = {told.get(timeout=PATIENCE)[1] for _ in processes}
         for process in processes:
             process.join(PATIENCE)
         assert [p.exitcode for p in processes] == [0] * 4
         assert len(costs) == 1
-        assert_whole(tmp_path / str(attempt), 30)
+        assert_whole(f"sqlite:///{tmp_path / str(attempt)}.db", 30)
 
 
 def test_killed_workers_lose_nothing(tmp_path: Path) -> None:
     """Prevents: a plan whose worker was killed is never tried, or blocks the end of the others."""
-    processes, told = begin(tmp_path, 3, 40)
+    processes, told = begin(storage_url(tmp_path), 3, 40)
     told.get(timeout=PATIENCE)
     time.sleep(0.3)
     os.kill(processes[0].pid, signal.SIGKILL)
     for process in processes:
         process.join(PATIENCE)
     assert [p.exitcode for p in processes] == [-signal.SIGKILL, 0, 0]
-    assert_whole(tmp_path, 40)
+    assert_whole(storage_url(tmp_path), 40)
 
 
 def test_a_paused_worker_is_taken_for_dead_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,9 +101,9 @@ def test_a_paused_worker_is_taken_for_dead_and_goes_on(tmp_path: Path, monkeypat
     for module in (storages, workers):
         monkeypatch.setattr(module, "HEARTBEAT", 1)
     monkeypatch.setattr(storages, "GRACE", 2)
-    processes, told = begin(tmp_path, 2, 150)
+    processes, told = begin(storage_url(tmp_path), 2, 150)
     told.get(timeout=PATIENCE)
-    study = opened(tmp_path)
+    study = opened(storage_url(tmp_path))
     begun = time.monotonic()
     while len(study.finished()) < 10 and time.monotonic() < begun + PATIENCE:
         time.sleep(0.1)
@@ -111,12 +114,12 @@ def test_a_paused_worker_is_taken_for_dead_and_goes_on(tmp_path: Path, monkeypat
     for process in processes:
         process.join(PATIENCE)
     assert [p.exitcode for p in processes] == [0, 0]
-    assert_whole(tmp_path, 150)
+    assert_whole(storage_url(tmp_path), 150)
 
 
 def test_the_first_identity_holds(tmp_path: Path) -> None:
     """Prevents a second worker of another model from overwriting what the study was made with."""
-    first = opened(tmp_path)
+    first = opened(storage_url(tmp_path))
     storages.set_once(first.study, "identity", {"model": "xyz"})
     assert first.known("identity")["model"] == "abc"
     with pytest.raises(StudyMismatch, match="another model"):
@@ -125,7 +128,7 @@ def test_the_first_identity_holds(tmp_path: Path) -> None:
 
 def test_a_result_that_comes_after_its_trial_was_failed_is_kept_once(tmp_path: Path) -> None:
     """Prevents: a finished score is thrown away, or stands in the study twice, because others gave its worker up."""
-    study, calls = opened(tmp_path), []
+    study, calls = opened(storage_url(tmp_path)), []
 
     def given_up(plan: DraftPlan) -> Score:
         calls.append(plan)
@@ -143,6 +146,77 @@ def test_a_result_that_comes_after_its_trial_was_failed_is_kept_once(tmp_path: P
         return slow_scorer(plan)
 
     study.optimize(given_up, trials=6, time_budget=None, report=lambda *_: None)
-    assert_whole(tmp_path, 6)
+    assert_whole(storage_url(tmp_path), 6)
     by_plan = {study.plan_of(t): t for t in study.finished()}
     assert by_plan[calls[0]].user_attrs["fidelity"] == "whole" and by_plan[calls[1]].value == 1.0
+
+
+def test_a_worker_that_never_told_that_it_lives_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents: all wait for ever for a trial whose worker, on another host, was killed before its first heartbeat."""
+    monkeypatch.setattr(workers, "HEARTBEAT", 0.1)
+    monkeypatch.setattr(workers, "GRACE", 0.3)
+    study = opened(storage_url(tmp_path))
+    params = study.space.params(SkipMask(mlp=[1], num_layers=6))
+    study.study.add_trial(
+        create_trial(
+            state=TrialState.RUNNING, params=params, distributions=study.distributions,
+            system_attrs={workers.WORKER: "1-abc@another host"},
+        )
+    )  # fmt: skip
+    study.optimize(slow_scorer, trials=3, time_budget=60, report=lambda *_: None)
+    assert_whole(storage_url(tmp_path), 3)
+    assert params in [t.params for t in study.finished()]
+
+
+@pytest.mark.skipif(not postgres_server.usable(), reason="PostgreSQL or psycopg is not installed here")
+def test_workers_share_a_postgres_server() -> None:
+    """Prevents a study on PostgreSQL that works only for one worker, or loses what killed workers had begun."""
+    with postgres_server.running() as server:
+        for killed in (False, True):
+            url = f"{server.url}{'2' if killed else ''}"
+            processes, told = begin(url, 3, 24)
+            told.get(timeout=PATIENCE)
+            if killed:
+                time.sleep(0.5)
+                os.kill(processes[0].pid, signal.SIGKILL)
+            for process in processes:
+                process.join(PATIENCE)
+            assert [p.exitcode for p in processes[1:]] == [0, 0]
+            assert_whole(url, 24)
+            gc.collect()
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2"])
+def test_a_sampler_that_proposes_what_others_run_ends(sampler: str, tmp_path: Path) -> None:
+    """Prevents an endless loop of failed trials where a sampler proposes a plan again that another worker runs."""
+    small = Space(num_layers=3, fixed=SkipMask(attention=range(3), num_layers=3))
+    study = Study(storage_url(tmp_path), "search", small, {"a": "b"}, sampler, seed=0)
+    plans = [{name: bits >> place & 1 for place, name in enumerate(small.bounds)} for bits in range(5)]
+    for params in plans:
+        study.study.add_trial(
+            create_trial(
+                state=TrialState.RUNNING, params=params, distributions=study.distributions,
+                system_attrs={workers.WORKER: "1-abc@another host"},
+            )
+        )  # fmt: skip
+    study.optimize(slow_scorer, trials=100, time_budget=8, report=lambda *_: None)
+    done = {study.plan_of(t) for t in study.finished()}  # it may repeat its own
+    assert len(done) == 3 and not done & set(map(study.space.plan, plans))
+    assert len(study.study.get_trials(deepcopy=False)) < 40
+
+
+@pytest.mark.parametrize("name", ["a?b", "a%20b", "a b", "a#c"])
+def test_a_folder_of_any_name_holds_its_study(name: str, tmp_path: Path) -> None:
+    """Prevents a database beside the results folder, where a URL reads its name otherwise."""
+    folder = tmp_path / name
+    folder.mkdir()
+    opened(storage_url(folder))
+    assert (folder / "study.db").is_file() and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("process", ["", "7", "²-x@h", "99999999999999999999-x@h", "1-x", "-1-x@h"])
+def test_names_of_processes_from_strangers(process: str) -> None:
+    """Prevents a traceback from a number of a process that is none."""
+    here = this_process().partition("@")[2]
+    assert not has_ended(process) and not has_ended(process.replace("@h", f"@{here}"))
+    assert not has_ended(this_process())

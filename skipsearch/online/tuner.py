@@ -44,7 +44,6 @@ HALVED = 16  # proposals without a winner that halve its share
 LONG_PAUSE = 20_000  # tokens after which it searches again where no mask was found
 AGAIN = (32, 256)  # passes after which costs are measured once more
 STATES_OF = 16  # tokens whose hidden states tell what to skip first
-SAME_FOR_ALL = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper")  # scoring may leave these out
 
 
 class OnTheFly:
@@ -137,7 +136,7 @@ class OnTheFly:
             served.domain.incumbent.paused_at is None and served.domain.scheduler.knows_plain
             and sequences.offset >= 0 and not any(sequences.pads) and not sequences.aligned
             and sequences.lengths[0] - sequences.offset + LENGTH < self.context
-            and all(type(processor).__name__ in SAME_FOR_ALL for processor in sequences.selection.processors)
+            and not sequences.selection.in_order  # which replay cannot call
         )  # fmt: skip
 
     def _likely(self) -> list[SkipMask]:

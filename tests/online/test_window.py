@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 from online_parts import sequence_of
+from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from skipsearch import SkipMask
+from skipsearch.decoding.processors import TokenSelection
+from skipsearch.decoding.sequences import Sequences
 from skipsearch.evaluate.draft_replay import DraftReplay
 from skipsearch.evaluate.replay import Replay
 from skipsearch.evaluate.trace import Trace
@@ -54,3 +57,17 @@ def test_prices_leave_the_sequence_as_it_was(tiny: Any, ids: torch.Tensor) -> No
     untouched = sequence_of(model, ids, 5)
     assert committed == untouched.cache.committed
     assert sequences.verify([0])[0].tokens == untouched.verify([0])[0].tokens
+
+
+def test_a_window_of_penalised_text_accepts_the_model_itself(tiny: Any, ids: torch.Tensor) -> None:
+    """Prevents masks from being compared with the bare argmax where the text was chosen under a penalty."""
+    penalty = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.4), NoRepeatNGramLogitsProcessor(2)])
+    model = tiny("llama")
+    sequences = Sequences(Target.of(model), ids, capacity=80, selection=TokenSelection(processors=penalty))
+    for _ in range(40):
+        sequences.verify([0])
+    (found,) = Window(sequences, 30).outcomes(SkipMask(num_layers=model.config.num_hidden_layers))
+    assert all(found.correct)
+    bare = Window(sequences, 30)
+    bare.replay.scores.processors = []
+    assert not all(bare.outcomes(SkipMask(num_layers=model.config.num_hidden_layers))[0].correct), "it must matter"

@@ -59,12 +59,13 @@ def test_a_killed_run_goes_on_as_if_undisturbed(tmp_path: Path, monkeypatch: pyt
 
 
 def command(folder: Path) -> subprocess.Popen[str]:
-    """`skipsearch run` as a process of its own, with next to nothing to do."""
+    """`skipsearch run` as a process of its own, with next to nothing to do; Ctrl-C counts in the background too."""
     few = "--trials 14 --num-prompts 2 --num-held-out 2 --prompt-tokens 8 --new-tokens 8 --rounds 1 --time-budget 2"
     return subprocess.Popen(
         [sys.executable, "-m", "skipsearch.cli", "run", "-m", str(folder.parent / "model"), "--backend", "eager",
          "--space", str(folder.parent / "space.toml"), "--out", str(folder), *few.split()],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
 
 

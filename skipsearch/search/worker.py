@@ -124,7 +124,7 @@ class Worker:
         return (sampler.propose(now), "") if isinstance(sampler, TrustRegionSampler) else (None, "")
 
     def _untried(self, known: set[Key]) -> Params:
-        """Random parameters that nobody has begun, if a few hundred draws find some: samplers may repeat themselves."""
+        """Random parameters that nobody has begun, if some draws find any: samplers may repeat themselves."""
         rng = random.Random(f"{this_process()} {len(known)} {self._lost}")
         for _ in range(DRAWS):
             ranges = ((name, cast(IntDistribution, d)) for name, d in self.distributions.items())

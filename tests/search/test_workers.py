@@ -71,6 +71,16 @@ def assert_whole(url: str, trials: int) -> None:
     assert states <= {"COMPLETE", "FAIL"}, states
 
 
+def claimed_elsewhere(study: Study, params: dict[str, int]) -> None:
+    """A trial that a worker on another host has begun; nothing is heard of it."""
+    study.study.add_trial(
+        create_trial(
+            state=TrialState.RUNNING, params=params, distributions=study.distributions,
+            system_attrs={workers.WORKER: "1-abc@another host"},
+        )
+    )  # fmt: skip
+
+
 def test_workers_that_come_at_once_share_a_new_database(tmp_path: Path) -> None:
     """Prevents: 2 of 20 workers died of tables that another one made, or of one trial that two had taken; a study
     whose trials are scored with the costs of several workers; more trials than were wanted."""
@@ -157,12 +167,7 @@ def test_a_worker_that_never_told_that_it_lives_is_given_up(tmp_path: Path, monk
     monkeypatch.setattr(workers, "GRACE", 0.3)
     study = opened(storage_url(tmp_path))
     params = study.space.params(SkipMask(mlp=[1], num_layers=6))
-    study.study.add_trial(
-        create_trial(
-            state=TrialState.RUNNING, params=params, distributions=study.distributions,
-            system_attrs={workers.WORKER: "1-abc@another host"},
-        )
-    )  # fmt: skip
+    claimed_elsewhere(study, params)
     study.optimize(slow_scorer, trials=3, time_budget=60, report=lambda *_: None)
     assert_whole(storage_url(tmp_path), 3)
     assert params in [t.params for t in study.finished()]
@@ -193,12 +198,7 @@ def test_a_sampler_that_proposes_what_others_run_ends(sampler: str, tmp_path: Pa
     study = Study(storage_url(tmp_path), "search", small, {"a": "b"}, sampler, seed=0)
     plans = [{name: bits >> place & 1 for place, name in enumerate(small.bounds)} for bits in range(5)]
     for params in plans:
-        study.study.add_trial(
-            create_trial(
-                state=TrialState.RUNNING, params=params, distributions=study.distributions,
-                system_attrs={workers.WORKER: "1-abc@another host"},
-            )
-        )  # fmt: skip
+        claimed_elsewhere(study, params)
     study.optimize(slow_scorer, trials=100, time_budget=8, report=lambda *_: None)
     done = {study.plan_of(t) for t in study.finished()}  # it may repeat its own
     assert len(done) == 3 and not done & set(map(study.space.plan, plans))

@@ -68,6 +68,10 @@ class DecodingWarning(UserWarning):
     """Something that the model's generation config asks for is not applied."""
 
 
+class StudyWarning(UserWarning):
+    """Something happened to a study's storage or workers; nothing is lost. The CLI prints one line."""
+
+
 class PromptWarning(UserWarning):
     """Some rows of a prompt source were left out, or taken in another way than the others."""
 

@@ -17,10 +17,17 @@ from typing import Any
 
 from rich.markup import escape
 
-from skipsearch.cli import run, generate, measure, files  # isort: skip  # noqa: F401 (the order of --help)
+from skipsearch.cli import run, worker, generate, measure, files  # isort: skip  # noqa: F401 (the order of --help)
 from skipsearch.cli.options import app, err
 from skipsearch.cli.terminal import plain_where_needed
-from skipsearch.errors import BackendWarning, DecodingWarning, PromptWarning, SkipsearchError, enough_memory
+from skipsearch.errors import (
+    BackendWarning,
+    DecodingWarning,
+    PromptWarning,
+    SkipsearchError,
+    StudyWarning,
+    enough_memory,
+)
 
 _interruptions: list[float] = []  # when Ctrl-C was pressed
 
@@ -31,7 +38,7 @@ def main() -> None:
     plain_where_needed()
     if not debug:
         warnings.filterwarnings("ignore")
-        for category in (BackendWarning, DecodingWarning, PromptWarning):
+        for category in (BackendWarning, DecodingWarning, PromptWarning, StudyWarning):
             warnings.filterwarnings("once", category=category)
         warnings.showwarning = lambda message, *_, **__: err.print(f"note: {message}", markup=False, soft_wrap=True)
         logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -65,6 +65,8 @@ Temperature = Annotated[
     typer.Option(min=0, max=100, help="of sampling; 0: greedy (default: as the model's generation config says)"),
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**62, help="seed of the random numbers")]
+Memory = Annotated[float | None, typer.Option(min=0.001, help="GB that replay may use (default: what fits)")]
+StudyName = Annotated[str, typer.Option("--study", help="name of the study")]
 Folder = Annotated[Path | None, typer.Option("--out", help="results folder (default results/<model>)")]
 
 

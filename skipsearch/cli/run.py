@@ -27,15 +27,21 @@ def run(
     space: Annotated[Path | None, typer.Option(help="TOML file with a [space] table: what may be skipped")] = None,
     context: opt.Contexts = None,
     temperature: opt.Temperature = None,
-    memory: Annotated[float | None, typer.Option(min=0.001, help="GB that replay may use (default: what fits)")] = None,
+    memory: opt.Memory = None,
     prompts: opt.PromptsFrom = "builtin", prompt_column: opt.Column = None, prompt_config: opt.Config = None,
     prompt_split: opt.Split = "test", chat: opt.Chat = True,
     num_prompts: opt.Calibration = 24, num_held_out: opt.HeldOut = 20,
     prompt_tokens: opt.PromptTokens = None, new_tokens: opt.NewTokens = 96, rounds: opt.Rounds = 2, seed: opt.Seed = 0,
     backend: opt.Backends = "auto",
     folder: opt.Folder = None,
-    storage: Annotated[str | None, typer.Option(help="Optuna storage URL (default SQLite in the folder)")] = None,
-    study: Annotated[str, typer.Option(help="name of the study")] = "search",
+    storage: Annotated[
+        str | None,
+        typer.Option(envvar="SKIPSEARCH_STORAGE", help="Optuna storage URL (default SQLite in the folder)"),
+    ] = None,
+    study: opt.StudyName = "search",
+    workers: Annotated[
+        int, typer.Option(min=1, max=256, help="processes here that run trials, one a GPU where there are several")
+    ] = 1,
     dtype: opt.Dtype = "auto", device: opt.Device = "auto", revision: opt.Revision = None, trust: opt.Trust = False,
     as_json: opt.Json = False, debug: opt.Debug = False,
 ) -> None:  # fmt: skip
@@ -48,8 +54,8 @@ def run(
         prompts, prompt_column, prompt_config, prompt_split, chat, trials=trials, time_budget=time_budget or None,
         sampler=sampler or ("nsga2" if pareto else "trust-region"), prompts=num_prompts, held_out=num_held_out,
         prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds, seed=seed, storage=storage, study=study,
-        backend=backend, pareto=pareto, space=space, contexts=tuple(context or ()), temperature=temperature,
-        memory=None if memory is None else memory * 1e9,
+        workers=workers, backend=backend, pareto=pareto, space=space, contexts=tuple(context or ()),
+        temperature=temperature, memory=None if memory is None else memory * 1e9,
     )  # fmt: skip
     from skipsearch.report.progress import stages
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -33,12 +34,14 @@ class Loaded:
     Attributes:
         name: short name, used for the results folder.
         preset: the preset that named the model, if any.
+        given: what `load_model` was given, as options of the commands; None: the model was passed as an object.
     """
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     preset: Preset | None
+    given: Mapping[str, str | bool | None] | None = None
 
     @property
     def target(self) -> Target:
@@ -86,7 +89,11 @@ def load_model(
     model.eval().requires_grad_(False)
     find_sublayers(model)
     check_weights(name, model)
-    return Loaded(name=name if preset else weights.short, model=model, tokenizer=tokenizer, preset=preset)
+    given = {"model": name, "dtype": dtype, "device": device, "revision": revision}
+    return Loaded(
+        name=name if preset else weights.short, model=model, tokenizer=tokenizer, preset=preset,
+        given={**given, "trust-remote-code": trust_remote_code},
+    )  # fmt: skip
 
 
 def _from_pretrained(

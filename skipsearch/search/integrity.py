@@ -8,29 +8,32 @@ from __future__ import annotations
 
 import functools
 import sqlite3
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 from sqlalchemy.engine import make_url
 
 from skipsearch.errors import ResultsError, SkipsearchError, first_line, out_of_memory
 from skipsearch.files import checksum
+from skipsearch.search.attributes import unpacked
 
 CHECK = "check"  # a trial's attribute
 NO_DAMAGE = ("disk is full", "disk I/O error", "readonly database", "unable to open", "database is locked")
-SEAL = {"value", "sha256"}
+SEALS = ({"value", "sha256"}, {"parts", "sha256"})
 P = ParamSpec("P")
+T = TypeVar("T")
 
 
-def tells_damage(opens: Callable[P, None]) -> Callable[P, None]:
+def tells_damage(opens: Callable[P, T]) -> Callable[P, T]:
     """Turn whatever reading a damaged study raises into one sentence: each layer of the libraries has its own kinds."""
 
     @functools.wraps(opens)
-    def told(*args: P.args, **kwargs: P.kwargs) -> None:
+    def told(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            opens(*args, **kwargs)
+            return opens(*args, **kwargs)
         except SkipsearchError:
             raise
         except Exception as error:
@@ -67,11 +70,6 @@ def check_database(url: str) -> None:
         raise ValueError(f"its database is damaged: {found if found != 'ok' else 'rows belong to nothing'}")
 
 
-def sealed(value: Any) -> dict[str, Any]:
-    """A value as an attribute of the study, with its checksum."""
-    return {"value": value, "sha256": checksum(value)}
-
-
 def kept(study: Any, name: str) -> Any:
     """An attribute of the study; None if there is none yet.
 
@@ -87,13 +85,16 @@ def kept(study: Any, name: str) -> Any:
         return None
     if not new and not _is_sealed(stored):
         return stored
-    if not _is_sealed(stored) or stored.keys() != SEAL or stored["sha256"] != checksum(stored["value"]):
-        raise _damaged(f"holds another {name} than was stored")
-    return stored["value"]
+    with suppress(LookupError, ValueError, TypeError, RecursionError, zlib.error):
+        if _is_sealed(stored) and stored.keys() in SEALS:
+            value = unpacked(study, name, stored["parts"]) if "parts" in stored else stored["value"]
+            if stored["sha256"] == checksum(value):
+                return value
+    raise _damaged(f"holds another {name} than was stored")
 
 
 def _is_sealed(stored: Any) -> bool:
-    return isinstance(stored, dict) and bool(stored.keys() & SEAL)
+    return isinstance(stored, dict) and any(stored.keys() & seal for seal in SEALS)
 
 
 def _is_finished(trial: Any) -> bool:

@@ -42,6 +42,7 @@ class SearchOptions:
         seed: of prompts, sampler and sampling.
         storage: Optuna URL; None: study.db in the results folder.
         study: name of the study in the storage.
+        workers: processes on this machine that run trials, this one included.
 
     Raises:
         SkipsearchError: a setting is out of range, or the sampler does not support `pareto`.
@@ -66,13 +67,14 @@ class SearchOptions:
     seed: int = 0
     storage: str | None = None
     study: str = "search"
+    workers: int = 1
 
     def decoding(self, rule: SelectionRule = GREEDY) -> DecodeSettings:
         """How prompts are decoded, for the trace and for validation."""
         return DecodeSettings(new_tokens=self.new_tokens, rule=rule, seed=self.seed, rounds=self.rounds)
 
     def __post_init__(self) -> None:
-        for name in ("trials", "prompts", "held_out", "new_tokens", "trial_tokens", "rounds"):
+        for name in ("trials", "prompts", "held_out", "new_tokens", "trial_tokens", "rounds", "workers"):
             if getattr(self, name) < 1:
                 raise SkipsearchError(
                     f"{name} is {getattr(self, name)}, must be at least 1; leave it out for the default"

@@ -11,6 +11,8 @@ from skipsearch.evaluate.validate import Measured, arm_of
 from skipsearch.mask import SkipMask
 from skipsearch.maskfile import MaskFile
 from skipsearch.plan import DraftPlan
+from skipsearch.search.options import SearchOptions
+from skipsearch.search.prepare import Prepared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,3 +78,22 @@ def summary(result: SearchResult) -> dict[str, object]:
         "trials": result.trials, "seconds": {k: round(v, 1) for k, v in result.seconds.items()},
         "files": {name: str(result.folder / name) for name in ("mask.json", "trials.csv", "sensitivity.json")},
     }  # fmt: skip
+
+
+def cut_short(
+    prepared: Prepared, trials: int, used_up: bool, options: SearchOptions, measured: Measured
+) -> tuple[str, ...]:
+    """What the time budget did not suffice for. A validation that ends early because it is decided is not cut short.
+
+    Args:
+        trials: finished ones.
+        used_up: whether every plan of the space was tried.
+    """
+    prompts, found = len(prepared.prompts.calibration), list[str]()
+    if len(prepared.trace.prompts) < prompts:
+        found.append(f"{len(prepared.trace.prompts)} of {prompts} prompts recorded (another --out records anew)")
+    if trials < options.trials and not used_up:
+        found.append(f"{trials} of {options.trials} trials")
+    if not measured.decided:
+        found.append(f"{measured.prompts} of {len(prepared.prompts.held_out)} held-out prompts timed")
+    return tuple(found)

@@ -25,7 +25,6 @@ from skipsearch.evaluate.hidden_states import draft_states, layer_states
 from skipsearch.evaluate.objective import Score, best_policy, score_policy, standard_error
 from skipsearch.evaluate.prompts import PromptSource
 from skipsearch.evaluate.scorer import Scorer, affordable_share
-from skipsearch.evaluate.validate import Measured
 from skipsearch.evaluate.windows import Part, WindowReplay
 from skipsearch.files import open_folder, results_folder, write_json
 from skipsearch.mask import SkipMask
@@ -36,14 +35,16 @@ from skipsearch.model.space import Space
 from skipsearch.model.weights import Weights
 from skipsearch.plan import DraftPlan
 from skipsearch.search.budget import LESS, Budget
+from skipsearch.search.crew import crew
 from skipsearch.search.export import mask_file, validated
+from skipsearch.search.job import Job
 from skipsearch.search.options import SearchOptions
 from skipsearch.search.prepare import STUDY, Prepared, early_identity, prepare
-from skipsearch.search.result import SearchResult, summary
+from skipsearch.search.result import SearchResult, cut_short, summary
 from skipsearch.search.seeds import Seed, all_seeds
 from skipsearch.search.sensitivity import TOGETHER, sensitivity_or_load
-from skipsearch.search.storage import storage_faults, storage_url
-from skipsearch.search.study import Study, check_study
+from skipsearch.search.storage import check_study, storage_faults, storage_url
+from skipsearch.search.study import Study
 
 SEEDS, TRIALS, FINALISTS = 0.2, 0.4, 0.25  # shares of what is left of the budget; validation takes the rest
 SEED_PROMPTS = 8  # on which sublayers are skipped one at a time
@@ -114,23 +115,10 @@ def _search(
     result = SearchResult(
         plan=predicted.plan, file=file, predicted=predicted, standard_error=error, folder=folder, measured=measured,
         scored_tokens=prepared.trace.tokens, front=study.front(), trials=len(study.finished()), seconds=budget.spent,
-        cut_short=_cut_short(prepared, study, options, measured), used_up=study.used_up,
+        cut_short=cut_short(prepared, len(study.finished()), study.used_up, options, measured), used_up=study.used_up,
     )  # fmt: skip
     write_json(folder / "summary.json", summary(result))
     return result
-
-
-def _cut_short(prepared: Prepared, study: Study, options: SearchOptions, measured: Measured) -> tuple[str, ...]:
-    """What the time budget did not suffice for. A validation that ends early because it is decided is not cut short."""
-    trials, prompts = len(study.finished()), len(prepared.prompts.calibration)
-    found = []
-    if len(prepared.trace.prompts) < prompts:
-        found.append(f"{len(prepared.trace.prompts)} of {prompts} prompts recorded (another --out records anew)")
-    if trials < options.trials and not study.used_up:
-        found.append(f"{trials} of {options.trials} trials")
-    if not measured.decided:
-        found.append(f"{measured.prompts} of {len(prepared.prompts.held_out)} held-out prompts timed")
-    return tuple(found)
 
 
 def _with_prompts(options: SearchOptions, prompts: Sequence[str] | PromptSource | None) -> SearchOptions:
@@ -162,12 +150,15 @@ def search_trials(
     prepared = replace(prepared, costs=Costs.of(study.shared("costs", asdict(prepared.costs))), space=study.space)
     if len(study.finished()) < options.trials:
         with budget.stage("seeds"):
-            study.enqueue(_seeds(loaded, prepared, folder, options, progress, budget))
+            seeds = _seeds(loaded, prepared, folder, options, progress, budget)
+            study.enqueue(seeds)
         with budget.stage("trials"):
             seconds = budget.share(TRIALS)
             share = study.known("share")
             if share is None:
                 share = study.shared("share", affordable_share(prepared.windows, _dearest(prepared.space), seconds))
+            study.shared("job", Job.of(prepared, seeds, options).to_dict())
+            study.replace("trials", options.trials)
             scorer = Scorer(prepared.windows, prepared.point, options.pareto, share, study.stages())
             begin, before = time.monotonic(), len(study.finished())
 
@@ -177,7 +168,8 @@ def search_trials(
                 within = done + max(0.0, begin + seconds - time.monotonic()) / pace  # what the budget suffices for
                 progress("trials", done, round(min(options.trials, within)))
 
-            study.optimize(scorer, trials=options.trials, time_budget=seconds, report=told)
+            with crew(options.workers, loaded, url, options.study, folder):
+                study.optimize(scorer, trials=options.trials, time_budget=seconds, report=told)
     if not study.best(1):
         raise SkipsearchError("no trial has finished within the time budget; raise --time-budget")
     return study

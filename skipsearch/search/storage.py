@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import random
 import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from urllib.parse import quote
 
 import optuna
 import sqlalchemy
-from optuna.storages import RDBStorage
+from optuna.storages import BaseStorage, RDBStorage
 
-from skipsearch.errors import ResultsError, SkipsearchError, first_line, out_of_memory
-from skipsearch.search.integrity import check_database
+from skipsearch.errors import ResultsError, SkipsearchError, StudyMismatch, first_line, out_of_memory
+from skipsearch.search.integrity import check_database, kept, tells_damage
+from skipsearch.search.patience import Patience, lost
 from skipsearch.search.prepare import STUDY
 
 HEARTBEAT, GRACE = 5, 15  # seconds; the trial of a killed worker is run again after the grace period
@@ -27,12 +28,39 @@ EXPERIMENTAL = optuna.exceptions.ExperimentalWarning
 FAULTS = (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError)
 
 
+# What Optuna's cache asks of a database.
+ASKED = (
+    "create_new_study", "set_study_user_attr", "set_study_system_attr", "get_study_id_from_name",
+    "get_study_name_from_id", "get_study_directions", "get_study_user_attrs", "get_study_system_attrs",
+    "get_all_studies", "_create_new_trial", "_set_trial_param", "get_trial_id_from_study_id_trial_number",
+    "_get_best_trial_id", "set_trial_state_values", "set_trial_user_attr", "set_trial_system_attr", "get_trial",
+    "_get_trials", "_get_stale_trial_ids",
+)  # fmt: skip
+
+
 class _Storage(RDBStorage):
-    """Heartbeats that cannot be written are left out: the trial's own writes tell what is wrong, and in its thread."""
+    """A storage that waits for its server.
+
+    Heartbeats that cannot be written are left out: the trial's own writes tell what is wrong, and in its thread.
+    """
+
+    patience: Patience
 
     def record_heartbeat(self, trial_id: int) -> None:
         with suppress(*FAULTS, MemoryError):
             super().record_heartbeat(trial_id)
+
+
+def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def ask(self: _Storage, *args: Any, **kwargs: Any) -> Any:
+        return self.patience(lambda: method(self, *args, **kwargs))
+
+    return ask
+
+
+for _name in ASKED:
+    setattr(_Storage, _name, _patient(getattr(RDBStorage, _name)))
 
 
 @contextmanager
@@ -56,7 +84,9 @@ def storage_faults(url: str) -> Iterator[None]:
             raise
         reason = str(getattr(found, "orig", None) or found).strip().splitlines()[0]
         mend = "free some space, or choose another with --storage or --out"
-        raise ResultsError(f"storage {_shown(url)} cannot be used ({reason}); {mend}") from None
+        if not url.startswith("sqlite") and lost(found):
+            mend = "start its server and run the same command again, which goes on"
+        raise ResultsError(f"storage {shown_url(url)} cannot be used ({reason}); {mend}") from None
 
 
 def storage_url(folder: Path) -> str:
@@ -74,8 +104,11 @@ def storage_url(folder: Path) -> str:
     raise ResultsError(f"database {path} cannot be named in a URL; choose another folder with --out")
 
 
-def open_storage(url: str) -> RDBStorage:
+def open_storage(url: str, new: bool = True) -> RDBStorage:
     """An RDB storage with heartbeat; SQLite runs in WAL mode, which made our trials twelve times faster.
+
+    Args:
+        new: whether a file may be made.
 
     Raises:
         ResultsError: the database cannot be opened or is not one.
@@ -84,9 +117,12 @@ def open_storage(url: str) -> RDBStorage:
         sqlite = url.startswith("sqlite")
         if sqlite and sqlalchemy.engine.make_url(url).database in (None, "", ":memory:"):
             raise ValueError("it is in memory, where no study is kept")
+        if sqlite and not new and not Path(sqlalchemy.engine.make_url(url).database or "").exists():
+            raise ValueError("there is no such file")
         if sqlite:
             check_database(url)
-        storage = _made_with_tables(url, {"connect_args": {"timeout": 60}} if sqlite else None)
+        # Connections are tried before they are used: a server's restart ends them all.
+        storage = _made_with_tables(url, {"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True})
         if sqlite:
             sqlalchemy.event.listen(storage.engine, "connect", _write_ahead)
             storage.engine.dispose()  # close the connections that were made without the listener
@@ -95,11 +131,11 @@ def open_storage(url: str) -> RDBStorage:
     except Exception as error:  # a damaged database raises anything
         if out_of_memory(error):
             raise
-        raise ResultsError(f"storage {_shown(url)} cannot be opened ({first_line(error)}); {_mend(error)}") from None
+        raise ResultsError(f"storage {shown_url(url)} cannot be opened ({first_line(error)}); {_mend(error)}") from None
     return storage
 
 
-def _shown(url: str) -> str:
+def shown_url(url: str) -> str:
     """A URL without its password."""
     try:
         return str(sqlalchemy.engine.make_url(url).render_as_string(hide_password=True))
@@ -113,12 +149,14 @@ def _mend(error: Exception) -> str:
     return "choose another with --storage or --out"
 
 
-def _made_with_tables(url: str, engine: dict[str, Any] | None) -> RDBStorage:
+def _made_with_tables(url: str, engine: dict[str, Any]) -> _Storage:
     """The storage. Of several workers that make the tables of a new database at once, some fail and look again."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
             with warnings.catch_warnings(action="ignore", category=EXPERIMENTAL):
-                return _Storage(url, heartbeat_interval=HEARTBEAT, grace_period=GRACE, engine_kwargs=engine)
+                storage = _Storage(url, heartbeat_interval=HEARTBEAT, grace_period=GRACE, engine_kwargs=engine)
+            storage.patience = Patience(shown_url(url), active=not url.startswith("sqlite"))
+            return storage
         except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.OperationalError, sqlalchemy.exc.ProgrammingError) as e:
             raced = isinstance(e, sqlalchemy.exc.IntegrityError) or any(word in str(e) for word in RACED)
             if not raced or attempt == ATTEMPTS:
@@ -127,36 +165,56 @@ def _made_with_tables(url: str, engine: dict[str, Any] | None) -> RDBStorage:
     raise AssertionError("unreachable")
 
 
-def set_once(study: optuna.Study, name: str, value: Any) -> None:
-    """Store a user attribute of the study, unless it has one of this name."""
-    with suppress(sqlalchemy.exc.IntegrityError):  # study and key are unique: another worker was faster
-        _insert(study, "study", study._study_id, {name: value})
+@tells_damage
+def check_study(url: str, name: str, identity: dict[str, str]) -> None:
+    """Open a storage before the work, and refuse a study of this name that was made with something else.
+
+    Args:
+        identity: what is known of it so far.
+
+    Raises:
+        StudyMismatch, ResultsError: the study is damaged.
+    """
+    study = _existing(open_storage(url), name)
+    known = None if study is None else kept(study, "identity")
+    if known is not None:
+        must_agree(name, known, identity, identity.keys())
 
 
-def set_attributes(study: optuna.Study, trial_id: int, attributes: Mapping[str, Any]) -> None:
-    """Store new user attributes of a running trial at once; Optuna takes a transaction for each."""
-    _insert(study, "trial", trial_id, attributes)
+def _existing(storage: BaseStorage, name: str) -> optuna.Study | None:
+    if name not in (study.study_name for study in storage.get_all_studies()):
+        return None
+    with warnings.catch_warnings(action="ignore", category=EXPERIMENTAL):
+        return optuna.load_study(study_name=name, storage=storage)
 
 
-def _insert(study: optuna.Study, kind: str, number: int, attributes: Mapping[str, Any]) -> None:
-    columns = (f"{kind}_id", "key", "value_json")
-    table = sqlalchemy.table(f"{kind}_user_attributes", *map(sqlalchemy.column, columns))
-    rows = [dict(zip(columns, (number, key, json.dumps(value)), strict=True)) for key, value in attributes.items()]
-    with _engine(study).begin() as connection:
-        connection.execute(table.insert(), rows)
+@tells_damage
+def stored(url: str, name: str, names: Sequence[str]) -> dict[str, Any]:
+    """What is stored with a study under these names; None where there is nothing yet.
+
+    Raises:
+        StudyMismatch: there is no such study.
+        ResultsError: the study is damaged; or there is no such database, of which none is made.
+    """
+    storage = open_storage(url, new=False)
+    study = _existing(storage, name)
+    if study is None:
+        known = ", ".join(sorted(study.study_name for study in storage.get_all_studies())) or "none"
+        raise StudyMismatch(
+            f"study {name} is not in this storage, which has {known}; pass another --study, or prepare it with "
+            f"`skipsearch run --storage ... --study {name}`"
+        )
+    # Some may be missing: an older version has written none.
+    return {name: kept(study, name) if name in study.user_attrs else None for name in names}
 
 
-def never_beaten(study: optuna.Study, trial_ids: Collection[int]) -> set[int]:
-    """Those of the trials whose worker has not told once that it is alive; Optuna never takes these for dead."""
-    beats = sqlalchemy.table("trial_heartbeats", sqlalchemy.column("trial_id"))
-    with _engine(study).connect() as connection:
-        found = connection.execute(sqlalchemy.select(beats.c.trial_id).where(beats.c.trial_id.in_(trial_ids)))
-        return set(trial_ids) - {row[0] for row in found}
-
-
-def _engine(study: optuna.Study) -> Any:
-    storage: Any = study._storage
-    return getattr(storage, "_backend", storage).engine  # Optuna may wrap the storage in a cache
+def must_agree(name: str, known: Mapping[str, str], identity: Mapping[str, str], keys: Iterable[str]) -> None:
+    if different := sorted(key for key in keys if known.get(key) != identity.get(key)):
+        field = different[0]
+        raise StudyMismatch(
+            f"study {name} was made with another {', '.join(different)} ({field}: {known.get(field)!r} then, "
+            f"{identity.get(field)!r} now); run with the old settings, or start a new study with --out or --study"
+        )
 
 
 def _write_ahead(connection: Any, _record: Any) -> None:

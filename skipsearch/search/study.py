@@ -6,7 +6,7 @@ A finished trial is never lost, and trials of different set-ups never mix.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,15 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from skipsearch.errors import StudyMismatch
 from skipsearch.evaluate.objective import Score
 from skipsearch.files import write_text
 from skipsearch.model.space import Space
 from skipsearch.plan import DraftPlan
-from skipsearch.search.integrity import CHECK, check_trials, kept, sealed, tells_damage
+from skipsearch.search.attributes import backend, sealed, set_once
+from skipsearch.search.integrity import CHECK, check_trials, kept, tells_damage
 from skipsearch.search.sampler import TrustRegionSampler
 from skipsearch.search.seeds import Seed
-from skipsearch.search.storage import EXPERIMENTAL, open_storage, set_once
+from skipsearch.search.storage import EXPERIMENTAL, must_agree, open_storage
 from skipsearch.search.worker import Params, Scored, Worker
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -48,33 +48,6 @@ def make_sampler(name: str, space: Space, seed: int, counted: int = 0) -> BaseSa
 def columns_of(trial: FrozenTrial) -> dict[str, Any]:
     """What a table shows of a trial."""
     return {name: value for name, value in trial.user_attrs.items() if name not in (STAGES, CHECK)}
-
-
-@tells_damage
-def check_study(url: str, name: str, identity: dict[str, str]) -> None:
-    """Open a storage before the work, and refuse a study of this name that was made with something else.
-
-    Args:
-        identity: what is known of it so far.
-
-    Raises:
-        StudyMismatch, ResultsError: see `Study`.
-    """
-    storage = open_storage(url)
-    if name in (study.study_name for study in storage.get_all_studies()):
-        with warnings.catch_warnings(action="ignore", category=EXPERIMENTAL):
-            known = kept(optuna.load_study(study_name=name, storage=storage), "identity")
-        if known is not None:
-            _must_agree(name, known, identity, identity.keys())
-
-
-def _must_agree(name: str, known: Mapping[str, str], identity: Mapping[str, str], keys: Iterable[str]) -> None:
-    if different := sorted(key for key in keys if known.get(key) != identity.get(key)):
-        field = different[0]
-        raise StudyMismatch(
-            f"study {name} was made with another {', '.join(different)} ({field}: {known.get(field)!r} then, "
-            f"{identity.get(field)!r} now); run with the old settings, or start a new study with --out or --study"
-        )
 
 
 class Study:
@@ -110,7 +83,7 @@ class Study:
             if self.study.metric_names is None:
                 self.study.set_metric_names(names)
         known = self.shared("identity", identity)
-        _must_agree(name, known, identity, known.keys() | identity.keys())
+        must_agree(name, known, identity, known.keys() | identity.keys())
         self.space = space.chosen_as(self.shared("space", space.choice()))
         bounds = self.space.bounds.items()
         self.distributions: dict[str, BaseDistribution] = {name: IntDistribution(*pair) for name, pair in bounds}
@@ -127,7 +100,7 @@ class Study:
         Of several workers that come at once, one is the first, and all get its value.
         """
         if self.known(name) is None:
-            set_once(self.study, name, sealed(value))
+            set_once(self.study, name, value)
         return self.known(name)
 
     def known(self, name: str) -> Any:
@@ -145,12 +118,25 @@ class Study:
     def plan_of(self, trial: FrozenTrial) -> DraftPlan:
         return self.space.plan(trial.params)
 
-    def enqueue(self, seeds: list[Seed]) -> None:
-        """Try seeds before the sampler's proposals. Seeds that are already in the study are not tried again.
+    def queue(self, seeds: Iterable[tuple[Params, str]]) -> None:
+        """Try seeds, as parameters with names, before the sampler's proposals.
 
-        Each worker has its own queue, and leaves out what another worker has added to the storage.
+        Each worker has its own queue, and leaves out what it or another worker has added to the storage.
         """
-        self._worker.queue += [(self.space.params(plan), label) for label, plan in seeds]
+        self._worker.queue += seeds
+
+    def enqueue(self, seeds: list[Seed]) -> None:
+        """`queue` of plans with names."""
+        self.queue((self.space.params(plan), label) for label, plan in seeds)
+
+    def replace(self, name: str, value: Any) -> None:
+        """Store a small value with the study in place of an earlier one."""
+        self.study.set_user_attr(name, sealed(value))
+
+    @property
+    def waited(self) -> float:
+        """Seconds for which the storage did not answer."""
+        return float(backend(self.study).patience.seconds)
 
     def stages(self) -> list[tuple[float, ...]]:
         """Stages of the scores so far, for another scorer."""
@@ -159,12 +145,15 @@ class Study:
     def optimize(
         self, scorer: Callable[[DraftPlan], Score], *, trials: int, time_budget: float | None,
         report: Callable[[int, float], None],
-    ) -> None:  # fmt: skip
+    ) -> int:  # fmt: skip
         """Run trials until `trials` are finished in the study, or `time_budget` seconds have passed.
 
         Args:
             scorer: gives the score of a plan.
-            report: called after each trial with the number of finished trials and the most tokens per second so far.
+            report: called with the number of finished trials, of all workers, and the most tokens per second so far.
+
+        Returns:
+            How many trials this process has finished.
         """
 
         def score(params: Params) -> Scored:
@@ -186,7 +175,7 @@ class Study:
         def after(done: Sequence[FrozenTrial]) -> None:
             report(len(done), max((t.user_attrs.get("tokens_per_second", 0.0) for t in done), default=0.0))
 
-        self._worker.run(score, trials=trials, seconds=time_budget, report=after)
+        return self._worker.run(score, trials=trials, seconds=time_budget, report=after)
 
     def _scored(self) -> list[FrozenTrial]:
         """Finished trials that were scored on the whole trace: not repeated plans, not aborted scores."""

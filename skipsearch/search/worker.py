@@ -25,10 +25,12 @@ from optuna.storages import BaseStorage, fail_stale_trials
 from optuna.storages._heartbeat import get_heartbeat_thread  # what `Study.optimize` uses; there is no public one
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from skipsearch.errors import StudyWarning
 from skipsearch.files import has_ended, this_process
+from skipsearch.search.attributes import never_beaten, set_attributes
 from skipsearch.search.integrity import CHECK, sum_of
 from skipsearch.search.sampler import TrustRegionSampler
-from skipsearch.search.storage import EXPERIMENTAL, GRACE, HEARTBEAT, never_beaten, set_attributes
+from skipsearch.search.storage import EXPERIMENTAL, GRACE, HEARTBEAT
 
 LOST, DRAWS = 3, 1000  # claims lost in a row, behind which plans are drawn at random; how often
 POLL = 0.2  # seconds between two looks at what other workers do
@@ -63,18 +65,26 @@ class Worker:
     def run(
         self, score: Callable[[Params], Scored], *, trials: int, seconds: float | None,
         report: Callable[[Sequence[FrozenTrial]], None],
-    ) -> None:  # fmt: skip
+    ) -> int:  # fmt: skip
         """Run trials until `trials` are finished, all plans were tried, or the seconds have passed.
 
         Args:
             score: the values and attributes of parameters.
-            report: called with the finished trials after each trial of this worker.
+            report: called with the finished trials whenever there are more, of this worker or others.
+
+        Returns:
+            How many trials this worker has finished.
         """
-        end = time.monotonic() + (seconds if seconds is not None else math.inf)
-        while time.monotonic() < end:
+        end, own, told = time.monotonic() + (seconds if seconds is not None else math.inf), 0, 0
+        while True:
             self._fail_dead()
             now = self.study.get_trials(deepcopy=False)
             done = _of(now, TrialState.COMPLETE)
+            if len(done) > told:
+                told = len(done)
+                report(done)
+            if time.monotonic() >= end:
+                break
             if len(done) >= trials or len({_key(t) for t in done}) >= self.size:
                 break
             running = _of(now, TrialState.RUNNING)
@@ -87,7 +97,8 @@ class Worker:
                 continue
             self._lost = 0
             self._score(trial, score)
-            report(_of(self.study.get_trials(deepcopy=False), TrialState.COMPLETE))
+            own += 1
+        return own
 
     def _claim(self, now: Sequence[FrozenTrial], trials: int) -> optuna.Trial | None:
         """A running trial of our own; None if another worker was faster."""
@@ -148,7 +159,14 @@ class Worker:
             self.study.tell(trial, values)
         except (UpdateFinishedTrialError, ValueError):  # taken for dead: this process was paused
             others = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING))
-            if tuple(sorted(trial.params.items())) not in {_key(t) for t in others}:
+            if any(t.number == trial.number for t in others):  # it was written when the server was lost
+                return
+            again = tuple(sorted(trial.params.items())) in {_key(t) for t in others}
+            _tell(
+                f"trial {trial.number} was given up by another worker while this process stood still; its result is "
+                f"{'not needed, the plan was tried again' if again else 'kept'}"
+            )
+            if not again:
                 self.study.add_trial(
                     create_trial(
                         values=list(values), params=trial.params, distributions=self.distributions,
@@ -169,15 +187,23 @@ class Worker:
                 self._fail(trial._trial_id)
         with suppress(UpdateFinishedTrialError), warnings.catch_warnings(action="ignore", category=EXPERIMENTAL):
             fail_stale_trials(self.study)
-        running = {t.number for t in before}
+        running, given_up = {t.number for t in before}, list[str]()
         for t in reversed(self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,))):
             # At first all, of runs that have ended; then those that this worker or another has just given up.
             if (begin or t.number in running) and t.params.keys() == self.distributions.keys():
                 self.queue.appendleft((t.params, t.user_attrs.get("seed", "")))
+                given_up.append(str(t.number))
+        if given_up and not begin:
+            which = f"trial {given_up[0]}" if len(given_up) == 1 else f"trials {', '.join(reversed(given_up))}"
+            _tell(f"nothing is heard of the worker of {which}; tried again")
 
     def _fail(self, trial_id: int) -> None:
         with suppress(UpdateFinishedTrialError):
             self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
+
+
+def _tell(what: str) -> None:
+    warnings.warn(what, StudyWarning, stacklevel=2)
 
 
 def _of(trials: Sequence[FrozenTrial], *states: TrialState) -> list[FrozenTrial]:

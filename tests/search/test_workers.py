@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from skipsearch import DraftPlan, SkipMask
-from skipsearch.errors import StudyMismatch
+from skipsearch.errors import StudyMismatch, StudyWarning
 from skipsearch.evaluate.objective import Score
 from skipsearch.files import has_ended, this_process
 from skipsearch.model.space import Space
 from skipsearch.policy import DraftPolicy
 from skipsearch.search import storage as storages
 from skipsearch.search import worker as workers
+from skipsearch.search.attributes import backend, set_once
 from skipsearch.search.integrity import CHECK, sum_of
 from skipsearch.search.storage import storage_url
 from skipsearch.search.study import Study
@@ -45,6 +47,7 @@ def work(url: str, trials: int, go: Any, number: int, told: Any) -> None:
     study = opened(url)
     told.put((number, study.shared("costs", {"made by": number})["made by"]))
     study.enqueue([(str(layer), DraftPlan(SkipMask(mlp=[layer], num_layers=6))) for layer in range(4)])
+    warnings.simplefilter("ignore", StudyWarning)  # of dead and paused workers
     study.optimize(slow_scorer, trials=trials, time_budget=None, report=lambda *_: None)
 
 
@@ -67,7 +70,7 @@ def assert_whole(url: str, trials: int) -> None:
     finished = study.finished()
     assert len(finished) == trials and len({study.plan_of(t) for t in finished}) == trials
     states = {t.state.name for t in study.study.get_trials(deepcopy=False)}
-    storages._engine(study.study).dispose()
+    backend(study.study).engine.dispose()
     assert states <= {"COMPLETE", "FAIL"}, states
 
 
@@ -130,12 +133,13 @@ def test_a_paused_worker_is_taken_for_dead_and_goes_on(tmp_path: Path, monkeypat
 def test_the_first_identity_holds(tmp_path: Path) -> None:
     """Prevents a second worker of another model from overwriting what the study was made with."""
     first = opened(storage_url(tmp_path))
-    storages.set_once(first.study, "identity", {"model": "xyz"})
+    set_once(first.study, "identity", {"model": "xyz"})
     assert first.known("identity")["model"] == "abc"
     with pytest.raises(StudyMismatch, match="another model"):
         Study(storage_url(tmp_path), "search", SPACE, {"model": "xyz"}, "trust-region", seed=0)
 
 
+@pytest.mark.filterwarnings("ignore::skipsearch.errors.StudyWarning")
 def test_a_result_that_comes_after_its_trial_was_failed_is_kept_once(tmp_path: Path) -> None:
     """Prevents: a finished score is thrown away, or stands in the study twice, because others gave its worker up."""
     study, calls = opened(storage_url(tmp_path)), []
@@ -161,6 +165,7 @@ def test_a_result_that_comes_after_its_trial_was_failed_is_kept_once(tmp_path: P
     assert by_plan[calls[0]].user_attrs["fidelity"] == "whole" and by_plan[calls[1]].value == 1.0
 
 
+@pytest.mark.filterwarnings("ignore::skipsearch.errors.StudyWarning")
 def test_a_worker_that_never_told_that_it_lives_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents: all wait for ever for a trial whose worker, on another host, was killed before its first heartbeat."""
     monkeypatch.setattr(workers, "HEARTBEAT", 0.1)

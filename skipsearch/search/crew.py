@@ -20,7 +20,7 @@ PATIENCE = 20.0  # seconds in which a worker must end when it is told to
 
 
 @contextmanager
-def crew(count: int, loaded: Loaded, url: str, study: str, folder: Path) -> Iterator[None]:
+def crew(count: int, loaded: Loaded, url: str, study: str, folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Run `count - 1` workers beside this process, which is one too; they end with the block.
 
     Each has its share of the processor, or a GPU of its own where there are several; its output is in
@@ -30,13 +30,13 @@ def crew(count: int, loaded: Loaded, url: str, study: str, folder: Path) -> Iter
         SkipsearchError: other processes cannot load the model.
     """
     if count < 2:
-        yield
+        yield []
         return
     threads, share = torch.get_num_threads(), max(1, (os.cpu_count() or 1) // count)
     processes = [_start(number, share, loaded, url, study, folder) for number in range(1, count)]
     try:
         torch.set_num_threads(min(threads, share))
-        yield
+        yield processes
     finally:
         torch.set_num_threads(threads)
         ended = [process.poll() for process in processes]

@@ -78,10 +78,14 @@ class TrustRegionSampler(BaseSampler):
     ) -> dict[str, Any]:
         return self.propose(study.get_trials(deepcopy=False)) if search_space else {}
 
-    def propose(self, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
-        """The parameters of the next trial, from all trials so far."""
+    def propose(self, trials: Sequence[FrozenTrial], salt: Sequence[int] = ()) -> dict[str, Any]:
+        """The parameters of the next trial, from all trials so far.
+
+        Args:
+            salt: numbers with which workers that propose at the same moment propose different plans.
+        """
         # Trials that failed do not count: an interrupted search proposes what an undisturbed one does.
-        rng = np.random.default_rng((self.seed, sum(t.state != TrialState.FAIL for t in trials)))
+        rng = np.random.default_rng((self.seed, sum(t.state != TrialState.FAIL for t in trials), *salt))
         done = [t for t in trials if t.state == TrialState.COMPLETE and t.params.keys() >= set(self.names)]
         started = [t for t in trials if not t.state.is_finished() and t.params.keys() >= set(self.names)]
         x_ND, started_ND = self._points(done), self._points(started)

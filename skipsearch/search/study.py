@@ -32,11 +32,11 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 STAGES = "stages"  # the user attribute of a trial: the stages of its score
 
 
-def make_sampler(name: str, space: Space, seed: int, counted: int = 0) -> BaseSampler:
+def make_sampler(name: str, space: Space, seed: int, counted: int = 0, salt: Sequence[int] = ()) -> BaseSampler:
     """One of `options.SAMPLERS`, for the trial behind so many: an interrupted study goes on as if it had not been."""
     if name == "trust-region":  # counts by itself
         return TrustRegionSampler(space.bounds, seed)
-    seed = int(np.random.SeedSequence((seed, counted)).generate_state(1)[0])
+    seed = int(np.random.SeedSequence((seed, counted, *salt)).generate_state(1)[0])
     with warnings.catch_warnings(action="ignore", category=EXPERIMENTAL):
         if name == "gp":  # its first points are the seeds: random masks, with half of the bits set, are useless
             return GPSampler(seed=seed, deterministic_objective=True, n_startup_trials=4)
@@ -89,7 +89,7 @@ class Study:
         self.distributions: dict[str, BaseDistribution] = {name: IntDistribution(*pair) for name, pair in bounds}
         self._worker = Worker(
             self.study, self.distributions, self.space.size,
-            lambda counted: make_sampler(sampler, self.space, seed, counted),
+            lambda counted, salt: make_sampler(sampler, self.space, seed, counted, salt),
         )  # fmt: skip
         check_trials(self.study, self.space.bounds)
         self.memo: dict[DraftPlan, tuple[float, ...]] = {self.plan_of(t): tuple(t.values) for t in self.finished()}

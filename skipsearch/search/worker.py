@@ -9,6 +9,7 @@ stopped, or at once where its process is known to be gone, and try its plan agai
 from __future__ import annotations
 
 import math
+import os
 import random
 import time
 import warnings
@@ -48,12 +49,12 @@ class Worker:
         study: of Optuna, with its sampler.
         distributions: of all parameters.
         size: how many different sets of parameters there are.
-        sampler: makes the sampler for the trial behind so many.
+        sampler: makes the sampler for the trial behind so many; further numbers make it another one.
     """
 
     def __init__(
         self, study: optuna.Study, distributions: dict[str, BaseDistribution], size: int,
-        sampler: Callable[[int], BaseSampler],
+        sampler: Callable[[int, Sequence[int]], BaseSampler],
     ) -> None:  # fmt: skip
         self.study, self.distributions, self.size, self.sampler = study, distributions, size, sampler
         self.queue: deque[tuple[Params, str]] = deque()
@@ -125,14 +126,19 @@ class Worker:
         """A seed's parameters and name, or those of our sampler; None where Optuna's sampler must be asked."""
         known_trials = _of(now, TrialState.COMPLETE, TrialState.RUNNING)
         known = {_key(t) for t in known_trials}
+        # The first choice is the same for all workers, so that it does not depend on how many there are. Who was not
+        # the first to claim it chooses otherwise than the rest.
+        salt = (os.getpid(), self._lost) if self._lost else ()
+        if salt:
+            self.queue.rotate(random.Random(sum(salt)).randrange(len(self.queue) + 1))
         while self.queue:
             params, label = self.queue.popleft()
             if tuple(sorted(params.items())) not in known:
                 return params, label
         if self._lost >= LOST:
             return self._untried(known), ""
-        sampler = self.study.sampler = self.sampler(len(known_trials))
-        return (sampler.propose(now), "") if isinstance(sampler, TrustRegionSampler) else (None, "")
+        sampler = self.study.sampler = self.sampler(len(known_trials), salt)
+        return (sampler.propose(now, salt), "") if isinstance(sampler, TrustRegionSampler) else (None, "")
 
     def _untried(self, known: set[Key]) -> Params:
         """Random parameters that nobody has begun, if some draws find any: samplers may repeat themselves."""

@@ -38,6 +38,7 @@ COMMANDS = {
     "bench": f"{MODEL} mask prompts per_group arm hf new_tokens rounds temperature backend seed out",
     "doctor": f"{MODEL} calibrate backend seed",
     "show": "mask",
+    "report": "results out",
     "import": "source layers to key model_id",
     "models": "families",
     "dashboard": "results storage host port",

@@ -104,8 +104,8 @@ class OurArm:
         synchronize(target.device)
         seconds = time.perf_counter() - start
         return Run(
-            seconds=seconds, tokens=len(ids) - 1, prefill=start - begin, ids=tuple(ids), stats=replace(stats, trail=None),
-            marks=trail.marks, rejected=tuple(trail.rejected),
+            seconds=seconds, tokens=len(ids) - 1, prefill=start - begin, ids=tuple(ids), marks=trail.marks,
+            rejected=tuple(trail.rejected), stats=replace(stats, trail=None),
         )  # fmt: skip
 
 

@@ -39,7 +39,8 @@ from skipsearch.search.budget import LESS, Budget
 from skipsearch.search.export import mask_file, validated
 from skipsearch.search.options import SearchOptions
 from skipsearch.search.prepare import STUDY, Prepared, early_identity, prepare
-from skipsearch.search.result import SearchResult, summary
+from skipsearch.search.publish import publish
+from skipsearch.search.result import SearchResult
 from skipsearch.search.seeds import Seed, all_seeds
 from skipsearch.search.sensitivity import TOGETHER, sensitivity_or_load
 from skipsearch.search.storage import storage_faults, storage_url
@@ -116,7 +117,7 @@ def _search(
         scored_tokens=prepared.trace.tokens, front=study.front(), trials=len(study.finished()), seconds=budget.spent,
         cut_short=_cut_short(prepared, study, options, measured), used_up=study.used_up,
     )  # fmt: skip
-    write_json(folder / "summary.json", summary(result))
+    publish(result, study, loaded.tokenizer, prepared.prompts.held_out)
     return result
 
 

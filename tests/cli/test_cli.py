@@ -15,7 +15,7 @@ from skipsearch.mask import SkipMask
 from skipsearch.maskfile import MaskFile, ModelCard, load_mask
 
 runner = CliRunner()
-COMMANDS = ["run", "generate", "validate", "show", "import", "models", "dashboard", "doctor"]
+COMMANDS = ["run", "generate", "validate", "show", "report", "import", "models", "dashboard", "doctor"]
 
 
 @pytest.fixture

@@ -84,20 +84,26 @@ def _read(folder: Path, name: str) -> Any:
 
 def _section(folder: Path, file: MaskFile, summary: Any, title: str, lacks: list[str]) -> str:
     """One section; the name of a file that it could not show is added to `lacks`."""
-    (name, second, draw), more, note = SECTIONS[title], None, ""
+    (name, second, draw), body, why = SECTIONS[title], "", ""
     try:
-        try:
-            more = _read(folder, second) if second else None
-        except FAULTS as error:
-            note = f'<p class="lacks">{escape(str(error))}</p>'
-            lacks += [second] * (second not in lacks)
-        body = draw(file, summary if name == MASK else _read(folder, name), more) + note
+        data = summary if name == MASK else _read(folder, name)
+        if second:
+            try:
+                body = draw(file, data, _read(folder, second))
+            except FAULTS as error:
+                why = _why(second, error)
+        body = body or draw(file, data, None)
     except FAULTS as error:
-        ours = isinstance(error, ResultsError)
-        why = str(error) if ours else f"{name} holds what this version cannot show ({first_line(error)})."
-        body = f'<p class="lacks">{escape(why)}</p>'
-        lacks += [name] * (name not in lacks)
+        why, second = _why(name, error), name
+    if why:
+        body += f'<p class="lacks">{escape(why)}</p>'
+        lacks += [second] * (second not in lacks)
     return f'<section class="{"wide" if title in WIDE else ""}"><h2>{title}</h2>{body}</section>\n'
+
+
+def _why(name: str, error: Exception) -> str:
+    ours = isinstance(error, ResultsError)
+    return str(error) if ours else f"{name} holds what this version cannot show ({first_line(error)})."
 
 
 def _lead(file: MaskFile, summary: Any, mask: Path) -> str:

@@ -128,7 +128,7 @@ def seconds(_file: MaskFile, data: Any, _more: Any) -> str:
         for name, value in spent.items()
     )
     cut = "".join(_soft(f"Cut short: {why}") for why in data["cut_short"])
-    return f"<table>{''.join(rows)}</table>{_soft(f'{sum(spent.values()):.0f} s in all')}{cut}"
+    return f"<table>{''.join(rows)}</table>{_soft(f'{sum(spent.values()):.0f} s in all, of the last call')}{cut}"
 
 
 def prompts(_file: MaskFile, data: Any, texts: Any) -> str:
@@ -210,7 +210,9 @@ def _seconds_a_token(runs: Any) -> float:
 
 
 def _marked(mark: str, words: str) -> str:
-    return f"<del>{escape(words)}</del>" if mark == "x" else f'<span class="{escape(mark)}">{escape(words)}</span>'
+    if mark == "x":  # what was rejected breaks no lines
+        return f"<del>{escape(words.replace(chr(10), '↵'))}</del>"
+    return f'<span class="{escape(mark)}">{escape(words)}</span>'
 
 
 def _text(found: Any) -> str:
@@ -218,4 +220,4 @@ def _text(found: Any) -> str:
     kinds = ["x" if mark.isupper() else mark for mark in found["marks"]]
     pairs = groupby(zip(kinds, found["pieces"], strict=True), lambda pair: pair[0])
     marked = (_marked(mark, "".join(piece for _, piece in pieces)) for mark, pieces in pairs)
-    return f'<p class="text">{escape(found["prompt"])}{"".join(marked)}</p>'
+    return f'<p class="text"><span class="soft">{escape(found["prompt"])}</span>{"".join(marked)}</p>'

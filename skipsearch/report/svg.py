@@ -11,8 +11,8 @@ from html import escape
 
 from skipsearch.mask import KINDS, Sublayer
 
-W = 420
-LEFT, TOP, BOTTOM = 62, 14, 36  # room for labels
+W = 360
+LEFT, TOP, BOTTOM = 58, 14, 36  # room for labels
 A_ROW = 24  # the most layers side by side
 CELL = 22
 Point = tuple[float, float, str]  # x, y, and what it is
@@ -127,7 +127,7 @@ def scatter_svg(
 
 def intervals_svg(title: str, what: str, rows: Sequence[tuple[str, float, float, float]]) -> str:
     """A mark with its interval for each row (name, value, low, high), on a logarithmic axis; dashed at 1."""
-    axis = _Axis([max(value, 0.05) for row in rows for value in row[1:]] + [0.8, 1.25], 118, W - 8, log=True)
+    axis = _Axis([max(value, 0.05) for row in rows for value in row[1:]] + [0.8, 1.25], 106, W - 8, log=True)
     height, body = 30 * len(rows) + 34, list[str]()
     for value in axis.ticks():
         body += [_rect(axis.at(value), 4, 0.5, height - 28, "grid")]

@@ -18,14 +18,15 @@ from skipsearch.search.verdict import next_step, times, verdict_line
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-GOOD = 0.97  # of the best predicted speed-up
+GOOD = 5  # the least of trials that a picture of good ones needs; it takes the best quarter
 DOES = {"skipped": ("skip",), "quantised": ("int8", "int4")}
+KEPT = "\n\n---\n*skipsearch writes what is above this line at the end of a run, and keeps what is below.*"
 BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart by all eyes
 
 
 def show_in_dashboard(study: Study, result: SearchResult) -> None:
-    """Save the pictures and the note with the study; those of an earlier run are replaced."""
-    from optuna_dashboard import save_note, save_plotly_graph_object
+    """Save the pictures and the note with the study; those of an earlier run are replaced, what a user wrote is not."""
+    from optuna_dashboard import get_note, save_note, save_plotly_graph_object
 
     pictures = {
         "best-plan": plan_picture(study, result.plan), "speedup-against-trials": search_history(result.folder),
@@ -35,7 +36,8 @@ def show_in_dashboard(study: Study, result: SearchResult) -> None:
         for name, picture in pictures.items():
             picture.update_layout(template="none", title_font_size=15)  # a template would be most of what is stored
             save_plotly_graph_object(study.study, picture, graph_object_id=name)
-        save_note(study.study, note(result))
+        before, found, users = get_note(study.study).partition(KEPT)
+        save_note(study.study, f"{note(result)}{KEPT}\n\n{(users if found else before).strip()}")
 
 
 def note(result: SearchResult) -> str:
@@ -56,18 +58,17 @@ def plan_picture(study: Study, best: DraftPlan) -> go.Figure:
     """How often good trials skip or quantise each sublayer, and marks where the best plan does."""
     import plotly.graph_objects as go
 
-    trials = [t for t in study.finished() if t.user_attrs.get("fidelity") == "whole"]
-    least = GOOD * max((t.user_attrs["speedup_predicted"] for t in trials), default=0.0)
-    good = [study.plan_of(t) for t in trials if t.user_attrs["speedup_predicted"] >= least] or [best]
+    plans = [plan for plan, _ in study.best(len(study.finished()))]
+    good = plans[: max(GOOD, len(plans) // 4)]
     layers = list(range(best.num_layers))
     rows = [(kind, does) for kind in KINDS for does in DOES]
     names = {row: " ".join(row) for row in rows}
     shares = [[sum(plan.form(k, i) in DOES[does] for plan in good) / len(good) for i in layers] for k, does in rows]
-    title = f"the best plan over the {len(good)} trials within {1 - GOOD:.0%} of the best prediction"
-    figure = go.Figure(layout={"title": title, "xaxis_title": "layer", "legend": {"orientation": "h", "y": -0.2}})
+    title = f"the best plan over the {len(good)} best of {len(plans)} plans"
+    figure = go.Figure(layout={"title": title, "xaxis_title": "layer", "legend": {"orientation": "h", "y": -0.3}})
     figure.add_heatmap(
         x=layers, y=list(names.values()), z=shares, zmin=0, zmax=1, xgap=1, ygap=1, colorscale="Blues",
-        colorbar={"tickformat": ".0%", "title": "of trials"},
+        colorbar={"tickformat": ".0%", "title": "of plans"},
     )  # fmt: skip
     for does, symbol in zip(DOES, ("x", "circle-open"), strict=True):
         at = [(i, names[k, does]) for k in KINDS for i in layers if best.form(k, i) in DOES[does]]

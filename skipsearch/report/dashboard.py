@@ -53,15 +53,18 @@ def serve(results: Path | None, storage: str | None, host: str, port: int, annou
         announce: prints the address.
 
     Raises:
-        ResultsError: there is no such study, or the port is taken.
+        ResultsError: there is no such study, its server cannot be reached, or the port is taken.
     """
     url = storage or find_storage(results)
     if url.startswith(SQLITE):
         _check_database(Path(url.removeprefix(SQLITE)))
     from optuna_dashboard import run_server
 
+    from skipsearch.search.storage import storage_faults
+
     announce(f"optuna-dashboard on http://{host}:{port}/ for {url} (stop with Ctrl-C)")
-    try:
-        run_server(url, host=host, port=port)
-    except OSError as error:
-        raise ResultsError(f"port {port} cannot be opened ({error.strerror}); choose another with --port") from error
+    with storage_faults(url):
+        try:
+            run_server(url, host=host, port=port)
+        except OSError as error:
+            raise ResultsError(f"port {port} cannot be opened ({error.strerror}); choose another with --port") from error

@@ -57,6 +57,7 @@ def run(
     loading = time.monotonic() - begin
     if options.time_budget is not None:
         options = replace(options, time_budget=max(1.0, options.time_budget - loading))
+    from skipsearch.errors import SkipsearchError
     from skipsearch.files import read_checked
     from skipsearch.report.cells import draw_plan, draw_sensitivity
     from skipsearch.report.page import write_report
@@ -72,7 +73,10 @@ def run(
     data = summary(result)
     fronts = [front_table(result.front, result.file.provenance.trial)] if pareto else []
     chat = chat and bool(loaded.tokenizer.chat_template)
-    page = write_report(result.folder)["report"]
+    try:
+        page = data["files"]["report.html"] = write_report(result.folder)["report"]
+    except SkipsearchError as error:  # the results are told all the same
+        page = f"not written: {error}"
     verdict, mask = data["evidence"]["verdict"], result.folder / "mask.json"
     then = next_step(verdict, model, mask, cut_short=bool(data["cut_short"]), chat=chat)
     cells = draw_plan(result.plan)

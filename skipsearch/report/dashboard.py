@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from skipsearch.errors import ResultsError
+from skipsearch.errors import ResultsError, first_line
 
 SQLITE = "sqlite:///"
 
@@ -66,5 +66,8 @@ def serve(results: Path | None, storage: str | None, host: str, port: int, annou
     with storage_faults(url):
         try:
             run_server(url, host=host, port=port)
+        except ImportError as error:
+            raise ResultsError(f"the storage's driver is missing ({first_line(error)}); install it") from error
         except OSError as error:
-            raise ResultsError(f"port {port} cannot be opened ({error.strerror}); choose another with --port") from error
+            why = error.strerror
+            raise ResultsError(f"port {port} cannot be opened ({why}); choose another with --port") from error

@@ -148,8 +148,7 @@ def prompts(_file: MaskFile, data: Any, texts: Any) -> str:
         drafted, accepted = (sum(block[place] * block[2] for block in blocks) for place in (0, 1))
         share = f"{accepted / drafted:.0%} accepted" if drafted else "nothing drafted"
         head, text = f"<b>{i + 1}: {speed[arm]:.2f}x</b>{_bar(speed[arm] / most)} {share}", ""
-        if i < len(texts["prompts"]):
-            found = texts["prompts"][i]
+        if found := (texts["prompts"][i : i + 1] or [None])[0]:
             begin = " ".join(found["prompt"].split())[:60]
             head, text = f"{head} <span class='soft'>{escape(begin)}</span>", _text(found)
         others = ", ".join(f"{name} {value:.2f}x" for name, value in speed.items())

@@ -43,14 +43,17 @@ def publish(result: SearchResult, study: Study, tokenizer: PreTrainedTokenizerBa
 def write_texts(folder: Path, file: MaskFile, tokenizer: PreTrainedTokenizerBase, held_out: Sequence[Ids]) -> None:
     """Write what the arm that `file` serves decoded from each prompt, as pieces of text.
 
-    texts.json: "arm", and for each prompt its text, "marks" (see `Trail`) and "pieces", one for each mark.
+    texts.json: "arm", and for each prompt its text, "marks" (see `Trail`) and "pieces", one for each mark; nothing for
+    a prompt that was not decoded, or by an earlier version.
     """
     measured = read_checked(folder / "validation.json", lambda data: data["measured"]) or {}
     arm = NGRAMS if file.drafting_plan is None else arm_of(file.plan)
     arm = SERVED if file.draft.ngram and SERVED in measured and arm != NGRAMS else arm
-    found = []
+    found: list[dict[str, Any]] = []
     for prompt, runs in zip(held_out, measured.get(arm, ()), strict=False):
-        if runs and runs[-1].get("marks"):
+        if not runs or not runs[-1].get("marks"):
+            found.append({})
+        else:
             pieces = list(_pieces(tokenizer, prompt, runs[-1]))
             text = tokenizer.decode(prompt, clean_up_tokenization_spaces=False)
             found.append({"prompt": text, "marks": runs[-1]["marks"], "pieces": pieces})

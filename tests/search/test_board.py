@@ -119,7 +119,8 @@ def test_texts_are_those_of_the_arm_that_serves(tokenizer: PreTrainedTokenizerBa
     write_checked(tmp_path / "validation.json", {"measured": {"plain": [[run], []], "mask": [[run], []]}})
     write_texts(tmp_path, MaskFile.of(BEST, model=ModelCard(num_layers=4)), tokenizer, [prompt, prompt])
     data = json.loads((tmp_path / "texts.json").read_text())
-    (found,) = data["prompts"]
+    found, none = data["prompts"]  # the second prompt was not decoded
+    assert none == {}
     assert data["arm"] == "mask" and len(found["pieces"]) == len(found["marks"]) == len(said) + 2
     own = [piece for piece, mark in zip(found["pieces"], marks, strict=True) if mark.islower()]
     assert found["prompt"] + "".join(own) == tokenizer.decode([*prompt, *said])

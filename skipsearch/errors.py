@@ -60,19 +60,23 @@ class BackendError(SkipsearchError):
     """A backend does not support this model or this machine."""
 
 
-class BackendWarning(UserWarning):
-    """Decoding is eager, or its backend is not the one that the mask was tuned for. The CLI prints one line."""
+class SkipsearchWarning(UserWarning):
+    """Base class of our warnings, of which the CLI prints one line; itself: something beside the results failed."""
 
 
-class DecodingWarning(UserWarning):
+class BackendWarning(SkipsearchWarning):
+    """Decoding is eager, or its backend is not the one that the mask was tuned for."""
+
+
+class DecodingWarning(SkipsearchWarning):
     """Something that the model's generation config asks for is not applied."""
 
 
-class StudyWarning(UserWarning):
-    """Something happened to a study's storage or workers; nothing is lost. The CLI prints one line."""
+class StudyWarning(SkipsearchWarning):
+    """Something happened to a study's storage or workers; nothing is lost."""
 
 
-class PromptWarning(UserWarning):
+class PromptWarning(SkipsearchWarning):
     """Some rows of a prompt source were left out, or taken in another way than the others."""
 
 

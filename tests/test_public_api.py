@@ -31,13 +31,15 @@ MODEL = "model dtype device revision trust_remote_code"
 PROMPTS = "prompts prompt_column prompt_config prompt_split chat num_prompts num_held_out prompt_tokens new_tokens"
 COMMANDS = {
     "run": f"{MODEL} {PROMPTS} trials time_budget sampler pareto space context temperature memory rounds seed backend "
-    "out storage study",
+    "out storage study workers",
+    "worker": f"{MODEL} storage study time_budget memory",
     "generate": f"{MODEL} mask on_the_fly decoding beam_width threshold draft_model share save prompt chat "
     "max_new_tokens temperature top_k top_p compare backend seed",
     "validate": f"mask {MODEL} {PROMPTS} rounds seed backend temperature context write audit",
     "bench": f"{MODEL} mask prompts per_group arm hf new_tokens rounds temperature backend seed out",
     "doctor": f"{MODEL} calibrate backend seed",
     "show": "mask",
+    "report": "results out",
     "import": "source layers to key model_id",
     "models": "families",
     "dashboard": "results storage host port",

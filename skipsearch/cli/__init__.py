@@ -20,14 +20,7 @@ from rich.markup import escape
 from skipsearch.cli import run, worker, generate, measure, files  # isort: skip  # noqa: F401 (the order of --help)
 from skipsearch.cli.options import app, err
 from skipsearch.cli.terminal import plain_where_needed
-from skipsearch.errors import (
-    BackendWarning,
-    DecodingWarning,
-    PromptWarning,
-    SkipsearchError,
-    StudyWarning,
-    enough_memory,
-)
+from skipsearch.errors import SkipsearchError, SkipsearchWarning, enough_memory
 
 _interruptions: list[float] = []  # when Ctrl-C was pressed
 
@@ -38,8 +31,7 @@ def main() -> None:
     plain_where_needed()
     if not debug:
         warnings.filterwarnings("ignore")
-        for category in (BackendWarning, DecodingWarning, PromptWarning, StudyWarning):
-            warnings.filterwarnings("once", category=category)
+        warnings.filterwarnings("once", category=SkipsearchWarning)
         warnings.showwarning = lambda message, *_, **__: err.print(f"note: {message}", markup=False, soft_wrap=True)
         logging.getLogger("transformers").setLevel(logging.ERROR)
         os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # our own error reports the same

@@ -1,4 +1,4 @@
-"""Commands about files and presets: show, import, models, dashboard."""
+"""Commands about files and presets: show, report, import, models, dashboard."""
 
 from __future__ import annotations
 
@@ -20,6 +20,20 @@ def show(
 
     file = load_mask(mask)
     opt.print_result(file.model_dump(mode="json"), as_json, mask_table(file))
+
+
+@opt.app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="a results folder, as `skipsearch run` leaves it")],
+    out: Annotated[Path | None, typer.Option(help="file to write (default: report.html in the folder)")] = None,
+    as_json: opt.Json = False, debug: opt.Debug = False,
+) -> None:  # fmt: skip
+    """Write what a run found as one HTML page that needs no network."""
+    from skipsearch.report.page import write_report
+
+    data = write_report(results, out)
+    lacking = f"; it says what is missing: {', '.join(data['lacks'])}" if data["lacks"] else ""
+    opt.print_result(data, as_json, f"written to {data['report']}{lacking}")
 
 
 @opt.app.command("import")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -63,12 +63,15 @@ def run(
     loading = time.monotonic() - begin
     if options.time_budget is not None:
         options = replace(options, time_budget=max(1.0, options.time_budget - loading))
+    from skipsearch.errors import SkipsearchError
     from skipsearch.files import read_checked
     from skipsearch.report.cells import draw_plan, draw_sensitivity
-    from skipsearch.report.summary import summary_table, verdict_line
+    from skipsearch.report.page import write_report
+    from skipsearch.report.summary import summary_table
     from skipsearch.report.tables import front_table
     from skipsearch.search.result import summary
     from skipsearch.search.run import search
+    from skipsearch.search.verdict import next_step, verdict_line
 
     with stages(opt.err, quiet=as_json) as progress:
         result = search(loaded, out=folder, options=options, progress=progress.stage, report=progress.best)
@@ -76,19 +79,18 @@ def run(
     data = summary(result)
     fronts = [front_table(result.front, result.file.provenance.trial)] if pareto else []
     chat = chat and bool(loaded.tokenizer.chat_template)
-    next_step = f"\nNext: {_next_step(model, result.folder, data, chat)}"
+    try:
+        page = data["files"]["report.html"] = write_report(result.folder)["report"]
+    except SkipsearchError as error:  # the results are told all the same
+        page = f"not written: {error}"
+    verdict, mask = data["evidence"]["verdict"], result.folder / "mask.json"
+    then = next_step(verdict, model, mask, cut_short=bool(data["cut_short"]), chat=chat)
     cells = draw_plan(result.plan)
     layers = result.mask.num_layers
     drawn = read_checked(result.folder / "sensitivity.json", lambda data: draw_sensitivity(data["loss"], layers))
     if drawn is not None:  # None: of a study that was finished elsewhere
         cells.append("\n").append_text(drawn)
-    opt.print_result(data, as_json, verdict_line(data), *fronts, summary_table(data), cells, next_step)
+    opt.print_result(
+        data, as_json, verdict_line(data), *fronts, summary_table(data), cells, f"\nReport: {page}", f"Next: {then}"
+    )
     raise typer.Exit(0 if result.file.evidence and result.file.evidence.verdict == "use" else 1)
-
-
-def _next_step(model: str, folder: Path, data: dict[str, Any], chat: bool) -> str:
-    if data["evidence"]["verdict"] != "use":
-        more = "a longer --time-budget" if data["cut_short"] else "more --trials"
-        return f"try {more}, other --prompts, or a model that tolerates skipping"
-    prompt = "What is a hash table?" if chat else "def read_config(path):"
-    return f"skipsearch generate --model {model} --mask {folder / 'mask.json'} --prompt '{prompt}'"

@@ -48,7 +48,7 @@ class Ending:
 
 def cut_block(block: Block, tokens: int) -> Block:
     """The block's first tokens alone."""
-    return replace(block, tokens=block.tokens[:tokens], accepted=min(block.accepted, tokens))
+    return replace(block, tokens=block.tokens[:tokens], accepted=min(block.accepted, tokens), rejected=())
 
 
 def decode(
@@ -89,6 +89,8 @@ def decode(
             if prefilled:
                 stats.count(block.drafted, block.accepted, draft.parts)
             stats.committed += len(block.tokens)
+            if stats.trail is not None:
+                stats.trail.add(block, draft.parts)
             yield block
             if tuner is not None and drafter is not None:
                 tuner.after(drafter, draft, block, bool(ended))

@@ -158,7 +158,7 @@ class Sequences(Batch):
             blocks.append(
                 Block(
                     row=self.rows[b], tokens=[*tokens[:n], bonus], drafted=drafted[b], accepted=n,
-                    _place=b, _logits_BKV=logits_BKV, _scores_BKV=scores_BKV,
+                    rejected=tokens[n : drafted[b]], _place=b, _logits_BKV=logits_BKV, _scores_BKV=scores_BKV,
                 )
             )  # fmt: skip
         if rows == 1:
@@ -171,7 +171,7 @@ class Sequences(Batch):
         """Greedy acceptance for one row: a single wait for the device, and no kernels for a handful of numbers."""
         first = self.lengths[0]
         likeliest_K = logits_BKV[0].argmax(-1) if top_2K is None else top_2K[0].long()
-        target, n = likeliest_K.tolist() if not drafted else [], 0
+        target, draft, n = likeliest_K.tolist() if not drafted else [], list[int](), 0
         if drafted:
             both = torch.cat([likeliest_K, self.ids[0, first : first + drafted]]).tolist()
             target, draft = both[: drafted + 1], both[drafted + 1 :]
@@ -179,8 +179,8 @@ class Sequences(Batch):
         self._commit(0, n)
         self.ids[0, first + n] = likeliest_K[n]
         return Block(
-            row=self.rows[0], tokens=target[: n + 1], drafted=drafted, accepted=n, _place=0, _logits_BKV=logits_BKV,
-            _scores_BKV=logits_BKV,
+            row=self.rows[0], tokens=target[: n + 1], drafted=drafted, accepted=n, rejected=draft[n:], _place=0,
+            _logits_BKV=logits_BKV, _scores_BKV=logits_BKV,
         )  # fmt: skip
 
     def _accept_in_order(self, drafted: int, logits_1KV: Tensor, draft_probs_1KV: Tensor | None) -> Block:
@@ -209,7 +209,7 @@ class Sequences(Batch):
         self._commit(0, n)
         self.ids[0, first + n] = token
         return Block(
-            row=self.rows[0], tokens=[*draft[:n], token], drafted=drafted, accepted=n, _place=0,
+            row=self.rows[0], tokens=[*draft[:n], token], drafted=drafted, accepted=n, rejected=draft[n:], _place=0,
             _logits_BKV=logits_1KV, _scores_BKV=scores_1KV,
         )  # fmt: skip
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from skipsearch.decoding.sources import MASK, PLAIN, SOURCES, Part
 
+OWN = "t"  # in a trail: the target's own token
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
@@ -23,6 +25,7 @@ class Block:
         tokens: the committed tokens: accepted drafts, then the target's own.
         drafted: K of this block.
         accepted: num_accepted, 0..K.
+        rejected: the drafted tokens behind those.
     """
 
     row: int
@@ -32,6 +35,7 @@ class Block:
     _place: int
     _logits_BKV: Tensor
     _scores_BKV: Tensor
+    rejected: Sequence[int] = ()
 
     @property
     def logits_KV(self) -> Tensor:
@@ -44,6 +48,26 @@ class Block:
         return self._scores_BKV[self._place, : self.drafted + 1]
 
 
+@dataclass(slots=True)
+class Trail:
+    """Where each token of one sequence came from, in the order of decoding.
+
+    Attributes:
+        marks: a letter a token: the first one of the source that drafted it, a capital if it was rejected; `OWN`: the
+            target's own.
+        rejected: the ids of rejected tokens.
+    """
+
+    marks: str = ""
+    rejected: list[int] = field(default_factory=list)
+
+    def add(self, block: Block, parts: Sequence[Part]) -> None:
+        """Append a block whose draft has these parts."""
+        drafted, n = "".join(part.source[0] * part.tokens for part in parts), block.accepted
+        self.marks += drafted[:n] + drafted[n : n + len(block.rejected)].upper() + OWN * (len(block.tokens) - n)
+        self.rejected += block.rejected
+
+
 @dataclass(slots=True, kw_only=True)
 class DecodeStats:
     """Raw counts of a run; ratios are made from them last.
@@ -54,6 +78,7 @@ class DecodeStats:
         accepted_from: accepted tokens, by the source that drafted them ("mask", or a token source).
         blocks_from: blocks, by the source that began their draft ("plain": nothing was drafted).
         lossy: whether the output is not the target's own, by design (joint decoding).
+        trail: of one sequence, if it is wanted.
     """
 
     blocks: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -61,6 +86,7 @@ class DecodeStats:
     accepted_from: Counter[str] = field(default_factory=lambda: Counter({MASK: 0, **dict.fromkeys(SOURCES, 0)}))
     blocks_from: Counter[str] = field(default_factory=Counter)
     lossy: bool = False
+    trail: Trail | None = None
 
     def count(self, drafted: int, accepted: int, parts: Sequence[Part]) -> None:
         """Add a block whose draft has these parts; of a row of a batch, the part may be longer than its draft."""

@@ -9,7 +9,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from skipsearch.decoding.loop import Ending, decode
 from skipsearch.decoding.rule import GREEDY, SelectionRule
 from skipsearch.decoding.scheduler import Scheduler
 from skipsearch.decoding.sequences import Sequences
-from skipsearch.decoding.stats import DecodeStats
+from skipsearch.decoding.stats import DecodeStats, Trail
 from skipsearch.decoding.tuner import Tuner
 from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.looks import ratio_interval
@@ -43,6 +43,7 @@ class Run:
         prefill: seconds before that.
         ids: all new tokens.
         stats: raw counts, where the decoder keeps them.
+        marks, rejected: see `Trail`; empty where the decoder keeps none.
     """
 
     seconds: float
@@ -50,6 +51,8 @@ class Run:
     prefill: float
     ids: tuple[int, ...]
     stats: DecodeStats
+    marks: str = ""
+    rejected: tuple[int, ...] = ()
 
 
 Arm = Callable[[Ids, int], Run]
@@ -81,7 +84,8 @@ class OurArm:
         """Decode. The clock starts when the prefill has given its token."""
         target = self.target
         ending = Ending(max_length=len(prompt) + new_tokens, eos_ids=target.eos_ids)
-        stats, ids, start = DecodeStats(), list[int](), 0.0
+        trail = Trail()
+        stats, ids, start = DecodeStats(trail=trail), list[int](), 0.0
         synchronize(target.device)
         begin = time.perf_counter()
         prompt_ids = target.ids(prompt)
@@ -99,7 +103,10 @@ class OurArm:
             ids += block.tokens
         synchronize(target.device)
         seconds = time.perf_counter() - start
-        return Run(seconds=seconds, tokens=len(ids) - 1, prefill=start - begin, ids=tuple(ids), stats=stats)
+        return Run(
+            seconds=seconds, tokens=len(ids) - 1, prefill=start - begin, ids=tuple(ids), marks=trail.marks,
+            rejected=tuple(trail.rejected), stats=replace(stats, trail=None),
+        )  # fmt: skip
 
 
 def our_arm(

@@ -166,7 +166,7 @@ def _read(path: Path, key: str, timing: Interleaved) -> None:
         counts = DecodeStats(
             blocks=blocks, committed=stats["committed"], accepted_from=accepted, blocks_from=begun
         )  # fmt: skip
-        return Run(**{**row, "ids": tuple(row["ids"]), "stats": counts})
+        return Run(**{**row, "ids": tuple(row["ids"]), "stats": counts, "rejected": tuple(row.get("rejected", ()))})
 
     def take(data: dict[str, Any]) -> None:
         if data["key"] == key:

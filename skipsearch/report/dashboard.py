@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from skipsearch.errors import ResultsError
+from skipsearch.errors import ResultsError, first_line
 
 SQLITE = "sqlite:///"
 
@@ -53,15 +53,21 @@ def serve(results: Path | None, storage: str | None, host: str, port: int, annou
         announce: prints the address.
 
     Raises:
-        ResultsError: there is no such study, or the port is taken.
+        ResultsError: there is no such study, its server cannot be reached, or the port is taken.
     """
     url = storage or find_storage(results)
     if url.startswith(SQLITE):
         _check_database(Path(url.removeprefix(SQLITE)))
     from optuna_dashboard import run_server
 
+    from skipsearch.search.storage import storage_faults
+
     announce(f"optuna-dashboard on http://{host}:{port}/ for {url} (stop with Ctrl-C)")
-    try:
-        run_server(url, host=host, port=port)
-    except OSError as error:
-        raise ResultsError(f"port {port} cannot be opened ({error.strerror}); choose another with --port") from error
+    with storage_faults(url):
+        try:
+            run_server(url, host=host, port=port)
+        except ImportError as error:
+            raise ResultsError(f"the storage's driver is missing ({first_line(error)}); install it") from error
+        except OSError as error:
+            why = error.strerror
+            raise ResultsError(f"port {port} cannot be opened ({why}); choose another with --port") from error

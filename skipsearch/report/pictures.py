@@ -1,4 +1,4 @@
-"""Pictures made from the files of a search or a benchmark, for the notebooks."""
+"""Pictures made from the files of a benchmark, for the notebooks; those of a search are in `search.board`."""
 
 from __future__ import annotations
 
@@ -8,27 +8,6 @@ import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
-
-
-def search_history(folder: Path) -> go.Figure:
-    """Predicted speed-up of every trial, and the best so far; from trials.csv."""
-    trials = pd.read_csv(folder / "trials.csv").sort_values("trial")
-    plain = trials["tokens_per_second"] / trials["speedup_predicted"]
-    speedup = trials["tokens_per_second"] / plain.dropna().iloc[0]
-    figure = go.Figure()
-    figure.add_scatter(x=trials["trial"], y=speedup, mode="markers", name="trial", text=trials["seed"])
-    figure.add_scatter(x=trials["trial"], y=speedup.cummax(), mode="lines", line_shape="hv", name="best so far")
-    figure.add_hline(y=1, line_dash="dot", annotation_text="plain decoding")
-    return figure.update_layout(xaxis_title="trial", yaxis_title="predicted speed-up", template="simple_white")
-
-
-def acceptance_against_cost(folder: Path) -> go.Figure:
-    """Acceptance rate of each trial over its cost ratio c, from trials.csv; the colour is the predicted speed-up."""
-    return px.scatter(
-        pd.read_csv(folder / "trials.csv").dropna(subset=["cost_ratio"]), x="cost_ratio", y="acceptance_rate",
-        color="speedup_predicted", color_continuous_scale="Viridis", hover_name="trial", template="simple_white",
-        labels={"cost_ratio": "cost ratio c", "acceptance_rate": "acceptance rate", "speedup_predicted": "speed-up"},
-    )  # fmt: skip
 
 
 def signals_against_decoding(folder: Path) -> go.Figure:

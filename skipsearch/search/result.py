@@ -53,7 +53,7 @@ class SearchResult:
         return self.plan.skip
 
 
-def summary(result: SearchResult) -> dict[str, object]:
+def summary(result: SearchResult) -> dict[str, Any]:
     """The result as plain JSON, for the CLI and for summary.json."""
     assert result.file.evidence is not None
     return {

@@ -40,7 +40,8 @@ from skipsearch.search.export import mask_file, validated
 from skipsearch.search.job import Job
 from skipsearch.search.options import SearchOptions
 from skipsearch.search.prepare import STUDY, Prepared, early_identity, prepare
-from skipsearch.search.result import SearchResult, cut_short, summary
+from skipsearch.search.publish import publish
+from skipsearch.search.result import SearchResult, cut_short
 from skipsearch.search.seeds import Seed, all_seeds
 from skipsearch.search.sensitivity import TOGETHER, sensitivity_or_load
 from skipsearch.search.storage import check_study, storage_faults, storage_url
@@ -117,7 +118,7 @@ def _search(
         scored_tokens=prepared.trace.tokens, front=study.front(), trials=len(study.finished()), seconds=budget.spent,
         cut_short=cut_short(prepared, len(study.finished()), study.used_up, options, measured), used_up=study.used_up,
     )  # fmt: skip
-    write_json(folder / "summary.json", summary(result))
+    publish(result, study, loaded.tokenizer, prepared.prompts.held_out)
     return result
 
 

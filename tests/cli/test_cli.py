@@ -15,7 +15,7 @@ from skipsearch.mask import SkipMask
 from skipsearch.maskfile import MaskFile, ModelCard, load_mask
 
 runner = CliRunner()
-COMMANDS = ["run", "generate", "validate", "show", "import", "models", "dashboard", "doctor"]
+COMMANDS = ["run", "worker", "generate", "validate", "show", "report", "import", "models", "dashboard", "doctor"]
 
 
 @pytest.fixture
@@ -150,6 +150,8 @@ def test_a_dashboard_of_a_database_without_a_study(
     path = tmp_path / "none.db"
     assert run_main(monkeypatch, "dashboard", "--storage", f"sqlite:///{path}") == 1
     assert "does not exist" in capsys.readouterr().err and not path.exists()
+    assert run_main(monkeypatch, "dashboard", "--storage", "postgresql+psycopg://x@127.0.0.1:1/none") == 1
+    assert "cannot be used" in (said := capsys.readouterr().err) and len(said.strip().splitlines()) <= 2
     path.touch()
     assert run_main(monkeypatch, "dashboard", "--storage", f"sqlite:///{path}") == 1
     assert "holds no study" in capsys.readouterr().err and path.stat().st_size == 0

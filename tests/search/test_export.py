@@ -22,12 +22,12 @@ from skipsearch.maskfile import MaskFile, Provenance
 from skipsearch.model.identity import model_card
 from skipsearch.model.load import Loaded
 from skipsearch.policy import DraftPolicy
-from skipsearch.report.summary import verdict_line
 from skipsearch.report.tables import mask_table
 from skipsearch.search.budget import Budget
 from skipsearch.search.export import mask_file
 from skipsearch.search.options import SearchOptions
 from skipsearch.search.revalidate import audit_file, validate_file
+from skipsearch.search.verdict import verdict_line
 
 FOUND = Score(
     plan=DraftPlan(SkipMask(mlp=[2, 3], num_layers=20)), policy=DraftPolicy(max_length=3), tokens_per_second=9.0,

@@ -49,12 +49,11 @@ def changed(folder: Path, statement: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    """A random model of two layers in a folder."""
+    """A random model of four layers in a folder."""
     place = tmp_path_factory.mktemp("model")
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
-    make_tiny("llama", vocab_size=len(tokenizer), num_hidden_layers=4, max_position_embeddings=64).save_pretrained(
-        place
-    )
+    model = make_tiny("llama", vocab_size=len(tokenizer), num_hidden_layers=4, max_position_embeddings=64)
+    model.save_pretrained(place)
     tokenizer.save_pretrained(place)
     return load_model(str(place))
 

@@ -48,6 +48,8 @@ def test_a_run_leaves_every_stage_on_disk(result: Any) -> None:
     assert not {n for n in names if n.startswith(".")}
     summary = json.loads((result.folder / "summary.json").read_text())
     assert summary["trials"] == 14 and summary["evidence"]["prompts"] == 2
+    texts = json.loads((result.folder / "texts.json").read_text())["prompts"]
+    assert len(texts) == 2 and all(len(text["marks"]) == len(text["pieces"]) >= 16 for text in texts)
 
 
 def test_running_again_continues(result: Any, demo: Any) -> None:

@@ -23,7 +23,7 @@ from skipsearch.files import write_checked
 from skipsearch.maskfile import Evidence, MaskFile, ModelCard
 from skipsearch.model.space import Space
 from skipsearch.policy import DraftPolicy
-from skipsearch.search import storage
+from skipsearch.search.attributes import backend
 from skipsearch.search.board import show_in_dashboard
 from skipsearch.search.publish import publish, write_texts
 from skipsearch.search.result import SearchResult
@@ -93,7 +93,7 @@ def test_the_dashboard_shows_the_plan_and_the_verdict(url: str, tmp_path: Path) 
     note = get_note(study.study)
     assert note.startswith("**use**: The mask pays: 1.50x (1.20 to 1.90)") and "skipsearch generate --model m" in note
     assert note.endswith("\n\nmine") and note.count("mine") == note.count("---") == 1
-    storage._engine(study.study).dispose()  # a server's connections do not close by themselves
+    backend(study.study).engine.dispose()  # a server's connections do not close by themselves
 
 
 def test_a_dashboard_that_fails_costs_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

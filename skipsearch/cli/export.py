@@ -15,7 +15,7 @@ def export(
     mask: Annotated[Path, typer.Argument(help="mask.json")],
     model: opt.Model,
     to: Annotated[
-        Literal["hf", "nemotron-nas", "mergekit", "custom-generate"],
+        Literal["hf", "nemotron-nas", "mergekit", "gguf", "custom-generate"],
         typer.Option(help="hf: a checkpoint without the skipped layers; nemotron-nas: without the skipped sublayers"),
     ],
     folder: Annotated[Path, typer.Option("--out", help="folder to write; must not exist, or be empty")],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from skipsearch.errors import ExportError, ResultsError, shown
-from skipsearch.export import checkpoint, custom_generate, mergekit, nemotron_nas
+from skipsearch.export import checkpoint, custom_generate, gguf, mergekit, nemotron_nas
 from skipsearch.export.draft import Draft, check_belongs
 
 
@@ -26,7 +26,8 @@ class Format(Protocol):
 
 
 FORMATS: dict[str, Format] = {
-    "hf": checkpoint, "nemotron-nas": nemotron_nas, "mergekit": mergekit, "custom-generate": custom_generate,
+    "hf": checkpoint, "nemotron-nas": nemotron_nas, "mergekit": mergekit, "gguf": gguf,
+    "custom-generate": custom_generate,
 }  # fmt: skip
 
 

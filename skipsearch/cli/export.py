@@ -31,7 +31,7 @@ def export(
     from skipsearch.export.export import export_mask
     from skipsearch.model.load import weights_of
 
-    draft = Draft(loaded=loaded, file=file, name=model, weights=weights_of(model), trust=trust)
+    draft = Draft(loaded=loaded, file=file, weights=weights_of(model), trust=trust)
     with opt.err.status("writing, loading back, comparing"):
         data = export_mask(draft, to, folder)
     opt.print_result(data, as_json, *_lines(data))

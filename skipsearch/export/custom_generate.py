@@ -6,13 +6,14 @@ requirements), so the mask file stands in it as text; the `mask.json` beside is 
 
 from __future__ import annotations
 
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from skipsearch.errors import ExportError
+from skipsearch.errors import BackendWarning, ExportError
 from skipsearch.export.draft import Draft
 from skipsearch.files import write_text
 
@@ -62,10 +63,6 @@ What the draft does ({layers} layers):
 """
 
 
-def check(draft: Draft) -> None:
-    """Any plan can be held."""
-
-
 def write(draft: Draft, folder: Path) -> str:
     """Write code, requirements and card; returns how they are used."""
     mask = (folder / "mask.json").read_text(encoding="utf-8").strip()
@@ -103,7 +100,9 @@ def compare(draft: Draft, folder: Path) -> dict[str, Any]:
     """
     model = draft.model
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "inputs": draft.loaded.target.random_ids(8)}
-    got = model.generate(**options, custom_generate=str(folder), trust_remote_code=True, backend="eager")
+    with warnings.catch_warnings():  # compiling would take a minute, and gives the same tokens
+        warnings.simplefilter("ignore", BackendWarning)
+        got = model.generate(**options, custom_generate=str(folder), trust_remote_code=True, backend="eager")
     same = torch.equal(model.generate(**options), got)
     if not same and model.dtype == torch.float32:
         raise ExportError("decoding with the folder gives other tokens than `generate`; validate the mask with --audit")

@@ -22,7 +22,8 @@ from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel
 
 from skipsearch.errors import ExportError
 from skipsearch.export import configuration_decilm
-from skipsearch.export.draft import ANY, Draft, check_skips, compare_logits
+from skipsearch.export.checkpoint import old_rope, speculative
+from skipsearch.export.draft import ANY, Draft
 from skipsearch.files import write_json, write_text
 from skipsearch.mask import KINDS
 
@@ -35,9 +36,7 @@ COPIED = (
 )  # fmt: skip
 
 
-def check(draft: Draft) -> None:
-    """Raises ExportError: the model is not like Llama, or the first layer that stays has no attention."""
-    check_skips(draft, "nemotron-nas")
+def _check(draft: Draft) -> None:
     config, name = draft.model.config, type(draft.model).__name__
     if name not in LIKE_LLAMA:
         raise ExportError(f"{name} is not like Llama, and nemotron-nas holds {' and '.join(LIKE_LLAMA)} alone; {ANY}")
@@ -59,20 +58,23 @@ def check(draft: Draft) -> None:
 
 
 def write(draft: Draft, folder: Path) -> str:
-    """Write config, its class, weights and tokenizer; returns how they are used."""
+    """Write config, its class, weights and tokenizer; returns how they are used.
+
+    Raises:
+        ExportError: the model is not like Llama, or the first layer that stays has no attention.
+    """
+    _check(draft)
     write_json(folder / "config.json", _config(draft))
     source = Path(str(configuration_decilm.__file__))
     write_text(folder / source.name, source.read_text(encoding="utf-8"))
     save_torch_state_dict(_tensors(draft), folder)
     draft.model.generation_config.save_pretrained(folder)
     draft.loaded.tokenizer.save_pretrained(folder)
-    return f"vllm serve {folder} --trust-remote-code"
+    return f"{speculative(draft, folder)} --trust-remote-code"
 
 
 def _config(draft: Draft) -> dict[str, Any]:
     config = draft.model.config.to_dict()
-    rope = dict(config["rope_parameters"])
-    theta, scaled = rope.pop("rope_theta"), rope.get("rope_type", "default") != "default"
     group = config["num_attention_heads"] // config["num_key_value_heads"]
     mult = round(3 * _width(draft) / (2 * config["hidden_size"]), 6)
     assert width_of(mult, config["hidden_size"]) == _width(draft)
@@ -89,7 +91,7 @@ def _config(draft: Draft) -> dict[str, Any]:
             for i in draft.kept
         ],
         "num_hidden_layers": len(draft.kept), **{name: config.get(name) for name in COPIED},
-        "rope_theta": theta, "rope_scaling": rope if scaled else None, "attention_bias": False, "mlp_bias": False,
+        **old_rope(config["rope_parameters"]), "attention_bias": False, "mlp_bias": False,
         "torch_dtype": str(draft.model.dtype).removeprefix("torch."),
     }  # fmt: skip
 
@@ -113,7 +115,7 @@ def _tensors(draft: Draft) -> dict[str, Tensor]:
     }  # fmt: skip
     found = {}
     more = _width(draft) - draft.model.config.intermediate_size
-    for name, tensor in draft.with_kept(draft.kept).state_dict().items():
+    for name, tensor in draft.with_layers(draft.kept).state_dict().items():
         if name.startswith(tuple(gone)) or (name == "lm_head.weight" and draft.model.config.tie_word_embeddings):
             continue
         if more and ".mlp." in name:
@@ -122,12 +124,7 @@ def _tensors(draft: Draft) -> dict[str, Tensor]:
     return found
 
 
-def compare(draft: Draft, folder: Path) -> dict[str, Any]:
-    """Raises ExportError: what was written has other logits than the draft view."""
-    return compare_logits(draft, _load_back(draft, folder))
-
-
-def _load_back(draft: Draft, folder: Path) -> PreTrainedModel:
+def load_back(draft: Draft, folder: Path) -> PreTrainedModel:
     """The folder as a Llama: weights of sublayers that the config calls missing are zero, all others must be there."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     config.intermediate_size = max(

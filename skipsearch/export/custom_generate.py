@@ -6,6 +6,7 @@ requirements), so the mask file stands in it as text; the `mask.json` beside is 
 
 from __future__ import annotations
 
+import json
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from skipsearch.errors import BackendWarning, ExportError
+from skipsearch.errors import BackendWarning, ExportError, shown
 from skipsearch.export.draft import Draft
 from skipsearch.files import write_text
 
@@ -66,12 +67,12 @@ What the draft does ({layers} layers):
 def write(draft: Draft, folder: Path) -> str:
     """Write code, requirements and card; returns how they are used."""
     mask = (folder / "mask.json").read_text(encoding="utf-8").strip()
-    if '"""' in mask or mask.endswith("\\"):
-        raise ExportError("the mask file holds a text with three quotes, which cannot stand in generate.py; remove it")
+    assert '"""' not in mask  # JSON escapes quotes, so whatever the file holds stays a text
     write_text(folder / "custom_generate" / "generate.py", CODE.format(mask=mask))
     write_text(folder / "custom_generate" / "requirements.txt", f"skipsearch>={version('skipsearch')}\n")
+    name = draft.file.model.id
     card = CARD.format(
-        base=draft.file.model.id, model=draft.file.model.id, folder=folder.name, evidence=_evidence(draft),
+        base=json.dumps(name), model=shown(name)[1:-1], folder=folder.name, evidence=_evidence(draft),
         layers=draft.mask.num_layers, cells=str(draft.file.plan).replace("\n", "\n    "),
     )  # fmt: skip
     write_text(folder / "README.md", card)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from transformers import TextStreamer
 from transformers.dynamic_module_utils import get_cached_module_file
 
 from skipsearch import DraftPlan
+from skipsearch.export.draft import Draft
 from skipsearch.export.export import export_mask
 from skipsearch.policy import DraftPolicy
 
@@ -63,3 +66,15 @@ def test_the_card_tells_what_was_measured(demo: Any, tmp_path: Path) -> None:
     assert (tmp_path / "made" / "custom_generate" / "requirements.txt").read_text().startswith("skipsearch>=")
     ngrams = draft_of(demo.model, demo.tokenizer, published.plan.skip - published.plan.skip, draft=DraftPolicy(ngram=4))
     assert export_mask(ngrams, "custom-generate", tmp_path / "n-grams")["check"]["same_tokens"]
+
+
+def test_words_of_strangers_stay_words(demo: Any, tmp_path: Path) -> None:
+    """Prevents a model id of a mask file from becoming code, or another field of the card."""
+    draft = draft_of(demo.model, demo.tokenizer, DEMO_WHOLE)
+    name = 'a"""\nraise SystemExit(1)\n"""\\'
+    file = draft.file.model_copy(update={"model": draft.file.model.model_copy(update={"id": name})})
+    export_mask(Draft(loaded=demo, file=file, weights=draft.weights), "custom-generate", tmp_path / "made")
+    code = (tmp_path / "made" / "custom_generate" / "generate.py").read_text()
+    held = next(node.value.value for node in ast.parse(code).body if isinstance(node, ast.Assign))
+    assert json.loads(held)["model"]["id"] == name
+    assert "\nraise" not in (tmp_path / "made" / "README.md").read_text()

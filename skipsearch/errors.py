@@ -56,6 +56,10 @@ class MemoryShortage(SkipsearchError, MemoryError):
     """A stage needs more memory than there is."""
 
 
+class ExportError(SkipsearchError, ValueError):
+    """A format cannot hold this draft, or what was written does not load back as the draft."""
+
+
 class BackendError(SkipsearchError):
     """A backend does not support this model or this machine."""
 

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "skipsearch"
 # A room may import itself and the rooms of lower rank; rooms of one rank do not know each other.
 RANKS = {
     "values": 0, "demo": 0, "model": 1, "draft": 2, "compiled": 3, "decoding": 4, "joint": 5, "evaluate": 5,
-    "generate": 6, "search": 6, "online": 7, "bench": 8, "report": 9, "cli": 10,
+    "generate": 6, "search": 6, "online": 7, "bench": 8, "report": 9, "export": 9, "cli": 10,
 }  # fmt: skip
 VALUES = {"mask.py", "plan.py", "policy.py", "maskfile.py", "maskimport.py", "errors.py", "files.py"}
 

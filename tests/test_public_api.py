@@ -38,6 +38,7 @@ COMMANDS = {
     "validate": f"mask {MODEL} {PROMPTS} rounds seed backend temperature context write audit",
     "bench": f"{MODEL} mask prompts per_group arm hf new_tokens rounds temperature backend seed out",
     "doctor": f"{MODEL} calibrate backend seed",
+    "export": f"mask {MODEL} to out",
     "show": "mask",
     "report": "results out",
     "import": "source layers to key model_id",

@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from skipsearch.cli import run, worker, generate, measure, files  # isort: skip  # noqa: F401 (the order of --help)
+from skipsearch.cli import run, worker, generate, measure, export, files  # isort: skip  # noqa: F401 (the order of --help)
 from skipsearch.cli.options import app, err
 from skipsearch.cli.terminal import plain_where_needed
 from skipsearch.errors import SkipsearchError, SkipsearchWarning, enough_memory

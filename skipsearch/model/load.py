@@ -71,7 +71,7 @@ def load_model(
         raise ModelLoadError(f"dtype is {dtype!r}, must be auto, {', '.join(DTYPES)}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    weights = Weights(source=str(DEMO)) if name == "demo" else find_weights(name, preset)
+    weights = weights_of(name)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if not weights.is_local and not hub_reachable():
         options["local_files_only"] = True
@@ -94,6 +94,15 @@ def load_model(
         name=name if preset else weights.short, model=model, tokenizer=tokenizer, preset=preset,
         given={**given, "trust-remote-code": trust_remote_code},
     )  # fmt: skip
+
+
+def weights_of(name: str) -> Weights:
+    """Where the weights of this preset, hub id or path lie.
+
+    Raises:
+        ModelLoadError: there are none.
+    """
+    return Weights(source=str(DEMO)) if name == "demo" else find_weights(name, presets().get(name))
 
 
 def _from_pretrained(

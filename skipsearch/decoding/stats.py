@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from skipsearch.decoding.sources import MASK, PLAIN, SOURCES, Part
+from skipsearch.decoding.sources import MASK, PLAIN, SOURCES, TARGET, Part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +53,8 @@ class DecodeStats:
         committed: tokens in the output beyond the prompt.
         accepted_from: accepted tokens, by the source that drafted them ("mask", or a token source).
         blocks_from: blocks, by the source that began their draft ("plain": nothing was drafted).
+        sources: of each row, the source of each committed token: of an accepted draft as above, else "target". Of one
+            run: `add` leaves them out.
         lossy: whether the output is not the target's own, by design (joint decoding).
     """
 
@@ -60,15 +62,26 @@ class DecodeStats:
     committed: int = 0
     accepted_from: Counter[str] = field(default_factory=lambda: Counter({MASK: 0, **dict.fromkeys(SOURCES, 0)}))
     blocks_from: Counter[str] = field(default_factory=Counter)
+    sources: dict[int, list[str]] = field(default_factory=dict)
     lossy: bool = False
 
-    def count(self, drafted: int, accepted: int, parts: Sequence[Part]) -> None:
-        """Add a block whose draft has these parts; of a row of a batch, the part may be longer than its draft."""
-        self.blocks[drafted, accepted] += 1
-        self.blocks_from[parts[0].source if parts else PLAIN] += 1
-        for part in parts:
-            self.accepted_from[part.source] += min(accepted, part.tokens)
-            accepted -= min(accepted, part.tokens)
+    def count(self, block: Block, parts: Sequence[Part], prefill: bool = False) -> None:
+        """Add a block whose draft has these parts; of a row of a batch, a part may be longer than its draft.
+
+        Args:
+            prefill: count its tokens alone.
+        """
+        self.committed += len(block.tokens)
+        sources, accepted = self.sources.setdefault(block.row, []), block.accepted
+        if not prefill:
+            self.blocks[block.drafted, accepted] += 1
+            self.blocks_from[parts[0].source if parts else PLAIN] += 1
+            for part in parts:
+                taken = min(accepted, part.tokens)
+                self.accepted_from[part.source] += taken
+                sources += [part.source] * taken
+                accepted -= taken
+        sources += [TARGET] * (len(block.tokens) - block.accepted)
 
     def add(self, other: DecodeStats) -> None:
         """Add the counts of another run."""

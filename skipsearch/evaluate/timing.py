@@ -9,7 +9,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.decoding.tuner import Tuner
 from skipsearch.draft.view import draft_view
+from skipsearch.evaluate.energy import Energy, EnergyMeter
 from skipsearch.evaluate.looks import ratio_interval
 from skipsearch.evaluate.prompt_row import Ids
 from skipsearch.evaluate.trace import DecodeSettings
@@ -43,6 +44,7 @@ class Run:
         prefill: seconds before that.
         ids: all new tokens.
         stats: raw counts, where the decoder keeps them.
+        joules: of the prefill and the tokens, where there is a counter.
     """
 
     seconds: float
@@ -50,6 +52,7 @@ class Run:
     prefill: float
     ids: tuple[int, ...]
     stats: DecodeStats
+    joules: float | None = None
 
 
 Arm = Callable[[Ids, int], Run]
@@ -120,11 +123,13 @@ class Timing:
         seconds: of each prompt, the median of its rounds.
         prefill: likewise.
         runs: the last one of each prompt.
+        energy: of all rounds.
     """
 
     seconds: np.ndarray
     prefill: np.ndarray
     runs: tuple[Run, ...]
+    energy: Energy = field(default_factory=Energy)
 
     @property
     def tokens(self) -> int:
@@ -168,12 +173,17 @@ class Timing:
 class Interleaved:
     """Arms timed prompt by prompt, in random order within each prompt and round.
 
+    Args:
+        meter: read before and after each run; None measures no energy.
+
     Attributes:
         measured: of each arm, runs of each prompt, one a round.
     """
 
-    def __init__(self, arms: dict[str, Arm], prompts: Sequence[Ids], settings: DecodeSettings) -> None:
-        self.arms, self.prompts, self.settings = arms, prompts, settings
+    def __init__(
+        self, arms: dict[str, Arm], prompts: Sequence[Ids], settings: DecodeSettings, meter: EnergyMeter | None = None
+    ) -> None:
+        self.arms, self.prompts, self.settings, self.meter = arms, prompts, settings, meter
         self.measured: dict[str, list[list[Run]]] = {name: [[] for _ in prompts] for name in arms}
 
     def warm_up(self) -> None:
@@ -189,26 +199,37 @@ class Interleaved:
                 arm(self.prompts[i], self.settings.new_tokens)
         for name in rng.sample(sorted(self.arms), len(self.arms)):
             if len(self.measured[name][i]) <= round_:
-                self.measured[name][i].append(self.arms[name](self.prompts[i], self.settings.new_tokens))
+                self.measured[name][i].append(self._run(name, i))
+
+    def _run(self, name: str, i: int) -> Run:
+        before = None if self.meter is None else self.meter.joules()
+        run = self.arms[name](self.prompts[i], self.settings.new_tokens)
+        after = None if self.meter is None else self.meter.joules()
+        return run if before is None or after is None else replace(run, joules=after - before)
 
     def timings(self, prompts: int | None = None, rounds: int | None = None) -> dict[str, Timing]:
         """Of the prompts that every arm has run; of the first so many, and of so many of their rounds."""
         done = [i for i in range(len(self.prompts))[:prompts] if all(runs[i] for runs in self.measured.values())]
+        reason = "not measured" if self.meter is None else self.meter.reason
         return {
             name: Timing(
                 seconds=np.array([statistics.median(run.seconds for run in runs[i][:rounds]) for i in done]),
                 prefill=np.array([statistics.median(run.prefill for run in runs[i][:rounds]) for i in done]),
                 runs=tuple(runs[i][:rounds][-1] for i in done),
+                energy=Energy.of(
+                    ((r.joules, r.prefill + r.seconds, len(r.ids)) for i in done for r in runs[i][:rounds]), reason
+                ),
             )
             for name, runs in self.measured.items()
         }
 
 
 def time_interleaved(
-    arms: dict[str, Arm], prompts: Sequence[Ids], settings: DecodeSettings, progress: Progress, stage: str
-) -> dict[str, Timing]:
+    arms: dict[str, Arm], prompts: Sequence[Ids], settings: DecodeSettings, progress: Progress, stage: str,
+    meter: EnergyMeter | None = None,
+) -> dict[str, Timing]:  # fmt: skip
     """Time arms on every prompt and in every round, after a warm-up of each."""
-    timing = Interleaved(arms, prompts, settings)
+    timing = Interleaved(arms, prompts, settings, meter)
     timing.warm_up()
     for turn in range(settings.rounds):
         for i in range(len(prompts)):

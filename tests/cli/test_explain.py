@@ -90,9 +90,3 @@ def test_the_text_comes_as_it_is_decoded(tiny: Any) -> None:
     streamer.end()
     assert prompt == "\tx = '€'\r\n" and out.getvalue() == f"{prompt}⟦{prompt}⟧\n"
     assert seen[0] and seen[euro] == seen[euro - 1] and "\ufffd" not in "".join(seen)
-
-
-def test_refused_where_nothing_drafts() -> None:
-    """Prevents a text that is all the target's from passing as an explanation."""
-    result = CliRunner().invoke(cli.app, [*CALL, "--explain"])
-    assert result.exit_code == 2 and "plain decoding drafts no tokens" in " ".join(result.output.split())

@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 REAL := .venv/.real
 
-.PHONY: demo real test faults bench clean
+.PHONY: demo real test faults bench notebooks clean
 
 # torch comes first and by itself: a resolver that sees it among the others may choose a CUDA build.
 $(READY): pyproject.toml constraints.txt
@@ -51,6 +51,10 @@ bench: $(READY)
 	$(BIN)/python benchmarks/lossless.py demo
 	$(BIN)/python benchmarks/lossless.py batch
 	$(BIN)/python benchmarks/lossless.py families
+
+# Stores fresh outputs, from results/measured; the tests compare them.
+notebooks: $(READY)
+	$(BIN)/python notebooks/refresh.py
 
 clean:
 	rm -rf .venv

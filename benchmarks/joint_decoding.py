@@ -4,8 +4,9 @@
 
 Samples continuations of held-out prompts at temperature 1 with every arm, interleaved prompt by prompt, all eagerly in
 the same runtime; perplexity is that of what was generated, under the target. Plain sampling at lower temperatures is an
-arm as well: it too trades the target's distribution for likelier text, at no gain in speed. Energy is NVML's, where
-there is one. Writes table.csv and summary.json; the last line is JSON. `notebooks/joint.ipynb` draws it.
+arm as well: it too trades the target's distribution for likelier text, at no gain in speed. Joules are those of
+the machine's counter, null where there is none. Writes table.csv and summary.json; the last line is JSON.
+`notebooks/joint.ipynb` draws it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import pandas as pd
 import torch
 
 from skipsearch import load_mask, load_model, self_speculative
+from skipsearch.evaluate.energy import Energy, EnergyMeter
 from skipsearch.files import write_json, write_text
 from skipsearch.model.device import device_name, synchronize
 from skipsearch.search.options import SearchOptions
@@ -29,18 +31,6 @@ from skipsearch.search.prepare import chosen_prompts
 
 WIDTHS, THRESHOLDS, LENGTHS = (1, 2, 4, 8), (0.1, 0.3, 0.5, 0.7, 0.9), (4,)
 COOLER = (0.8, 0.6)
-
-
-def joules() -> float:
-    """Energy that the GPU has used; NaN without NVML."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000
-    except Exception:
-        return math.nan
 
 
 @torch.no_grad()
@@ -82,7 +72,7 @@ def main() -> None:
                     mask, decoding="mtad", max_length=length, beam_width=width, threshold=threshold
                 )
                 arms["MTAD (lossy)", f"{width} beams, threshold {threshold}, K {length}"] = (method, 1.0)
-    keys = list(arms)
+    keys, meter = list(arms), EnergyMeter(model.device)
     rows = []
     for method, temperature in arms.values():  # warm-up
         first = torch.tensor([prompts[0]], device=model.device)
@@ -95,13 +85,14 @@ def main() -> None:
                 method, temperature = arms[key]
                 torch.manual_seed(1000 * turn + number)
                 synchronize(model.device)
-                energy, begin = joules(), time.perf_counter()
+                before, begin = meter.joules(), time.perf_counter()
                 out = model.generate(
                     ids, custom_generate=method, max_new_tokens=args.new_tokens, do_sample=True, top_k=0,
                     temperature=temperature, attention_mask=torch.ones_like(ids), pad_token_id=0, eos_token_id=None,
                 )  # fmt: skip
                 synchronize(model.device)
-                seconds, energy = time.perf_counter() - begin, joules() - energy
+                seconds, after = time.perf_counter() - begin, meter.joules()
+                energy = math.nan if before is None or after is None else after - before
                 found = log_likelihoods(model, out, ids.shape[1])
                 rows.append({
                     "method": key[0], "setting": key[1], "prompt": number, "round": turn, "seconds": seconds,
@@ -111,7 +102,7 @@ def main() -> None:
                 })  # fmt: skip
         print(f"round {turn + 1} of {args.rounds}", flush=True)
     frame = pd.DataFrame(rows)
-    table = summary(frame)
+    table = summary(frame, meter.reason)
     write_text(args.out / "table.csv", table.to_csv(index=False))
     targets = _targets(table)
     data = {"benchmark": "joint_decoding", "model": loaded.name, "device": device_name(model.device),
@@ -122,7 +113,7 @@ def main() -> None:
     print(json.dumps(data))
 
 
-def summary(frame: pd.DataFrame) -> pd.DataFrame:
+def summary(frame: pd.DataFrame, no_energy: str | None) -> pd.DataFrame:
     """A row a setting; intervals are over prompts."""
     plain = frame[(frame["method"] == "plain sampling") & (frame["setting"] == "temperature 1")]
     rng = np.random.default_rng(0)
@@ -139,6 +130,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 
             return np.exp(mean(of_plain) - mean(of))
 
+        used = [(None if np.isnan(j) else j, s, n) for j, s, n in part[["joules", "seconds", "tokens"]].to_numpy()]
         low, high = np.percentile(ratio(picks), [2.5, 97.5])
         rows.append({
             "method": method, "setting": setting,
@@ -147,7 +139,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
             "tau": round(1 + part["accepted"].sum() / max(1, part["verifies"].sum()), 3),
             "acceptance_rate": round(part["accepted"].sum() / max(1, part["drafted"].sum()), 3),
             "tokens_per_second": round(part["tokens"].sum() / part["seconds"].sum(), 1),
-            "joules_per_token": round(float(part["joules"].sum(skipna=False) / part["tokens"].sum()), 4),
+            **Energy.of(used, no_energy).to_dict(),
         })  # fmt: skip
     return pd.DataFrame(rows)
 

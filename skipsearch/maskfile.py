@@ -73,6 +73,7 @@ class Evidence(_Part):
         speedup, tokens_per_second, verdict: of the mask and its exit rule alone.
         greedy_equal: None where `decoding`, how tokens were chosen, is sampling at `temperature`.
         served_speedup: of the file's whole policy, with n-grams and fallback to plain steps.
+        joules_per_token: prefill included; None where `energy_reason` says why it is not known.
     """
 
     acceptance_rate: float
@@ -95,6 +96,9 @@ class Evidence(_Part):
     decoding: str | None = None
     served_speedup: float | None = None
     served_speedup_ci: tuple[float, float] | None = None
+    joules_per_token: float | None = None
+    baseline_joules_per_token: float | None = None
+    energy_reason: str | None = None
 
 
 class Provenance(_Part):
@@ -176,7 +180,7 @@ class MaskFile(_Part):
         data = self.model_dump(mode="json")
         data["draft"] = {k: v for k, v in data["draft"].items() if v or k in ("max_length", "exit_threshold")}
         if data["evidence"] is not None:
-            optional = ("temperature", "decoding", "served_speedup", "served_speedup_ci")
+            optional = {name for name, field in Evidence.model_fields.items() if not field.is_required()}
             data["evidence"] = {k: v for k, v in data["evidence"].items() if v is not None or k not in optional}
         data["per_layer_config"] = self.mask.to_per_layer_config()
         if self.version == 1:

@@ -34,7 +34,7 @@ COMMANDS = {
     "out storage study workers",
     "worker": f"{MODEL} storage study time_budget memory",
     "generate": f"{MODEL} mask on_the_fly decoding beam_width threshold draft_model share save prompt chat "
-    "max_new_tokens temperature top_k top_p compare backend seed",
+    "max_new_tokens temperature top_k top_p compare explain backend seed",
     "validate": f"mask {MODEL} {PROMPTS} rounds seed backend temperature context write audit",
     "bench": f"{MODEL} mask prompts per_group arm hf new_tokens rounds temperature backend seed out",
     "doctor": f"{MODEL} calibrate backend seed",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import warnings
-from collections.abc import Callable, Container
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from skipsearch.bench.arms import NAMES, NEED_MASK, OF_PLANS, PLAIN, RIVALS, arms, drafted_by
 from skipsearch.bench.groups import prompt_groups
-from skipsearch.bench.machine import copy_bandwidth, energy_meter, peak_memory, read_bandwidth
+from skipsearch.bench.machine import copy_bandwidth, peak_memory, read_bandwidth
 from skipsearch.bench.rows import group_rows, joined
 from skipsearch.compiled.backend import Backend, Progress, warm_plan, with_backend
 from skipsearch.decoding.rule import SelectionRule
@@ -28,8 +28,9 @@ from skipsearch.draft.head import DraftHead
 from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendWarning, SkipsearchError
 from skipsearch.evaluate.clock import step_costs
+from skipsearch.evaluate.energy import EnergyMeter
 from skipsearch.evaluate.prompt_row import Ids
-from skipsearch.evaluate.timing import Arm, Run, time_interleaved
+from skipsearch.evaluate.timing import Arm, time_interleaved
 from skipsearch.evaluate.trace import DecodeSettings
 from skipsearch.maskfile import MaskFile
 from skipsearch.model.device import device_name
@@ -106,14 +107,13 @@ def bench(
     chosen = {name: arm for name, arm in every.items() if not options.only or name in options.only or name == PLAIN}
     memory = _warm_up(target, chosen, next(iter(groups.values()))[0], options.new_tokens, progress)
     chosen = {name: arm for name, arm in chosen.items() if name in memory}
-    energy = {name: list[tuple[float, int]]() for name in chosen}
-    metered = {name: _metered(arm, energy_meter(target.device), energy[name]) for name, arm in chosen.items()}
     context = round(statistics.mean(len(p) + options.new_tokens / 2 for group in groups.values() for p in group))
     costs, full = _draft_costs(target, plan, chosen, context), weight_bytes(target.model)
     bandwidth = copy_bandwidth(target.device)
     settings = DecodeSettings(new_tokens=options.new_tokens, rule=rule, rounds=options.rounds, seed=options.seed)
+    meter = EnergyMeter(target.device)
     timings = [
-        (group, time_interleaved(metered, prompts, settings, progress, stage=group))
+        (group, time_interleaved(chosen, prompts, settings, progress, stage=group, meter=meter))
         for group, prompts in groups.items()
     ]
     timings.append(("all", {name: joined([found[name] for _, found in timings]) for name in chosen}))
@@ -123,9 +123,7 @@ def bench(
     if rule.temperature:  # the texts are samples
         rows = [{**row, "greedy_equal": None, "equal_to_plain": None} for row in rows]
     for row in rows[-len(chosen) :]:
-        used = energy[row["arm"]]
         row["peak_memory_bytes"] = memory[row["arm"]]
-        row["joules_per_token"] = sum(j for j, _ in used) / max(1, sum(n for _, n in used)) if used else None
     return {
         "machine": {
             "device": device_name(target.device), "copy_bytes_per_second": bandwidth,
@@ -209,17 +207,3 @@ def bench_file(loaded: Loaded, file: MaskFile | None, options: BenchOptions, pro
             text = f"the mask was tuned for backend {tuned!r}, measuring with {now!r}: another mask may be faster"
             warnings.warn(text, BackendWarning, stacklevel=2)
     return bench(loaded.target, groups, plan, policy, options, progress)
-
-
-def _metered(arm: Arm, joules: Callable[[], float | None], energy: list[tuple[float, int]]) -> Arm:
-    """The same arm; each run adds (joules used, new tokens) to `energy` where energy can be read."""
-
-    def run(prompt: Ids, new_tokens: int) -> Run:
-        before = joules()
-        out = arm(prompt, new_tokens)
-        after = joules()
-        if before is not None and after is not None:
-            energy.append((after - before, len(out.ids)))
-        return out
-
-    return run

@@ -1,4 +1,4 @@
-"""Figures of the machine: memory bandwidth, and the peak memory and energy of a run."""
+"""Figures of the machine: memory bandwidth, and the peak memory of a run."""
 
 from __future__ import annotations
 
@@ -56,30 +56,3 @@ def peak_memory(device: torch.device, run: Callable[[], object]) -> float:
         return float(status.split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError, ValueError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-
-
-def energy_meter(device: torch.device) -> Callable[[], float | None]:
-    """A function that returns the joules that the GPU has used since its driver was loaded, by NVML.
-
-    It returns None where they cannot be read: on a CPU, or without the library, a driver or a counter.
-    """
-    if device.type != "cuda":
-        return lambda: None
-
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        uuid = str(torch.cuda.get_device_properties(device).uuid)
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except Exception:  # no library, no driver, no counter: each has an error of its own
-        return lambda: None
-
-    def joules() -> float | None:
-        try:
-            return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000
-        except Exception:  # the counter of some cards comes and goes
-            return None
-
-    return joules

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ def joined(timings: list[Timing]) -> Timing:
     return Timing(
         seconds=np.concatenate([t.seconds for t in timings]), prefill=np.concatenate([t.prefill for t in timings]),
         runs=tuple(run for t in timings for run in t.runs),
+        energy=functools.reduce(operator.add, [t.energy for t in timings]),
     )  # fmt: skip
 
 
@@ -39,7 +42,7 @@ def group_rows(
             "group": group, "arm": name, "prompts": len(timing.runs), "tokens": timing.tokens,
             "tokens_per_second": timing.tokens_per_second,
             "tokens_per_second_ci": interval(tokens, timing.seconds, seed),
-            "prefill_seconds": float(timing.prefill.mean()),
+            "prefill_seconds": float(timing.prefill.mean()), **timing.energy.to_dict(),
         }  # fmt: skip
         for label, baseline in (("hf", timed.get(HF_EAGER)), ("plain", timed[PLAIN])):
             if baseline is not None:

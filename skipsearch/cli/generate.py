@@ -48,6 +48,7 @@ def generate(
     top_k: Annotated[int | None, typer.Option(min=0)] = None,
     top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
     compare: Annotated[bool, typer.Option(help="also decode plainly, and compare speed and tokens")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="show which tokens were drafted, and by what")] = False,
     backend: opt.Backends = "auto", seed: opt.Seed = 0,
     dtype: opt.Dtype = "auto", device: opt.Device = "auto", revision: opt.Revision = None, trust: opt.Trust = False,
     as_json: opt.Json = False, debug: opt.Debug = False,
@@ -55,7 +56,7 @@ def generate(
     """Continue a prompt with a mask (or plainly), streaming."""
     joint = decoding == "mtad"
     beams: dict[str, Any] = {"beam_width": beam_width, "threshold": threshold, "draft_model": draft_model}
-    _check(mask, joint, on_the_fly, compare, beams, {"save": save, "share": share})
+    _check(mask, joint, on_the_fly, compare, beams, {"save": save, "share": share}, explain)
     if joint or backend == "auto":
         backend = "eager" if joint else "compiled" if on_the_fly else _backend_of(mask)
     loaded = opt.load(model, dtype, device, revision, trust)
@@ -78,7 +79,7 @@ def generate(
         beams["draft_model"] = opt.load(draft_model, dtype, device, None, trust).model
     methods = _methods(mask, on_the_fly, compare, backend, seed, share, {"decoding": decoding, **beams})
     out = Console(quiet=as_json)
-    results = _continue(loaded, prompt, methods, settings, out)
+    results = _continue(loaded, prompt, methods, settings, out, explain)
     must_agree = compare and not joint and not rule.temperature
     equal = len({tuple(found["tokens"]) for found in results.values()}) == 1 if must_agree else None
     if as_json:
@@ -93,8 +94,9 @@ def generate(
 
 
 def _check(
-    mask: Path | None, joint: bool, on_the_fly: bool, compare: bool, beams: dict[str, Any], search: dict[str, Any]
-) -> None:
+    mask: Path | None, joint: bool, on_the_fly: bool, compare: bool, beams: dict[str, Any], search: dict[str, Any],
+    explain: bool,
+) -> None:  # fmt: skip
     """Refuse options that exclude or need each other, before any model is loaded.
 
     Args:
@@ -113,8 +115,12 @@ def _check(
         raise typer.BadParameter("mtad and --on-the-fly exclude each other", param_hint="--decoding")
     if joint and (mask is None) == (draft_model is None):
         raise typer.BadParameter("mtad drafts with either --mask or --draft-model", param_hint="--decoding")
-    if compare and mask is None and not (on_the_fly or draft_model):
+    drafts = mask is not None or on_the_fly or draft_model is not None
+    if compare and not drafts:
         raise typer.BadParameter("it compares a mask with plain decoding, so it needs --mask", param_hint="--compare")
+    if explain and not drafts:
+        why = "plain decoding drafts no tokens, so there are none to show; pass --mask or --on-the-fly"
+        raise typer.BadParameter(why, param_hint="--explain")
     if save is not None and not save.absolute().parent.is_dir():
         raise typer.BadParameter(f"folder {save.absolute().parent} does not exist; make it first", param_hint="--save")
 
@@ -141,26 +147,39 @@ def _methods(
 
 
 def _continue(
-    loaded: Loaded, prompt: str, methods: dict[str, SelfSpeculative], settings: GenerateSettings, out: Console
-) -> dict[str, Any]:
+    loaded: Loaded, prompt: str, methods: dict[str, SelfSpeculative], settings: GenerateSettings, out: Console,
+    explain: bool,
+) -> dict[str, Any]:  # fmt: skip
     """Continue the prompt with each method after a warm-up; a quiet `out` prints neither texts nor figures.
 
     Returns:
-        what `continue_text` returns, by label; with "search", a report, where masks were searched on the fly.
+        what `continue_text` returns, by label; with "search", a report, where masks were searched on the fly, and to
+        explain with "pieces", of (text, source).
     """
+    from transformers import TextStreamer
+
+    from skipsearch.decoding.text import pieces
     from skipsearch.generate.continuation import continue_text
+    from skipsearch.report.explain import ExplainingStreamer, legend, sources_line
     from skipsearch.report.progress import stages
     from skipsearch.report.tables import found_line, generation_line
 
     few = replace(settings, max_new_tokens=min(16 if len(methods) > 1 else 2, settings.max_new_tokens))
     with stages(opt.err, quiet=out.quiet) as progress:
         for method in methods.values():  # before any is timed: the first one alone would pay for what all share
-            continue_text(loaded, prompt, method, few, stream=False, progress=progress.stage)
+            continue_text(loaded, prompt, method, few, progress=progress.stage)
+    if explain:
+        out.print(legend(out))
     results = {}
     for name, method in methods.items():
         if len(methods) > 1:
             out.rule(name)
-        results[name] = found = continue_text(loaded, prompt, method, settings, stream=not out.quiet)
+        streamer = ExplainingStreamer(loaded.tokenizer, method, out) if explain else TextStreamer(loaded.tokenizer)
+        streamer = None if out.quiet else streamer
+        results[name] = found = continue_text(loaded, prompt, method, settings, streamer=streamer)
+        if explain:
+            found["pieces"] = pieces(loaded.tokenizer, found["tokens"], method.stats.trails[0].sources)
+            out.print(sources_line(found, out))
         out.print(generation_line(found))
         if name == ON_THE_FLY:
             found["search"] = method.tuner_for(loaded.model).report()

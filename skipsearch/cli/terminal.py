@@ -6,8 +6,8 @@ import codecs
 import io
 import sys
 
-# Cells of plans, bars of sensitivity, progress bars.
-PLAIN = str.maketrans("█▓░·▁▂▃▄▅▆▇━╸╺…–—“”‘’", "#84._234567---.--\"\"''")
+# Cells of plans, bars of sensitivity, progress bars, marks of sources.
+PLAIN = str.maketrans("█▓░·▁▂▃▄▅▆▇━╸╺…–—“”‘’⟦⟧«»", "#84._234567---.--\"\"''[]{}")
 
 
 def _plainer(error: UnicodeError) -> tuple[str, int]:

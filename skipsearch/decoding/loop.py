@@ -62,7 +62,7 @@ def decode(
 
     Args:
         policy: how to draft; None, or sequences without a draft view, decode plainly.
-        stats: counts are added to it; the prefill is no block.
+        stats: each block is added to it before it is yielded; the prefill is no block.
         scheduler: estimates of earlier sequences to go on from, and to add to.
         tuner: for a single sequence: chooses in place of `policy` and `scheduler`, anew after each block.
         temperature: of sampling, passed to the tuner; 0 is greedy.
@@ -86,11 +86,7 @@ def decode(
             if last is not None and last + 1 < len(block.tokens):
                 sequences.truncate(b, before[b] + last + 1)
                 block = cut_block(block, last + 1)
-            if prefilled:
-                stats.count(block.drafted, block.accepted, draft.parts)
-            stats.committed += len(block.tokens)
-            if stats.trail is not None:
-                stats.trail.add(block, draft.parts)
+            stats.count(block, draft.parts, prefill=not prefilled)
             yield block
             if tuner is not None and drafter is not None:
                 tuner.after(drafter, draft, block, bool(ended))

@@ -15,6 +15,7 @@ from skipsearch.decoding.ngram import NgramIndex
 from skipsearch.policy import DraftPolicy
 
 MASK, PLAIN = "mask", "plain"  # the draft view; no draft
+TARGET = "target"  # the source of tokens that nothing drafted
 
 
 @dataclass(frozen=True, slots=True)

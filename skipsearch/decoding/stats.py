@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from skipsearch.decoding.sources import MASK, PLAIN, SOURCES, Part
+from skipsearch.decoding.sources import MASK, PLAIN, SOURCES, TARGET, Part
 
-OWN = "t"  # in a trail: the target's own token
+LETTERS = {name[0]: name for name in (MASK, *SOURCES, TARGET)}  # in a trail
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class Trail:
     """Where each token of one sequence came from, in the order of decoding.
 
     Attributes:
-        marks: a letter a token: the first one of the source that drafted it, a capital if it was rejected; `OWN`: the
+        marks: a letter a token, see `LETTERS`: of the source that drafted it, a capital if it was rejected; or the
             target's own.
         rejected: the ids of rejected tokens.
     """
@@ -64,8 +64,13 @@ class Trail:
     def add(self, block: Block, parts: Sequence[Part]) -> None:
         """Append a block whose draft has these parts."""
         drafted, n = "".join(part.source[0] * part.tokens for part in parts), block.accepted
-        self.marks += drafted[:n] + drafted[n : n + len(block.rejected)].upper() + OWN * (len(block.tokens) - n)
+        self.marks += drafted[:n] + drafted[n : n + len(block.rejected)].upper() + TARGET[0] * (len(block.tokens) - n)
         self.rejected += block.rejected
+
+    @property
+    def sources(self) -> list[str]:
+        """The source of each committed token, by name."""
+        return [LETTERS[mark] for mark in self.marks if mark.islower()]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,7 +83,7 @@ class DecodeStats:
         accepted_from: accepted tokens, by the source that drafted them ("mask", or a token source).
         blocks_from: blocks, by the source that began their draft ("plain": nothing was drafted).
         lossy: whether the output is not the target's own, by design (joint decoding).
-        trail: of one sequence, if it is wanted.
+        trails: where the tokens of each row came from; of one run, `add` leaves them out.
     """
 
     blocks: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -86,15 +91,24 @@ class DecodeStats:
     accepted_from: Counter[str] = field(default_factory=lambda: Counter({MASK: 0, **dict.fromkeys(SOURCES, 0)}))
     blocks_from: Counter[str] = field(default_factory=Counter)
     lossy: bool = False
-    trail: Trail | None = None
+    trails: dict[int, Trail] = field(default_factory=dict)
 
-    def count(self, drafted: int, accepted: int, parts: Sequence[Part]) -> None:
-        """Add a block whose draft has these parts; of a row of a batch, the part may be longer than its draft."""
-        self.blocks[drafted, accepted] += 1
-        self.blocks_from[parts[0].source if parts else PLAIN] += 1
-        for part in parts:
-            self.accepted_from[part.source] += min(accepted, part.tokens)
-            accepted -= min(accepted, part.tokens)
+    def count(self, block: Block, parts: Sequence[Part], prefill: bool = False) -> None:
+        """Add a block whose draft has these parts; of a row of a batch, a part may be longer than its draft.
+
+        Args:
+            prefill: count its tokens alone.
+        """
+        self.committed += len(block.tokens)
+        self.trails.setdefault(block.row, Trail()).add(block, parts)
+        accepted = block.accepted
+        if not prefill:
+            self.blocks[block.drafted, accepted] += 1
+            self.blocks_from[parts[0].source if parts else PLAIN] += 1
+            for part in parts:
+                taken = min(accepted, part.tokens)
+                self.accepted_from[part.source] += taken
+                accepted -= taken
 
     def add(self, other: DecodeStats) -> None:
         """Add the counts of another run."""

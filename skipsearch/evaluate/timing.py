@@ -24,6 +24,7 @@ from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import DecodeStats, Trail
 from skipsearch.decoding.tuner import Tuner
 from skipsearch.draft.view import draft_view
+from skipsearch.evaluate.energy import Energy, EnergyMeter
 from skipsearch.evaluate.looks import ratio_interval
 from skipsearch.evaluate.prompt_row import Ids
 from skipsearch.evaluate.trace import DecodeSettings
@@ -44,6 +45,7 @@ class Run:
         ids: all new tokens.
         stats: raw counts, where the decoder keeps them.
         marks, rejected: see `Trail`; empty where the decoder keeps none.
+        joules: of the prefill and the tokens, where there is a counter.
     """
 
     seconds: float
@@ -53,6 +55,7 @@ class Run:
     stats: DecodeStats
     marks: str = ""
     rejected: tuple[int, ...] = ()
+    joules: float | None = None
 
 
 Arm = Callable[[Ids, int], Run]
@@ -84,8 +87,7 @@ class OurArm:
         """Decode. The clock starts when the prefill has given its token."""
         target = self.target
         ending = Ending(max_length=len(prompt) + new_tokens, eos_ids=target.eos_ids)
-        trail = Trail()
-        stats, ids, start = DecodeStats(trail=trail), list[int](), 0.0
+        stats, ids, start = DecodeStats(), list[int](), 0.0
         synchronize(target.device)
         begin = time.perf_counter()
         prompt_ids = target.ids(prompt)
@@ -102,10 +104,10 @@ class OurArm:
                 start = time.perf_counter()
             ids += block.tokens
         synchronize(target.device)
-        seconds = time.perf_counter() - start
+        seconds, trail = time.perf_counter() - start, stats.trails.get(0, Trail())
         return Run(
             seconds=seconds, tokens=len(ids) - 1, prefill=start - begin, ids=tuple(ids), marks=trail.marks,
-            rejected=tuple(trail.rejected), stats=replace(stats, trail=None),
+            rejected=tuple(trail.rejected), stats=replace(stats, trails={}),
         )  # fmt: skip
 
 
@@ -127,11 +129,13 @@ class Timing:
         seconds: of each prompt, the median of its rounds.
         prefill: likewise.
         runs: the last one of each prompt.
+        energy: of all rounds.
     """
 
     seconds: np.ndarray
     prefill: np.ndarray
     runs: tuple[Run, ...]
+    energy: Energy = field(default_factory=Energy)
 
     @property
     def tokens(self) -> int:
@@ -175,12 +179,17 @@ class Timing:
 class Interleaved:
     """Arms timed prompt by prompt, in random order within each prompt and round.
 
+    Args:
+        meter: read before and after each run; None measures no energy.
+
     Attributes:
         measured: of each arm, runs of each prompt, one a round.
     """
 
-    def __init__(self, arms: dict[str, Arm], prompts: Sequence[Ids], settings: DecodeSettings) -> None:
-        self.arms, self.prompts, self.settings = arms, prompts, settings
+    def __init__(
+        self, arms: dict[str, Arm], prompts: Sequence[Ids], settings: DecodeSettings, meter: EnergyMeter | None = None
+    ) -> None:
+        self.arms, self.prompts, self.settings, self.meter = arms, prompts, settings, meter
         self.measured: dict[str, list[list[Run]]] = {name: [[] for _ in prompts] for name in arms}
 
     def warm_up(self) -> None:
@@ -196,26 +205,37 @@ class Interleaved:
                 arm(self.prompts[i], self.settings.new_tokens)
         for name in rng.sample(sorted(self.arms), len(self.arms)):
             if len(self.measured[name][i]) <= round_:
-                self.measured[name][i].append(self.arms[name](self.prompts[i], self.settings.new_tokens))
+                self.measured[name][i].append(self._run(name, i))
+
+    def _run(self, name: str, i: int) -> Run:
+        before = None if self.meter is None else self.meter.joules()
+        run = self.arms[name](self.prompts[i], self.settings.new_tokens)
+        after = None if self.meter is None else self.meter.joules()
+        return run if before is None or after is None else replace(run, joules=after - before)
 
     def timings(self, prompts: int | None = None, rounds: int | None = None) -> dict[str, Timing]:
         """Of the prompts that every arm has run; of the first so many, and of so many of their rounds."""
         done = [i for i in range(len(self.prompts))[:prompts] if all(runs[i] for runs in self.measured.values())]
+        reason = "not measured" if self.meter is None else self.meter.reason
         return {
             name: Timing(
                 seconds=np.array([statistics.median(run.seconds for run in runs[i][:rounds]) for i in done]),
                 prefill=np.array([statistics.median(run.prefill for run in runs[i][:rounds]) for i in done]),
                 runs=tuple(runs[i][:rounds][-1] for i in done),
+                energy=Energy.of(
+                    ((r.joules, r.prefill + r.seconds, len(r.ids)) for i in done for r in runs[i][:rounds]), reason
+                ),
             )
             for name, runs in self.measured.items()
         }
 
 
 def time_interleaved(
-    arms: dict[str, Arm], prompts: Sequence[Ids], settings: DecodeSettings, progress: Progress, stage: str
-) -> dict[str, Timing]:
+    arms: dict[str, Arm], prompts: Sequence[Ids], settings: DecodeSettings, progress: Progress, stage: str,
+    meter: EnergyMeter | None = None,
+) -> dict[str, Timing]:  # fmt: skip
     """Time arms on every prompt and in every round, after a warm-up of each."""
-    timing = Interleaved(arms, prompts, settings)
+    timing = Interleaved(arms, prompts, settings, meter)
     timing.warm_up()
     for turn in range(settings.rounds):
         for i in range(len(prompts)):

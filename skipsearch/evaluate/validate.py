@@ -10,7 +10,7 @@ import hashlib
 import math
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from skipsearch.compiled.backend import Progress
 from skipsearch.decoding.rule import GREEDY, SelectionRule
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.evaluate.cost import set_up
+from skipsearch.evaluate.energy import Energy, EnergyMeter
 from skipsearch.evaluate.looks import LAST_LOOK, LEAST, decides, look_after
 from skipsearch.evaluate.prompt_row import Ids
 from skipsearch.evaluate.prompts import fingerprint
@@ -57,6 +58,7 @@ class Measured:
         prompts, tokens: that were decoded; fewer than there are if the timing ended early.
         greedy_equal: whether all arms gave the same tokens; None with sampling.
         decided: whether the intervals decided, or each prompt was timed once at least; else time was lacking.
+        energy: of each arm and of plain decoding.
     """
 
     arms: dict[str, ArmResult]
@@ -65,6 +67,7 @@ class Measured:
     tokens: int
     greedy_equal: bool | None
     decided: bool = True
+    energy: dict[str, Energy] = field(default_factory=dict)
 
 
 def arm_of(plan: DraftPlan) -> str:
@@ -87,7 +90,8 @@ class Validation:
     ) -> None:  # fmt: skip
         arms = {PLAIN: our_arm(target, rule=settings.rule)}
         arms |= {name: our_arm(target, plan, policy, settings.rule) for name, (plan, policy) in plans.items()}
-        self.timing, self.settings, self.path = Interleaved(dict(arms), prompts, settings), settings, path
+        self.timing = Interleaved(dict(arms), prompts, settings, EnergyMeter(target.device))
+        self.settings, self.path = settings, path
         what = hashlib.sha256(repr(plans).encode()).hexdigest()  # a plan may name many tokens
         key = [identity, fingerprint(prompts), what, repr(settings), set_up(target)]
         self.key = " | ".join(key)
@@ -128,12 +132,13 @@ class Validation:
 
     def _measured(self, miss: float, decided: bool, prompts: int | None, rounds: int | None) -> Measured:
         timed, intervals = self.timing.timings(prompts, rounds), self._intervals(miss, prompts, rounds)
+        energy = {name: found.energy for name, found in timed.items()}
         plain = timed.pop(PLAIN)
         equal = None if self.settings.rule.temperature else all(found.ids() == plain.ids() for found in timed.values())
         return Measured(
             arms={name: _result(found, plain, intervals[name]) for name, found in timed.items()},
             plain_tokens_per_second=plain.tokens_per_second, prompts=len(plain.runs), tokens=plain.tokens,
-            greedy_equal=equal, decided=decided,
+            greedy_equal=equal, decided=decided, energy=energy,
         )  # fmt: skip
 
 
@@ -183,6 +188,7 @@ def evidence(
 ) -> Evidence:  # fmt: skip
     """What goes into mask.json about an arm. The verdict is "use" only if the whole interval lies above 1."""
     found, served = measured.arms[arm], measured.arms.get(SERVED)
+    energy, plain_energy = (measured.energy.get(name, Energy()) for name in (arm, PLAIN))
     return Evidence(
         acceptance_rate=round(found.stats.acceptance_rate, 4), tau=round(found.stats.tau, 4),
         cost_ratio=round(cost_ratio, 4), speedup=round(found.speedup, 4), speedup_ci=_rounded(found.speedup_ci),
@@ -193,6 +199,8 @@ def evidence(
         prompts=measured.prompts, tokens=measured.tokens, prompts_sha256=fingerprint(prompts[: measured.prompts]),
         temperature=rule.temperature or None, decoding=str(rule),
         verdict="use" if found.pays else "do not use",
+        joules_per_token=energy.per_token, baseline_joules_per_token=plain_energy.per_token,
+        energy_reason=energy.unknown or plain_energy.unknown,
         served_speedup=round(served.speedup, 4) if served is not None and arm != NGRAMS else None,
         served_speedup_ci=_rounded(served.speedup_ci) if served is not None and arm != NGRAMS else None,
     )  # fmt: skip

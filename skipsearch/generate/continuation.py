@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from transformers import TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from skipsearch.compiled.backend import Progress
 from skipsearch.decoding.rule import ONE_TEXT
@@ -41,10 +41,13 @@ class GenerateSettings:
 
 
 def continue_text(
-    loaded: Loaded, prompt: str, method: SelfSpeculative, settings: GenerateSettings, *, stream: bool,
-    progress: Progress | None = None,
+    loaded: Loaded, prompt: str, method: SelfSpeculative, settings: GenerateSettings, *,
+    streamer: BaseStreamer | None = None, progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Generate with this method and time it. The time includes the prefill, but not compiling.
+
+    Args:
+        streamer: gets the prompt, then the tokens as they come.
 
     Returns:
         text, tokens (the new ones), seconds, tokens_per_second, and the raw counts of blocks.
@@ -55,7 +58,6 @@ def continue_text(
     inputs = encode(loaded, prompt, settings).to(loaded.target.device)
     # Every causal LM takes these; some tokenizers also return token types.
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
-    streamer = TextStreamer(loaded.tokenizer) if stream else None  # `generate` passes the prompt to it first
     method.warm_up(loaded.model, progress)
     torch.manual_seed(settings.seed)
     start = time.perf_counter()

@@ -209,8 +209,7 @@ def decode_jointly(decoder: JointDecoder, ending: Ending, stats: DecodeStats | N
             ended = True
             decoder.cut(length + last + 1)
             block = cut_block(block, last + 1)
-        stats.count(drafted, block.accepted, [Part(MASK, drafted)])
-        stats.committed += len(block.tokens)
+        stats.count(block, [Part(MASK, drafted)])
         yield block
 
 

@@ -58,7 +58,10 @@ def speed_table(data: dict[str, Any]) -> Table:
 
 
 def counts_table(data: dict[str, Any]) -> Table:
-    """Acceptance, bounds, bytes moved, memory and energy of each arm; columns without a value are left out."""
+    """Acceptance, bounds, bytes moved, memory and energy of each arm; columns without a value are left out.
+
+    Below it stands why energy is not known, where it is not.
+    """
     rows = _total(data)
     columns = [
         (title, name, scale, form)
@@ -66,10 +69,13 @@ def counts_table(data: dict[str, Any]) -> Table:
             ("accept", "acceptance_rate", 1, ".2f"), ("tau", "tau", 1, ".2f"), ("c", "cost_ratio", 1, ".2f"),
             ("1/c", "bound", 1, ".1f"), ("bound", "own_bound", 1, ".2f"), ("share", "share_of_own_bound", 1, ".0%"),
             ("GB/s", "bytes_per_second", 1e-9, ".1f"), ("% copy", "of_copy_bandwidth", 1, ".0%"),
-            ("MB", "peak_memory_bytes", 1e-6, ".0f"), ("J/token", "joules_per_token", 1, ".2f"),
+            ("MB", "peak_memory_bytes", 1e-6, ".0f"), ("J/token", "joules_per_token", 1, ".3g"),
         ) if any(row.get(name) is not None for row in rows)
     ]  # fmt: skip
     table = _table("", [title for title, *_ in columns])
+    unknown = {row["energy_reason"] for row in rows if row.get("energy_reason")}
+    if unknown:
+        table.caption, table.caption_justify = f"J/token n/a: {'; '.join(sorted(unknown))}", "left"
     for row in rows:
         found = ((row.get(name), scale, form) for _, name, scale, form in columns)
         table.add_row(row["arm"], *("" if v is None else f"{v * scale:{form}}" for v, scale, form in found))

@@ -70,7 +70,10 @@ def examine() -> dict[str, Any]:
             "default dtype": "as stored" if device.type == "cuda" else "float32",
         }
         from skipsearch.compiled.compile import compiler, keep_compiled
+        from skipsearch.evaluate.energy import EnergyMeter
 
+        meter = EnergyMeter(device)
+        facts["energy counter"] = meter.source or f"n/a: {meter.reason}"
         facts["backend"] = (
             f"compiled (kept in {keep_compiled()})" if compiler() else "eager; install g++ for the compiled one"
         )

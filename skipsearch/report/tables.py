@@ -60,6 +60,11 @@ def evidence_rows(proof: dict[str, Any]) -> list[tuple[str, Any]]:
         low, high = proof["served_speedup_ci"]
         served = f"{proof['served_speedup']:.2f}x  ({low:.2f} to {high:.2f}) with the whole draft policy"
         rows.append(("as served", served))
+    drafting, plain = (proof.get(name) for name in ("joules_per_token", "baseline_joules_per_token"))
+    if drafting is not None and plain is not None:
+        rows.append(("joules/token", f"{drafting:.3g} drafting, {plain:.3g} plain, prefill included"))
+    elif proof.get("energy_reason"):
+        rows.append(("joules/token", f"n/a: {proof['energy_reason']}"))
     good = Text("use", style="bold green")
     bad = Text("do not use: not proven faster than plain decoding", style="bold red")
     rows += [

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from skipsearch.evaluate.energy import Energy
 from skipsearch.evaluate.objective import Score
 from skipsearch.evaluate.validate import Measured, arm_of
 from skipsearch.mask import SkipMask
@@ -70,6 +71,7 @@ def summary(result: SearchResult) -> dict[str, Any]:
             name: {
                 "speedup": round(arm.speedup, 4), "speedup_ci": [round(bound, 4) for bound in arm.speedup_ci],
                 "tokens_per_second": round(arm.tokens_per_second, 2),
+                "joules_per_token": result.measured.energy.get(name, Energy()).per_token,
             }
             for name, arm in result.measured.arms.items()
         },

@@ -102,7 +102,8 @@ def test_generate_finds_masks_on_the_fly(tmp_path: Path, mask_path: Path) -> Non
     data = json.loads(result.stdout)
     assert data["greedy_equal"] is True and data["on the fly"]["search"]["share"] < 1
     saving = ["--save", str(tmp_path / "m.json")]
-    for wrong in (saving, ["--share", "0.1"], ["--beam-width", "2"], ["--threshold", "0.1"], ["--draft-model", "demo"]):
+    needs = (["--share", "0.1"], ["--beam-width", "2"], ["--threshold", "0.1"], ["--draft-model", "demo"])
+    for wrong in (saving, ["--explain"], *needs):
         assert runner.invoke(cli.app, ["generate", "--model", "demo", *wrong]).exit_code == 2, wrong
     missing = ["--save", str(tmp_path / "missing" / "m.json")]
     for wrong in (missing, ["--decoding", "mtad"]):

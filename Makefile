@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 REAL := .venv/.real
 
-.PHONY: demo real test faults bench notebooks clean
+.PHONY: demo real test proofs bench notebooks clean
 
 # torch comes first and by itself: a resolver that sees it among the others may choose a CUDA build.
 $(READY): pyproject.toml constraints.txt
@@ -36,9 +36,9 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-# All faults on purpose; each test prints a line of counts. Without the variable `make test` tries some of each.
-faults: $(READY)
-	SKIPSEARCH_FAULTS=full $(BIN)/pytest tests/faults --numprocesses=0 --capture=no
+# The long proofs: all faults on purpose, all samples; each test prints a line of counts. `make test` tries some of each.
+proofs: $(READY)
+	SKIPSEARCH_TESTS=full $(BIN)/pytest tests/faults tests/decoding/test_sampling.py --numprocesses=0 --capture=no
 
 bench: $(READY)
 	$(BIN)/python benchmarks/replay_speed.py

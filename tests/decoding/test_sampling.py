@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tiny
+from counts import times
 from scipy.stats import chisquare
 
 from skipsearch import SkipMask, self_speculative
@@ -20,7 +21,8 @@ from skipsearch.decoding.accept import accept_greedy, accept_sampling, draw, pro
 from skipsearch.errors import DecodingError
 from skipsearch.model.target import Target
 
-N, AT_ONCE, VOCABULARY, NEW = 200_000, 50_000, 8, 3
+AT_ONCE, VOCABULARY, NEW = 50_000, 8, 3
+N = times(1, 4) * AT_ONCE  # the mutants below die of the fewer
 PROMPT = torch.tensor([[3, 4, 5, 3]])
 MASK = SkipMask(attention=[0], mlp=[1], num_layers=2)
 FILTERS: dict[str, dict[str, Any]] = {

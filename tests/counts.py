@@ -1,8 +1,8 @@
-"""Counts of faults on purpose: few by default, all of them with SKIPSEARCH_FAULTS=full."""
+"""How often the long proofs try: few by default, all of it with SKIPSEARCH_TESTS=full."""
 
 import os
 
-FULL = os.environ.get("SKIPSEARCH_FAULTS") == "full"
+FULL = os.environ.get("SKIPSEARCH_TESTS") == "full"
 
 
 def times(fast: int, full: int) -> int:

@@ -48,6 +48,7 @@ def crew(count: int, loaded: Loaded, url: str, study: str, folder: Path) -> Iter
                 process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
         for number, code in enumerate(ended, 1):
             if code:
                 path = folder / f"worker-{number}.log"

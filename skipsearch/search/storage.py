@@ -46,6 +46,14 @@ class _Storage(RDBStorage):
 
     patience: Patience
 
+    def __init__(self, url: str, **kwargs: Any) -> None:
+        try:
+            super().__init__(url, **kwargs)
+        except BaseException:
+            if (engine := getattr(self, "engine", None)) is not None:
+                engine.dispose()  # a server's connections do not close by themselves
+            raise
+
     def record_heartbeat(self, trial_id: int) -> None:
         with suppress(*FAULTS, MemoryError):
             super().record_heartbeat(trial_id)

@@ -69,7 +69,7 @@ def opened(kept: Any, path: Path) -> Any:
     try:
         if not study.finished():
             raise Anew
-        shared = {name: study.known(name) for name in ("identity", "space", "costs", "share")}
+        shared = {name: study.known(name) for name in ("identity", "space", "costs", "share", "job")}
         return study.best(9), study.memo, study.front(), shared, study.space
     finally:
         study.study._storage._backend.engine.dispose()  # type: ignore[attr-defined]

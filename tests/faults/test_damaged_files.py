@@ -87,7 +87,7 @@ FILES = ("trace.json", "costs.json", "sensitivity.json", "validation.json", "mas
 def test_every_file_that_stages_read_is_here(kept: Any) -> None:
     """Prevents a new file that is read back without a checksum."""
     written = {path.name for path in kept.folder.iterdir()} - {"study.db-wal", "study.db-shm"}
-    assert written == {*FILES, "trials.csv", "front.json", "summary.json"}  # these three are for people
+    assert written == {*FILES, "trials.csv", "front.json", "summary.json", "texts.json"}  # these are for people
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import sqlite3
+import zlib
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,11 @@ CHANGES = (
     "UPDATE study_user_attributes SET value_json = replace(value_json, 'sha256', 'sha356') WHERE key = 'costs'",
     "UPDATE study_user_attributes SET value_json = '1.0' WHERE key = 'share'",
     *(f"UPDATE study_user_attributes SET key = 'x' WHERE key = '{k}'" for k in ("identity", "space", "costs", "share")),
+    "UPDATE study_user_attributes SET key = 'x' WHERE key = 'job'",
+    "UPDATE study_user_attributes SET value_json = replace(value_json, '\"parts\"', '\"value\"') WHERE key = 'job'",
+    'UPDATE study_user_attributes SET value_json = \'{"parts": 1e9, "sha256": "0"}\' WHERE key = \'job\'',
+    "DELETE FROM study_system_attributes WHERE key = 'skipsearch:job:0'",
+    "UPDATE study_system_attributes SET value_json = '\"eJw=\"' WHERE key = 'skipsearch:job:0'",
     "UPDATE study_directions SET direction = 'UPWARDS'",
     "UPDATE alembic_version SET version_num = 'v9'",
 )
@@ -64,10 +71,18 @@ def test_a_study_of_an_earlier_version_goes_on(kept: Any, tmp_path: Path) -> Non
     path = Path(shutil.copy(kept.folder / "study.db", tmp_path / "study.db"))
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("DELETE FROM trial_user_attributes WHERE key = 'check'")
-        for row, text in connection.execute("SELECT study_user_attribute_id, value_json FROM study_user_attributes"):
-            plain = json.dumps(json.loads(text)["value"])
-            connection.execute(
-                "UPDATE study_user_attributes SET value_json = ? WHERE study_user_attribute_id = ?", (plain, row)
-            )
+        connection.execute("DELETE FROM study_user_attributes WHERE key IN ('job', 'trials')")
+        for key, text in connection.execute("SELECT key, value_json FROM study_user_attributes").fetchall():
+            value = json.loads(text).get("value")
+            if value is None:
+                query = "SELECT value_json FROM study_system_attributes WHERE key LIKE ? ORDER BY key"
+                parts = [json.loads(part) for (part,) in connection.execute(query, (f"skipsearch:{key}:%",))]
+                value = json.loads(zlib.decompress(base64.b64decode("".join(parts))))
+            sets = "UPDATE study_user_attributes SET value_json = ? WHERE key = ?"
+            connection.execute(sets, (json.dumps(value), key))
+        connection.execute("DELETE FROM study_system_attributes")
         connection.commit()
-    assert opened(kept, path) == opened(kept, kept.folder / "study.db")
+    before, after = opened(kept, kept.folder / "study.db"), opened(kept, path)
+    assert all("job" in shared for *_, shared, _ in (before, after)) and after[3].pop("job") is None
+    before[3].pop("job")
+    assert after == before

@@ -28,7 +28,7 @@ from skipsearch.draft.head import DraftHead
 from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendWarning, SkipsearchError
 from skipsearch.evaluate.clock import step_costs
-from skipsearch.evaluate.energy import EnergyMeter
+from skipsearch.evaluate.energy import EnergyMeter, devices_of
 from skipsearch.evaluate.prompt_row import Ids
 from skipsearch.evaluate.timing import Arm, time_interleaved
 from skipsearch.evaluate.trace import DecodeSettings
@@ -111,7 +111,7 @@ def bench(
     costs, full = _draft_costs(target, plan, chosen, context), weight_bytes(target.model)
     bandwidth = copy_bandwidth(target.device)
     settings = DecodeSettings(new_tokens=options.new_tokens, rule=rule, rounds=options.rounds, seed=options.seed)
-    meter = EnergyMeter(target.device)
+    meter = EnergyMeter(target.device, devices_of(target.model))
     timings = [
         (group, time_interleaved(chosen, prompts, settings, progress, stage=group, meter=meter))
         for group, prompts in groups.items()

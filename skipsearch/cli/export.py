@@ -40,8 +40,9 @@ def export(
 def _lines(data: dict[str, Any]) -> list[str]:
     size = sum(data["files"].values()) / 1e6
     check = data["check"]
+    how = "layers read back" if data["format"] == "mergekit" else "loaded back"
     compared = (
-        f"loaded back: logits of {check['tokens']} random tokens differ by {check['largest_difference']:.3g} from the "
+        f"{how}: logits of {check['tokens']} random tokens differ by {check['largest_difference']:.3g} from the "
         f"draft view's at most, the likeliest tokens are {'the same' if check['same_argmax'] else 'not all the same'}"
         if "largest_difference" in check
         else f"decoded {check['tokens']} tokens with it, {'' if check['same_tokens'] else 'not '}the same as plainly"

@@ -59,6 +59,10 @@ def run(
     )  # fmt: skip
     from skipsearch.report.progress import stages
 
+    if storage is not None:  # a wrong URL is told before a large model is loaded
+        from skipsearch.search.storage import open_storage
+
+        open_storage(storage).engine.dispose()
     loaded = opt.load(model, dtype, device, revision, trust)
     loading = time.monotonic() - begin
     if options.time_budget is not None:

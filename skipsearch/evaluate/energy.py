@@ -71,6 +71,9 @@ class Energy:
 class EnergyMeter:
     """The counters of a device.
 
+    Args:
+        devices: on how many the model lies; of several none is read.
+
     Attributes:
         source: what is read; empty if nothing can be.
         reason: why nothing can be read, or could be the last time; None if it could.
@@ -78,9 +81,11 @@ class EnergyMeter:
 
     reason: str | None = None
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, devices: int = 1) -> None:
         self.source, self._sum, self._last = "", 0.0, list[float]()
         try:
+            if devices > 1:
+                raise _NoCounter(f"the model lies on {devices} devices")
             self._counters = _gpu(device) if device.type == "cuda" else _packages(device)
             self._last = [read() for read, _ in self._counters]
             self.source = "NVML" if device.type == "cuda" else f"RAPL, CPU packages: {len(self._counters)}"
@@ -150,3 +155,8 @@ def _gpu(device: torch.device) -> list[Counter]:
             raise _NoCounter(f"NVML's counter cannot be read: {error}") from error
 
     return [(joules, 0.0)]
+
+
+def devices_of(model: torch.nn.Module) -> int:
+    """On how many devices a model lies."""
+    return len({parameter.device for parameter in model.parameters()})

@@ -18,7 +18,7 @@ from skipsearch.compiled.backend import Progress
 from skipsearch.decoding.rule import GREEDY, SelectionRule
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.evaluate.cost import set_up
-from skipsearch.evaluate.energy import Energy, EnergyMeter
+from skipsearch.evaluate.energy import Energy, EnergyMeter, devices_of
 from skipsearch.evaluate.looks import LAST_LOOK, LEAST, decides, look_after
 from skipsearch.evaluate.prompt_row import Ids
 from skipsearch.evaluate.prompts import fingerprint
@@ -90,7 +90,7 @@ class Validation:
     ) -> None:  # fmt: skip
         arms = {PLAIN: our_arm(target, rule=settings.rule)}
         arms |= {name: our_arm(target, plan, policy, settings.rule) for name, (plan, policy) in plans.items()}
-        self.timing = Interleaved(dict(arms), prompts, settings, EnergyMeter(target.device))
+        self.timing = Interleaved(dict(arms), prompts, settings, EnergyMeter(target.device, devices_of(target.model)))
         self.settings, self.path = settings, path
         what = hashlib.sha256(repr(plans).encode()).hexdigest()  # a plan may name many tokens
         key = [identity, fingerprint(prompts), what, repr(settings), set_up(target)]

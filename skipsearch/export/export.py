@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,18 @@ def export_mask(draft: Draft, to: str, out: Path) -> dict[str, Any]:
 
 def _write(draft: Draft, to: str, out: Path) -> tuple[dict[str, Any], str]:
     form, place = FORMATS[to], out.resolve()
+    made = [parent for parent in place.parents if not parent.exists()]
     place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return _compared(draft, form, out, place)
+    except BaseException:
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()  # if nothing else is in it
+        raise
+
+
+def _compared(draft: Draft, form: Any, out: Path, place: Path) -> tuple[dict[str, Any], str]:
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=".export-") as beside:
         folder = Path(beside) / place.name  # the library keeps code by the folder's name
         folder.mkdir()
@@ -70,7 +82,7 @@ def _write(draft: Draft, to: str, out: Path) -> tuple[dict[str, Any], str]:
             found = compare_logits(draft, form.load_back(draft, folder))
         for path in folder.glob("*.safetensors"):
             path.chmod(0o644)  # the library writes them for their owner alone
-        if out.is_dir():
-            out.rmdir()
+        if place.is_dir():
+            place.rmdir()
         shutil.move(folder, place)
     return found, next_step

@@ -24,10 +24,11 @@ def write(draft: Draft, folder: Path) -> str:
     if draft.weights.gguf_file is not None:
         raise ExportError("the model is a GGUF file, which mergekit cannot read; use --to hf or --to gguf")
     lines = ["merge_method: passthrough", f"dtype: {str(draft.model.dtype).removeprefix('torch.')}", "slices:"]
+    source = draft.weights.source
+    source = str(Path(source).resolve()) if Path(source).is_dir() else source  # the file may be merged elsewhere
     for _, run in itertools.groupby(enumerate(draft.kept), lambda pair: pair[1] - pair[0]):
         layers = [i for _, i in run]
-        source = f"model: {json.dumps(draft.weights.source)}, layer_range: [{layers[0]}, {layers[-1] + 1}]"
-        lines.append(f"  - sources: [{{{source}}}]")
+        lines.append(f"  - sources: [{{model: {json.dumps(source)}, layer_range: [{layers[0]}, {layers[-1] + 1}]}}]")
     (folder / FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return f"mergekit-yaml {folder / FILE} DRAFT"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from skipsearch.errors import ResultsError, first_line
+from skipsearch.errors import ResultsError
 
 SQLITE = "sqlite:///"
 
@@ -60,14 +60,13 @@ def serve(results: Path | None, storage: str | None, host: str, port: int, annou
         _check_database(Path(url.removeprefix(SQLITE)))
     from optuna_dashboard import run_server
 
-    from skipsearch.search.storage import storage_faults
+    from skipsearch.search.storage import open_storage, shown_url, storage_faults
 
-    announce(f"optuna-dashboard on http://{host}:{port}/ for {url} (stop with Ctrl-C)")
+    open_storage(url, new=False).engine.dispose()
+    announce(f"optuna-dashboard on http://{host}:{port}/ for {shown_url(url)} (stop with Ctrl-C)")
     with storage_faults(url):
         try:
             run_server(url, host=host, port=port)
-        except ImportError as error:
-            raise ResultsError(f"the storage's driver is missing ({first_line(error)}); install it") from error
         except OSError as error:
             why = error.strerror
             raise ResultsError(f"port {port} cannot be opened ({why}); choose another with --port") from error

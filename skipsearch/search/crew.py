@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from skipsearch.errors import SkipsearchError, StudyWarning
+from skipsearch.errors import ResultsError, SkipsearchError, StudyWarning
 from skipsearch.model.load import Loaded
 
 STORAGE = "SKIPSEARCH_STORAGE"  # the environment's variable: command lines are seen by everyone, passwords included
@@ -27,15 +27,17 @@ def crew(count: int, loaded: Loaded, url: str, study: str, folder: Path) -> Iter
     `worker-<number>.log` in the folder.
 
     Raises:
-        SkipsearchError: other processes cannot load the model.
+        ResultsError: a worker cannot be started.
     """
     if count < 2:
         yield []
         return
-    threads, share = torch.get_num_threads(), max(1, (os.cpu_count() or 1) // count)
-    processes = [_start(number, share, loaded, url, study, folder) for number in range(1, count)]
+    threads, processes = torch.get_num_threads(), list[subprocess.Popen[bytes]]()
+    share = max(1, threads // count)
     try:
-        torch.set_num_threads(min(threads, share))
+        for number in range(1, count):
+            processes.append(_start(number, share, loaded, url, study, folder))
+        torch.set_num_threads(share)
         yield processes
     finally:
         torch.set_num_threads(threads)
@@ -57,25 +59,40 @@ def crew(count: int, loaded: Loaded, url: str, study: str, folder: Path) -> Iter
                 warnings.warn(f"worker {number} ended early ({said}); see {path}", StudyWarning, stacklevel=2)
 
 
-def _start(number: int, threads: int, loaded: Loaded, url: str, study: str, folder: Path) -> subprocess.Popen[bytes]:
-    if loaded.given is None:
+def check_crew(count: int, loaded: Loaded) -> None:
+    """Find out before the work whether other processes can load the model.
+
+    Raises:
+        SkipsearchError: they cannot.
+    """
+    if count > 1 and loaded.given is None:
         raise SkipsearchError(
-            "workers is more than 1, but other processes cannot load a model that is passed as an object; "
-            "pass the result of `load_model`"
+            f"workers is {count}, but other processes cannot load a model that is passed as an object; pass the "
+            f"result of `load_model`"
         )
+    if count > 1 and loaded.given is not None and loaded.given.get("device") == "map":
+        raise SkipsearchError(f"workers is {count}, but --device map spreads one model over all GPUs; leave out one")
+
+
+def _start(number: int, threads: int, loaded: Loaded, url: str, study: str, folder: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, STORAGE: url, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    given = dict(loaded.given or {})
+    if torch.cuda.device_count() > 1 and loaded.model.device.type == "cuda":
+        known = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        known = known if all(known) else [str(i) for i in range(torch.cuda.device_count())]
+        environment["CUDA_VISIBLE_DEVICES"] = known[((loaded.model.device.index or 0) + number) % len(known)]
+        given["device"] = "cuda"
     arguments = ["worker", "--study", study]
-    for name, value in loaded.given.items():
+    for name, value in given.items():
         if value is True:
             arguments.append(f"--{name}")
         elif value:
             arguments += [f"--{name}", str(value)]
-    environment = {**os.environ, STORAGE: url, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    if torch.cuda.device_count() > 1:
-        known = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        known = known if all(known) else [str(i) for i in range(torch.cuda.device_count())]
-        environment["CUDA_VISIBLE_DEVICES"] = known[number % len(known)]
-    with (folder / f"worker-{number}.log").open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "skipsearch.cli", *arguments], env=environment,
-            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+    try:
+        with (folder / f"worker-{number}.log").open("wb") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "skipsearch.cli", *arguments], env=environment,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+    except OSError as error:
+        raise ResultsError(f"worker {number} cannot be started ({error}); run with fewer --workers") from error

@@ -19,7 +19,7 @@ class Patience:
     """Calls what uses a server until it answers.
 
     A call that the server has carried out without being able to say so is repeated too: what it adds twice is refused
-    by the database, or is found as the trial of a dead worker.
+    by the database, or is a running trial that nobody runs, as that of a dead worker.
 
     Args:
         url: of the storage, as it may be shown.

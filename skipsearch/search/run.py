@@ -35,7 +35,7 @@ from skipsearch.model.space import Space
 from skipsearch.model.weights import Weights
 from skipsearch.plan import DraftPlan
 from skipsearch.search.budget import LESS, Budget
-from skipsearch.search.crew import crew
+from skipsearch.search.crew import check_crew, crew
 from skipsearch.search.export import mask_file, validated
 from skipsearch.search.job import Job
 from skipsearch.search.options import SearchOptions
@@ -77,6 +77,7 @@ def search(
     """
     options, loaded = _with_prompts(options or SearchOptions(), prompts), _as_loaded(model, tokenizer)
     folder, budget = Path(out) if out is not None else results_folder(loaded.name), Budget(options.time_budget)
+    check_crew(options.workers, loaded)
     made = not folder.exists()
     open_folder(folder)
     try:
@@ -158,7 +159,7 @@ def search_trials(
             share = study.known("share")
             if share is None:
                 share = study.shared("share", affordable_share(prepared.windows, _dearest(prepared.space), seconds))
-            study.shared("job", Job.of(prepared, seeds, options).to_dict())
+            study.store("job", Job.of(prepared, seeds, options).to_dict())
             study.replace("trials", options.trials)
             scorer = Scorer(prepared.windows, prepared.point, options.pareto, share, study.stages())
             begin, before = time.monotonic(), len(study.finished())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -90,9 +91,9 @@ def storage_faults(url: str) -> Iterator[None]:
             link = link.__cause__ or link.__context__
         if found is None:
             raise
-        reason = str(getattr(found, "orig", None) or found).strip().splitlines()[0]
+        reason = first_line(getattr(found, "orig", None) or found)
         mend = "free some space, or choose another with --storage or --out"
-        if not url.startswith("sqlite") and lost(found):
+        if not url.startswith("sqlite") and lost(found) and "does not exist" not in reason:
             mend = "start its server and run the same command again, which goes on"
         raise ResultsError(f"storage {shown_url(url)} cannot be used ({reason}); {mend}") from None
 
@@ -116,7 +117,7 @@ def open_storage(url: str, new: bool = True) -> RDBStorage:
     """An RDB storage with heartbeat; SQLite runs in WAL mode, which made our trials twelve times faster.
 
     Args:
-        new: whether a file may be made.
+        new: whether a file or tables may be made.
 
     Raises:
         ResultsError: the database cannot be opened or is not one.
@@ -129,6 +130,8 @@ def open_storage(url: str, new: bool = True) -> RDBStorage:
             raise ValueError("there is no such file")
         if sqlite:
             check_database(url)
+        if not new:
+            _check_tables(url)
         # Connections are tried before they are used: a server's restart ends them all.
         storage = _made_with_tables(url, {"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True})
         if sqlite:
@@ -139,22 +142,35 @@ def open_storage(url: str, new: bool = True) -> RDBStorage:
     except Exception as error:  # a damaged database raises anything
         if out_of_memory(error):
             raise
-        raise ResultsError(f"storage {shown_url(url)} cannot be opened ({first_line(error)}); {_mend(error)}") from None
+        raise ResultsError(
+            f"storage {shown_url(url)} cannot be opened ({first_line(error)}); {_mend(error, new)}"
+        ) from None
     return storage
+
+
+def _check_tables(url: str) -> None:
+    engine = sqlalchemy.create_engine(url)
+    try:
+        if not sqlalchemy.inspect(engine).has_table("studies"):
+            raise ValueError("it holds no studies")
+    finally:
+        engine.dispose()
 
 
 def shown_url(url: str) -> str:
     """A URL without its password."""
     try:
-        return str(sqlalchemy.engine.make_url(url).render_as_string(hide_password=True))
-    except sqlalchemy.exc.ArgumentError:
-        return url
+        made = sqlalchemy.engine.make_url(url)
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        return re.sub("(?<=/)[^/@]*@", "***@", url)
+    query = {name: "hidden" if "password" in name.lower() else value for name, value in made.query.items()}
+    return str(made.set(query=query).render_as_string(hide_password=True))
 
 
-def _mend(error: Exception) -> str:
+def _mend(error: Exception, new: bool) -> str:
     if isinstance(error, ImportError):
         return "install its driver, for PostgreSQL `pip install 'skipsearch[postgres]'`"
-    return "choose another with --storage or --out"
+    return "choose another with --storage or --out" if new else "check --storage"
 
 
 def _made_with_tables(url: str, engine: dict[str, Any]) -> _Storage:

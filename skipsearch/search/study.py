@@ -103,6 +103,11 @@ class Study:
             set_once(self.study, name, value)
         return self.known(name)
 
+    def store(self, name: str, value: Any) -> None:
+        """Store a value that studies of earlier versions do not have, unless there is one."""
+        if name not in self.study.user_attrs:
+            set_once(self.study, name, value)
+
     def known(self, name: str) -> Any:
         """The value stored with the study under this name; None if there is none yet."""
         return kept(self.study, name)

@@ -97,30 +97,43 @@ class Worker:
                 time.sleep(POLL * self._lost / 4)
                 continue
             self._lost = 0
-            self._score(trial, score)
-            own += 1
+            own += self._score(trial, score, trials)
         return own
 
     def _claim(self, now: Sequence[FrozenTrial], trials: int) -> optuna.Trial | None:
         """A running trial of our own; None if another worker was faster."""
         params, label = self._next(now)
         if params is None:
-            with warnings.catch_warnings(action="ignore", category=UserWarning):  # of heartbeats, which beat below
-                trial = self.study.ask(self.distributions)
-            self._storage.set_trial_system_attr(trial._trial_id, WORKER, this_process())
+            try:
+                with warnings.catch_warnings(action="ignore", category=UserWarning):  # of heartbeats, which beat below
+                    trial = self.study.ask(self.distributions)
+                self._storage.set_trial_system_attr(trial._trial_id, WORKER, this_process())
+            except UpdateFinishedTrialError:  # taken for dead: the sampler took long, or this process was paused
+                return None
         else:
-            template = create_trial(
-                state=TrialState.RUNNING, params=params, distributions=self.distributions,
-                user_attrs={"seed": label} if label else {}, system_attrs={WORKER: this_process()},
-            )  # fmt: skip
-            trial = optuna.Trial(self.study, self._storage.create_new_trial(self.study._study_id, template))
+            trial = self._begin(params, {"seed": label} if label else {})
+        return trial if self._is_ours(trial, trials, params is None) else None
+
+    def _begin(self, params: Params, attributes: dict[str, Any]) -> optuna.Trial:
+        template = create_trial(
+            state=TrialState.RUNNING, params=params, distributions=self.distributions, user_attrs=attributes,
+            system_attrs={WORKER: this_process()},
+        )  # fmt: skip
+        return optuna.Trial(self.study, self._storage.create_new_trial(self.study._study_id, template))
+
+    def _is_ours(self, trial: optuna.Trial, trials: int, repeats: bool) -> bool:
+        """Whether nobody began the plan before, and it is wanted; else it has failed.
+
+        Args:
+            repeats: whether a plan that is finished may be tried again.
+        """
         before = [t for t in self.study.get_trials(deepcopy=False) if t.number < trial.number]
         before = _of(before, TrialState.COMPLETE, TrialState.RUNNING)
-        others = {_key(t) for t in before if t.state == TrialState.RUNNING or params is not None}
+        others = {_key(t) for t in before if t.state == TrialState.RUNNING or not repeats}
         if len(before) >= trials or tuple(sorted(trial.params.items())) in others:
             self._fail(trial._trial_id)
-            return None
-        return trial
+            return False
+        return True
 
     def _next(self, now: Sequence[FrozenTrial]) -> tuple[Params | None, str]:
         """A seed's parameters and name, or those of our sampler; None where Optuna's sampler must be asked."""
@@ -150,7 +163,8 @@ class Worker:
                 break
         return params
 
-    def _score(self, trial: optuna.Trial, score: Callable[[Params], Scored]) -> None:
+    def _score(self, trial: optuna.Trial, score: Callable[[Params], Scored], trials: int) -> bool:
+        """Score a trial and finish it; whether its result is in the study."""
         begin = time.monotonic()  # Optuna's clock may be set meanwhile
         try:
             with get_heartbeat_thread(trial._trial_id, self._storage):
@@ -160,25 +174,23 @@ class Worker:
             raise
         attributes |= {"seconds": round(time.monotonic() - begin, 6)}
         attributes |= {CHECK: sum_of(trial.params, self.distributions, values, {**trial.user_attrs, **attributes})}
+        if self._finish(trial, values, attributes):
+            return True
+        # Taken for dead: this process was paused. The result counts, unless another worker has begun the plan again.
+        again = self._begin(trial.params, trial.user_attrs)
+        kept = self._is_ours(again, trials, False) and self._finish(again, values, attributes)
+        what = "its result is kept" if kept else "its result is not needed"
+        _tell(f"trial {trial.number} was given up by another worker, which heard nothing of this one; {what}")
+        return kept
+
+    def _finish(self, trial: optuna.Trial, values: Sequence[float], attributes: dict[str, Any]) -> bool:
+        """Whether the trial could be finished, now or when the server was lost."""
         try:
             set_attributes(self.study, trial._trial_id, attributes)
-            self.study.tell(trial, values)
-        except (UpdateFinishedTrialError, ValueError):  # taken for dead: this process was paused
-            others = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING))
-            if any(t.number == trial.number for t in others):  # it was written when the server was lost
-                return
-            again = tuple(sorted(trial.params.items())) in {_key(t) for t in others}
-            _tell(
-                f"trial {trial.number} was given up by another worker while this process stood still; its result is "
-                f"{'not needed, the plan was tried again' if again else 'kept'}"
-            )
-            if not again:
-                self.study.add_trial(
-                    create_trial(
-                        values=list(values), params=trial.params, distributions=self.distributions,
-                        user_attrs={**trial.user_attrs, **attributes},
-                    )
-                )  # fmt: skip
+            self.study.tell(trial, list(values))
+        except (UpdateFinishedTrialError, ValueError):
+            return self._storage.get_trial(trial._trial_id).state == TrialState.COMPLETE
+        return True
 
     def _fail_dead(self) -> None:
         """Fail the trials of dead workers, every few seconds; what failed is tried again first, as it was."""

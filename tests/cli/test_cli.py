@@ -152,7 +152,7 @@ def test_a_dashboard_of_a_database_without_a_study(
     assert run_main(monkeypatch, "dashboard", "--storage", f"sqlite:///{path}") == 1
     assert "does not exist" in capsys.readouterr().err and not path.exists()
     assert run_main(monkeypatch, "dashboard", "--storage", "postgresql+psycopg://x@127.0.0.1:1/none") == 1
-    assert "cannot be used" in (said := capsys.readouterr().err) and len(said.strip().splitlines()) <= 2
+    assert "cannot be opened" in (said := capsys.readouterr().err) and len(said.strip().splitlines()) <= 2
     path.touch()
     assert run_main(monkeypatch, "dashboard", "--storage", f"sqlite:///{path}") == 1
     assert "holds no study" in capsys.readouterr().err and path.stat().st_size == 0

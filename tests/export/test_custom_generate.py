@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_export import DEMO_WHOLE, draft_of
+from test_exports import DEMO_WHOLE, draft_of
 from transformers import TextStreamer
 from transformers.dynamic_module_utils import get_cached_module_file
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import assert_one_sentence, make_tiny
 from safetensors.torch import load_file
-from test_export import draft_of
+from test_exports import draft_of
 from torch import Tensor
 from torch.nn.functional import embedding, scaled_dot_product_attention, silu
 from transformers import AutoConfig

@@ -103,6 +103,12 @@ class Workers:
         process.join(PATIENCE)
         self.start()
 
+    def pause(self) -> None:
+        paused = self.alive[0]
+        os.kill(paused.pid, signal.SIGSTOP)
+        time.sleep(PAUSE)
+        os.kill(paused.pid, signal.SIGCONT)
+
     def end(self) -> list[str]:
         """Wait for all, check the study, and give what the survivors said."""
         for process in self.all:
@@ -134,10 +140,7 @@ def test_workers_on_a_server_are_killed_paused_and_cut_off(tmp_path: Path) -> No
                 time.sleep(random.uniform(0, 1 + SECONDS))
                 workers.kill()
             elif event == "pause":
-                paused = workers.alive[0]
-                os.kill(paused.pid, signal.SIGSTOP)
-                time.sleep(PAUSE)
-                os.kill(paused.pid, signal.SIGCONT)
+                workers.pause()
             else:
                 cut_off = [number for number, process in enumerate(workers.all) if process.is_alive()]
                 server.stop()
@@ -161,10 +164,11 @@ def test_workers_on_a_server_are_killed_paused_and_cut_off(tmp_path: Path) -> No
 def test_workers_start_at_once_on_a_new_file(tmp_path: Path) -> None:
     """Prevents: workers die of tables or trials that another one makes at the same moment."""
     rounds = times(1, 10)
-    for number in range(rounds):
+    for number in range(1, rounds + 1):
         workers = Workers(f"sqlite:///{tmp_path / str(number)}.db", tmp_path / f"said-{number}", 4)
         if number % 2:
             workers.wait_for(TRIALS // 4)
             workers.kill()
+            workers.pause()
         workers.end()
     tell(f"4 workers at once on a new SQLite file, {TRIALS} trials each", rounds, lost=0)

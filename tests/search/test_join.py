@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 from skipsearch import cli, search
 from skipsearch.errors import ResultsError, SkipsearchError, StudyMismatch, StudyWarning
 from skipsearch.model.load import DEMO, Loaded, load_model
+from skipsearch.report import dashboard
 from skipsearch.search import patience
 from skipsearch.search.attributes import LARGE, backend, set_once
 from skipsearch.search.crew import crew
@@ -154,12 +156,57 @@ def test_a_run_with_workers_leaves_no_process(small: Loaded, tmp_path: Path) -> 
     result = search(small, out=tmp_path, options=replace(SMALL, workers=2))
     log = tmp_path / "worker-1.log"
     assert result.trials == 8 and log.exists()
-    line = "worker\0--study\0search\0--model\0demo"
-    found = [p for p in Path("/proc").glob("[0-9]*/cmdline") if line in read(p) and str(tmp_path) in read(p, "environ")]
-    assert not found
-    with pytest.raises(SkipsearchError) as error, crew(2, replace(small, given=None), "", "", tmp_path):
-        pass
+    assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if f"--model\0{model_of(small)}" in read(p)]
+
+
+def test_workers_that_cannot_load_the_model_are_told_first(small: Loaded, tmp_path: Path) -> None:
+    """Prevents minutes of recording and profiling before the refusal."""
+    with pytest.raises(SkipsearchError) as error:
+        search(replace(small, given=None), out=tmp_path / "x", options=replace(SMALL, workers=2))
     assert_one_sentence(error, "passed as an object")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_study_without_a_job_goes_on(folder: Path, small: Loaded, tmp_path: Path) -> None:
+    """Prevents finished trials of the version before from being refused as damaged."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    engine = sqlalchemy.create_engine(storage_url(copy))
+    with engine.begin() as connection:
+        connection.execute(sqlalchemy.text("DELETE FROM study_user_attributes WHERE key IN ('job', 'trials')"))
+        connection.execute(sqlalchemy.text("DELETE FROM study_system_attributes WHERE key LIKE 'skipsearch:job%'"))
+    engine.dispose()
+    assert search(small, out=copy, options=replace(SMALL, trials=9)).trials == 9
+    assert read_offer(storage_url(copy), "search").trials == 9
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql:/u:SECRET@h/db", "postgresql://u:SECRET@h:abc/db", "postgresql://u:SECRET@127.0.0.1:1/db",
+        "postgresql://127.0.0.1:1/db?password=SECRET&user=u", "nonsense://u:SECRET@h/db",
+    ],
+)  # fmt: skip
+def test_no_password_is_shown(url: str) -> None:
+    """Prevents passwords in logs, and tracebacks of wrong URLs."""
+    for serve in (lambda: read_offer(url, "search"), lambda: dashboard.serve(None, url, "127.0.0.1", 0, print)):
+        with pytest.raises(ResultsError) as error:
+            serve()
+        assert_one_sentence(error, "cannot be opened", "check --storage")
+        assert "SECRET" not in str(error.value)
+
+
+@pytest.mark.parametrize("scheme", ["sqlite", "sqlite+pysqlite"])
+def test_looking_makes_no_tables(scheme: str, tmp_path: Path) -> None:
+    """Prevents a worker or a dashboard from making a database where there is none, or tables in another program's."""
+    path = tmp_path / "x.db"
+    for exists in (False, True):
+        if exists:
+            path.touch()
+        for look in (lambda u: read_offer(u, "search"), lambda u: dashboard.serve(None, u, "127.0.0.1", 0, print)):
+            with pytest.raises(ResultsError) as error:
+                look(f"{scheme}:///{path}")
+            assert_one_sentence(error)
+        assert path.exists() == exists and (not exists or not path.stat().st_size)
 
 
 def model_of(loaded: Loaded) -> str:

@@ -66,7 +66,10 @@ def opened(url: str) -> Study:
 
 def assert_whole(url: str, trials: int) -> None:
     """As many trials as were wanted, each plan once, none left running."""
-    study = opened(url)
+    assert_whole_of(opened(url), trials)
+
+
+def assert_whole_of(study: Study, trials: int) -> None:
     finished = study.finished()
     assert len(finished) == trials and len({study.plan_of(t) for t in finished}) == trials
     states = {t.state.name for t in study.study.get_trials(deepcopy=False)}
@@ -163,6 +166,24 @@ def test_a_result_that_comes_after_its_trial_was_failed_is_kept_once(tmp_path: P
     assert_whole(storage_url(tmp_path), 6)
     by_plan = {study.plan_of(t): t for t in study.finished()}
     assert by_plan[calls[0]].user_attrs["fidelity"] == "whole" and by_plan[calls[1]].value == 1.0
+
+
+@pytest.mark.filterwarnings("ignore::skipsearch.errors.StudyWarning")
+def test_a_sampler_that_is_taken_for_dead_while_it_proposes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a traceback where Optuna's sampler takes longer than the grace period, or its process is paused."""
+    study, calls = Study(storage_url(tmp_path), "search", SPACE, {"a": "b"}, "random", seed=0), []
+    ask = study.study.ask
+
+    def slow(*args: Any) -> Any:
+        trial = ask(*args)
+        calls.append(trial)
+        if len(calls) == 1:
+            study.study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        return trial
+
+    monkeypatch.setattr(study.study, "ask", slow)
+    study.optimize(slow_scorer, trials=3, time_budget=60, report=lambda *_: None)
+    assert_whole_of(study, 3)
 
 
 @pytest.mark.filterwarnings("ignore::skipsearch.errors.StudyWarning")

@@ -79,8 +79,8 @@ def draw_block(to: Drawing) -> float:
                     colour, text_anchor="middle")  # fmt: skip
     to.text(LEFT, 96, "3  Keep what it agrees with, and its own next token", **bold)
     to.text(MIDDLE, 96, "the current", "best", **bold)
-    to.text(MIDDLE + 82, 96, "config", **bold)
-    to.text(MIDDLE + 140, 96, "three tokens in one pass, the same text", "dim")
+    to.text(MIDDLE + 88, 96, "config", **bold)
+    to.text(MIDDLE + 146, 96, "three tokens in one pass, same text", "dim")
     return 118.0
 
 
@@ -133,7 +133,7 @@ def draw(theme: str) -> str:
         to.form(x, top + 4, form)
         to.text(x + 18, top + 14, word, "dim", font_size="11")
         x += 34 + 6.5 * len(word)
-    to.text(END, top + 14, "two CPU cores; lines: 95 % intervals over prompts", "dim", font_size="11", text_anchor="end")
+    to.text(END, top + 14, "two CPU cores; lines: 95 % intervals", "dim", font_size="11", text_anchor="end")
     height = top + 30
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" width="{WIDTH}" '

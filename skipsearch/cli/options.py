@@ -79,7 +79,7 @@ def command(example: str, name: str | None = None) -> Callable[[Callable[..., No
 def load(name: str, dtype: str, device: str, revision: str | None, trust: bool) -> Loaded:
     """Load the model of this name; shows a spinner meanwhile."""
     with err.status(f"loading {escape(name)}"):
-        from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+        from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
         from transformers.utils.logging import disable_progress_bar
 
         from skipsearch.model.load import load_model

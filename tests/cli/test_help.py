@@ -85,7 +85,9 @@ def test_no_command_says_the_next_step(tmp_path: Path, monkeypatch: pytest.Monke
         assert wanted in found.stdout and f"{path}: {verdict}." in found.stdout, found.output
 
 
-@pytest.mark.parametrize("arguments", [["show", "missing.json"], ["show", "--nonsense"], ["run"], ["validate", "m.json"]])
+@pytest.mark.parametrize(
+    "arguments", [["show", "missing.json"], ["show", "--nonsense"], ["run"], ["validate", "m.json"]]
+)
 def test_errors_as_json(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Prevents an empty stdout for a script that reads JSON, and a changed exit code or message on stderr."""
     monkeypatch.setattr(sys, "argv", ["skipsearch", *arguments, "--json"])

@@ -1,6 +1,7 @@
 """The command line: each command parses its options, calls one function and prints the result.
 
-Results go to stdout, progress and logs to stderr. With --json, stdout holds one JSON object and nothing else.
+Results go to stdout, progress and logs to stderr. With --json, stdout holds one JSON object and nothing else,
+{"error": ...} where it failed.
 Exit codes: 0 success, 1 a failed verdict or run, 2 wrong use, 130 interrupted.
 """
 
@@ -17,7 +18,8 @@ from typing import Any
 
 from rich.markup import escape
 
-from skipsearch.cli import run, worker, generate, measure, export, files  # isort: skip  # noqa: F401 (the order of --help)
+from skipsearch.cli import export, files, generate, measure, run, start, worker  # noqa: F401 (each adds its commands)
+from skipsearch.cli.help import tell_as_json
 from skipsearch.cli.options import app, err
 from skipsearch.cli.terminal import plain_where_needed
 from skipsearch.errors import SkipsearchError, SkipsearchWarning, enough_memory
@@ -52,6 +54,7 @@ def main() -> None:
         if debug or not isinstance(error, SkipsearchError):
             raise
         err.print(f"[red]error:[/] {escape(str(error))}", markup=True, highlight=False, soft_wrap=True)
+        tell_as_json(str(error))
         sys.exit(1)
     finally:
         if ours and not _interruptions:

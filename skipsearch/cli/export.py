@@ -10,7 +10,7 @@ import typer
 from skipsearch.cli import options as opt
 
 
-@opt.app.command()
+@opt.command("export results/demo/mask.json --model demo --to hf --out demo-draft")
 def export(
     mask: Annotated[Path, typer.Argument(help="mask.json")],
     model: opt.Model,

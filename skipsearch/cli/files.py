@@ -10,7 +10,7 @@ import typer
 from skipsearch.cli import options as opt
 
 
-@opt.app.command()
+@opt.command("show results/demo/mask.json")
 def show(
     mask: Annotated[Path, typer.Argument(help="mask.json")], as_json: opt.Json = False, debug: opt.Debug = False
 ) -> None:
@@ -22,7 +22,7 @@ def show(
     opt.print_result(file.model_dump(mode="json"), as_json, mask_table(file))
 
 
-@opt.app.command()
+@opt.command("report results/demo")
 def report(
     results: Annotated[Path, typer.Argument(help="a results folder, as `skipsearch run` leaves it")],
     out: Annotated[Path | None, typer.Option(help="file to write (default: report.html in the folder)")] = None,
@@ -36,7 +36,7 @@ def report(
     opt.print_result(data, as_json, f"written to {data['report']}{lacking}")
 
 
-@opt.app.command("import")
+@opt.command("import skip_layers.json --layers 40 --to mask.json", name="import")
 def import_(
     source: Annotated[Path, typer.Argument(help="skip_layers.json of Self-SD or SWIFT")],
     layers: Annotated[int, typer.Option(min=1, help="decoder layers of the model")],
@@ -54,7 +54,7 @@ def import_(
     opt.print_result({"file": str(to), **file.model_dump(mode="json")}, as_json, mask_table(file), f"written to {to}")
 
 
-@opt.app.command()
+@opt.command("models --families")
 def models(
     families: Annotated[
         bool, typer.Option("--families", help="list model families instead of presets; each is tested now")
@@ -89,7 +89,7 @@ def models(
     opt.print_result(data, as_json, preset_table(data))
 
 
-@opt.app.command()
+@opt.command("dashboard results/demo")
 def dashboard(
     results: Annotated[Path | None, typer.Argument(help="a results folder or study.db (default: newest)")] = None,
     storage: Annotated[str | None, typer.Option(help="an Optuna storage URL, instead of results")] = None,

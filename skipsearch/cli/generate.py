@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 ON_THE_FLY = "on the fly"  # label of the method that searches while it decodes
 
 
-@opt.app.command()
+@opt.command("generate --model demo --mask results/demo/mask.json --compare --prompt 'def read_config(path):'")
 def generate(
     model: opt.Model,
     mask: Annotated[Path | None, typer.Option(help="mask.json; without it, plain decoding")] = None,
@@ -82,12 +82,13 @@ def generate(
     results = _continue(loaded, prompt, methods, settings, out, explain)
     must_agree = compare and not joint and not rule.temperature
     equal = len({tuple(found["tokens"]) for found in results.values()}) == 1 if must_agree else None
+    if save is not None:  # before the results are told: an error is the one object on stdout
+        methods[ON_THE_FLY].tuner_for(loaded.model).save(save, loaded.name)
     if as_json:
         print(json.dumps({**results, "greedy_equal": equal}))
     elif compare:
         out.print(_compared(equal, joint))
     if save is not None:
-        methods[ON_THE_FLY].tuner_for(loaded.model).save(save, loaded.name)
         out.print(f"saved {_found(save, mask)}; next: skipsearch validate {save} --model {model}")
     # In half precision, verifying several tokens at once may round differently, so a difference there is no failure.
     raise typer.Exit(1 if equal is False and str(loaded.model.dtype) == "torch.float32" else 0)

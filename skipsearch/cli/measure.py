@@ -10,7 +10,7 @@ import typer
 from skipsearch.cli import options as opt
 
 
-@opt.app.command()
+@opt.command("validate results/demo/mask.json --model demo --num-held-out 40")
 def validate(
     mask: Annotated[Path, typer.Argument(help="mask.json")],
     model: opt.Model = "demo",
@@ -58,7 +58,7 @@ def validate(
     raise typer.Exit(0 if fresh.evidence and fresh.evidence.verdict == "use" else 1)
 
 
-@opt.app.command()
+@opt.command("bench --model demo --mask results/demo/mask.json --prompts builtin:code --no-hf")
 def bench(
     model: opt.Model = "demo",
     mask: Annotated[Path | None, typer.Option(help="mask.json; without it, only arms that need no mask")] = None,
@@ -97,7 +97,7 @@ def bench(
     opt.print_result({**data, "files": paths}, as_json, *tables, f"picture: {paths['bench.svg']}")
 
 
-@opt.app.command()
+@opt.command("doctor")
 def doctor(
     calibrated: Annotated[
         bool, typer.Option("--calibrate", help="instead, compare the cost model with real decoding (takes minutes)")

@@ -10,14 +10,15 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from skipsearch.cli.help import Command, Commands
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from skipsearch.model.load import Loaded
     from skipsearch.search.options import SearchOptions
 
-app = typer.Typer(
-    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
-    help="Find which sublayers an LLM may skip while drafting, prove it, and decode with it.",
-)  # fmt: skip
+app = typer.Typer(cls=Commands, pretty_exceptions_enable=False, rich_markup_mode=None)
 out = Console()
 err = Console(stderr=True)
 
@@ -70,11 +71,23 @@ StudyName = Annotated[str, typer.Option("--study", help="name of the study")]
 Folder = Annotated[Path | None, typer.Option("--out", help="results folder (default results/<model>)")]
 
 
+def command(example: str, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator: a command of the application, with the example that ends its --help."""
+    return app.command(name, cls=Command, epilog=f"skipsearch {example}")
+
+
 def load(name: str, dtype: str, device: str, revision: str | None, trust: bool) -> Loaded:
     """Load the model of this name; shows a spinner meanwhile."""
     with err.status(f"loading {escape(name)}"):
+        from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
+        from transformers.utils.logging import disable_progress_bar
+
         from skipsearch.model.load import load_model
 
+        shown = err.is_terminal and not are_progress_bars_disabled()
+        disable_progress_bar()  # of weights that are read, in a second; it switches those of downloads off as well
+        if shown:
+            enable_progress_bars()
         return load_model(name, dtype=dtype, device=device, revision=revision, trust_remote_code=trust)
 
 

@@ -12,7 +12,7 @@ import typer
 from skipsearch.cli import options as opt
 
 
-@opt.app.command()
+@opt.command("run --model demo --trials 50 --time-budget 120")
 def run(
     model: opt.Model,
     trials: Annotated[int, typer.Option(min=1, help="number of finished trials in the study")] = 200,

@@ -11,7 +11,7 @@ import typer
 from skipsearch.cli import options as opt
 
 
-@opt.app.command()
+@opt.command("worker --model demo --storage postgresql+psycopg://user@host/optuna")
 def worker(
     model: opt.Model,
     storage: Annotated[

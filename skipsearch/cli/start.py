@@ -1,0 +1,43 @@
+"""`skipsearch` without a command: the next step from here, or the version."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from skipsearch.cli.options import app, out
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    ctx: typer.Context, tell_version: Annotated[bool, typer.Option("--version", help="print the version")] = False
+) -> None:
+    """Find which sublayers an LLM may skip while drafting, prove it, and decode with it."""
+    if tell_version:
+        print(version("skipsearch"))
+        raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        for line in (*_from_here(), "All commands: skipsearch --help"):
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _from_here() -> tuple[str, str]:
+    """What the newest mask file in results/ says, and the command to go on with."""
+    found = sorted(Path("results").glob("*/mask.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        return (
+            "No results/*/mask.json here yet. `demo` is the bundled model; a hub id, a folder or a .gguf file will do.",
+            "Next: skipsearch run --model demo",
+        )
+    from skipsearch.maskfile import load_mask
+    from skipsearch.search.verdict import next_step
+
+    path = found[-1]
+    file = load_mask(path)
+    if file.evidence is None:
+        return f"{path}: not timed yet.", f"Next: skipsearch validate {path} --model {file.model.id}"
+    verdict = file.evidence.verdict
+    return f"{path}: {verdict}.", f"Next: {next_step(verdict, file.model.id, path)}"

@@ -9,6 +9,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ PAUSE, SECONDS = times(2, 30), 0.3 + 0.7 * FULL  # of one worker's pause; that a
 PATIENCE = 900  # seconds
 
 
-def scorer(plan: DraftPlan) -> Score:
-    time.sleep(SECONDS + random.uniform(0.05, 0.15))
+def scorer(plan: DraftPlan, least: float) -> Score:
+    time.sleep(least + random.uniform(0.05, 0.15))
     return Score(
         plan=plan, policy=DraftPolicy(max_length=3), tokens_per_second=50.0 + len(plan.skip), speedup=1.0,
         acceptance_rate=0.5, tau=2.0, cost_ratio=0.5,
@@ -42,22 +43,22 @@ def opened(url: str) -> Study:
     return Study(url, "search", SPACE, {"model": "abc"}, "trust-region", seed=0)
 
 
-def work(url: str, said: Path) -> None:
+def work(url: str, said: Path, least: float) -> None:
     """A worker's process; what it tells goes to a file, a line each."""
     with said.open("w", buffering=1) as file, warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, *_, **__: print(message, file=file)
         random.seed(os.getpid())
         study = opened(url)
-        own = study.optimize(scorer, trials=TRIALS, time_budget=None, report=lambda *_: None)
+        own = study.optimize(partial(scorer, least=least), trials=TRIALS, time_budget=None, report=lambda *_: None)
         print(f"ended, {own} trials, storage away for {study.waited:.1f} s", file=file)
 
 
 class Workers:
     """Several processes on one study, and the finished trials as they were last seen."""
 
-    def __init__(self, url: str, folder: Path, count: int) -> None:
-        self.url, self.folder = url, folder
+    def __init__(self, url: str, folder: Path, count: int, least: float = 0.0) -> None:
+        self.url, self.folder, self.least = url, folder, least
         self.all: list[Any] = []
         self.killed: list[Any] = []
         self.kept: dict[int, tuple[Any, ...]] = {}
@@ -66,7 +67,7 @@ class Workers:
             self.start()
 
     def start(self) -> None:
-        process = FORK.Process(target=work, args=(self.url, self.folder / str(len(self.all))))
+        process = FORK.Process(target=work, args=(self.url, self.folder / str(len(self.all)), self.least))
         process.start()
         self.all.append(process)
 
@@ -132,7 +133,7 @@ def test_workers_on_a_server_are_killed_paused_and_cut_off(tmp_path: Path) -> No
     events[KILLS // 3 : KILLS // 3] = ["pause"]
     events[2 * KILLS // 3 : 2 * KILLS // 3] = ["restart"]
     with postgres_server.running() as server:
-        workers = Workers(server.url, tmp_path / "said", WORKERS)
+        workers = Workers(server.url, tmp_path / "said", WORKERS, SECONDS)
         cut_off: list[int] = []  # the workers that were there when the server went
         for number, event in enumerate(events, 1):
             workers.wait_for(int(TRIALS * number / (len(events) + 3)))

@@ -29,8 +29,8 @@ def _from_here() -> tuple[str, str]:
     found = sorted(Path("results").glob("*/mask.json"), key=lambda path: path.stat().st_mtime)
     if not found:
         return (
-            "No results/*/mask.json here yet. `demo` is the bundled model; a hub id, a folder or a .gguf file will do.",
-            "Next: skipsearch run --model demo",
+            "No results/*/mask.json here yet. `demo` is the bundled model; yours: a hub id, folder or .gguf file.",
+            "Next: skipsearch run --model demo    # or ./my-model",
         )
     from skipsearch.maskfile import load_mask
     from skipsearch.search.verdict import next_step

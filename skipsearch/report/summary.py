@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from skipsearch.report.tables import evidence_rows, megabytes, pairs, policy_line
+from skipsearch.report.tables import FEW, evidence_rows, megabytes, pairs, policy_line
 from skipsearch.search.verdict import times, what_drafts
 
 ENOUGH = 2000  # scored tokens; with fewer the standard error is too large to tell good plans apart
@@ -15,7 +15,8 @@ ENOUGH = 2000  # scored tokens; with fewer the standard error is too large to te
 def summary_table(data: dict[str, Any]) -> Table:
     """The end of a run; `data` comes from `search.result.summary`."""
     mask, predicted, seconds = data["mask"], data["predicted"], data["seconds"]
-    few = f", fewer than {ENOUGH:,}: raise --num-prompts" if predicted["tokens"] < ENOUGH else ""
+    cut, proof = bool(data["cut_short"]), evidence_rows(data["evidence"])  # of a run cut short, time is the mend
+    few = f", fewer than {ENOUGH:,}: raise --num-prompts" if predicted["tokens"] < ENOUGH and not cut else ""
     what = what_drafts(data["measured"])
     quantised = "".join(
         f", {form} {len(sets['attention'])} attention, {len(sets['mlp'])} MLP"
@@ -29,7 +30,7 @@ def summary_table(data: dict[str, Any]) -> Table:
         ),
         ("the file serves", f"n-grams, without a {what}" if data["serves"] == "n-grams" else f"the {what}"),
         ("draft", policy_line(data["draft"])),
-        *evidence_rows(data["evidence"]),
+        *((name, str(value).replace(FEW, FEW.partition(";")[0]) if cut else value) for name, value in proof),
         (
             "predicted", f"{predicted['speedup']:.2f}x (standard error {predicted['standard_error']:.2f}), "
             f"{predicted['tokens_per_second']:.1f} tokens/s; scored on {predicted['tokens']:,} tokens{few}",

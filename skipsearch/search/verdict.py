@@ -19,6 +19,9 @@ def verdict_line(data: dict[str, Any]) -> str:
     if data["evidence"]["verdict"] == "use":
         return f"The {what} pays: {arms[what]} over plain decoding{served}."
     found = f"the {what} {arms[what]} over plain decoding, n-grams {arms['n-grams']}"
+    low, high = data["measured"][what]["speedup_ci"]
+    if data.get("cut_short") and low <= 1 <= high:
+        return f"Not decided within the time budget: {found}."
     return f"Nothing is proven to pay on this model: {found}."
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from skipsearch.bench.arms import EAGER, HF_EAGER, HYBRID, MASK, PLAIN, PREFIX
-from skipsearch.evaluate.timing import Timing, interval
+from skipsearch.evaluate.looks import interval
+from skipsearch.evaluate.timing import Timing
 
 
 def joined(timings: list[Timing]) -> Timing:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from scipy.stats import bootstrap
 from transformers import PreTrainedModel
 
 from skipsearch.compiled.backend import Progress
@@ -25,7 +24,7 @@ from skipsearch.decoding.stats import DecodeStats, Trail
 from skipsearch.decoding.tuner import Tuner
 from skipsearch.draft.view import draft_view
 from skipsearch.evaluate.energy import Energy, EnergyMeter
-from skipsearch.evaluate.looks import ratio_interval
+from skipsearch.evaluate.looks import interval, ratio_interval
 from skipsearch.evaluate.prompt_row import Ids
 from skipsearch.evaluate.trace import DecodeSettings
 from skipsearch.mask import SkipMask
@@ -242,12 +241,3 @@ def time_interleaved(
             timing.turn(turn, i)
             progress(stage, turn * len(prompts) + i + 1, settings.rounds * len(prompts))
     return timing.timings()
-
-
-def interval(plain: np.ndarray, masked: np.ndarray, seed: int) -> tuple[float, float]:
-    """95 % bootstrap interval of sum(plain) / sum(masked), resampling prompts in pairs."""
-    found = bootstrap(
-        (plain, masked), lambda a, b, axis=-1: a.sum(axis=axis) / b.sum(axis=axis), paired=True,
-        method="percentile", n_resamples=2000, rng=np.random.default_rng(seed),
-    ).confidence_interval  # fmt: skip
-    return float(found.low), float(found.high)

@@ -20,7 +20,7 @@ from skipsearch.model.load import Loaded
 from skipsearch.plan import DraftPlan
 from skipsearch.search.budget import FEWER
 from skipsearch.search.job import Job
-from skipsearch.search.options import SIDE, TRIAL_LENGTH
+from skipsearch.search.options import TRIAL_LENGTH, drafts_side_by_side
 from skipsearch.search.storage import storage_faults, stored
 from skipsearch.search.study import Study
 
@@ -107,7 +107,8 @@ def join(
     _check(loaded, offer)
     views = [draft_view(loaded.model, DraftPlan.everywhere(f, job.space.num_layers)) for f in job.space.quantised]
     progress("reference", 0, 1)
-    replay = Replay(loaded.target, job.trace, TRIAL_LENGTH, memory=memory, side=offer_side(job), states=True)
+    side = drafts_side_by_side(job.trace.new_tokens)
+    replay = Replay(loaded.target, job.trace, TRIAL_LENGTH, memory=memory, side=side, states=True)
     replay.ranks_PT = job.ranks_PT(replay.ids.device)
     progress("reference", 1, 1)
     own, best = 0, 0.0
@@ -131,11 +132,6 @@ def join(
         study=offer.study, trials=done, own=own, wanted=offer.trials, best=best,
         seconds=time.monotonic() - begin, waited=waited,
     )  # fmt: skip
-
-
-def offer_side(job: Job) -> int:
-    """Drafts of one prompt side by side."""
-    return min(SIDE, -(-job.trace.new_tokens // TRIAL_LENGTH))
 
 
 def _check(loaded: Loaded, offer: Offer) -> None:

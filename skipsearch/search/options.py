@@ -17,6 +17,11 @@ TIME_BUDGET = 330.0
 SAMPLERS = ("trust-region", "gp", "tpe", "nsga2", "random")
 
 
+def drafts_side_by_side(new_tokens: int) -> int:
+    """How many drafts of one prompt a trial's pass holds."""
+    return min(SIDE, -(-new_tokens // TRIAL_LENGTH))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchOptions:
     """Settings of a run; the defaults give a good mask.

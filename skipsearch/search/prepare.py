@@ -35,7 +35,7 @@ from skipsearch.model.space import Space, ordered
 from skipsearch.model.target import Target
 from skipsearch.plan import QUANTISED, DraftPlan, Form, HeadForm, Quantised
 from skipsearch.search.budget import Budget
-from skipsearch.search.options import MAX_LENGTH, SIDE, TRIAL_LENGTH, SearchOptions
+from skipsearch.search.options import MAX_LENGTH, TRIAL_LENGTH, SearchOptions, drafts_side_by_side
 
 STUDY = "study.db"  # in the results folder
 RECORD, PROFILE = 0.2, 0.2  # shares of what is left of the budget
@@ -162,7 +162,7 @@ def prepare(
         )  # fmt: skip
     space = paying_space(space, costs.at(mean), forms)
     _warn_of_slow_verifies(target, costs)
-    side = min(SIDE, -(-options.new_tokens // TRIAL_LENGTH))
+    side = drafts_side_by_side(options.new_tokens)
     progress("reference", 0, 1)
     with budget.stage("reference"):
         replay = Replay(target, trace, TRIAL_LENGTH, memory=options.memory, side=side, states=True)

@@ -12,7 +12,8 @@ from conftest import quiet
 from skipsearch import DraftPlan, SkipMask
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.evaluate import validate as module
-from skipsearch.evaluate.timing import Run, interval
+from skipsearch.evaluate.looks import interval
+from skipsearch.evaluate.timing import Run
 from skipsearch.evaluate.trace import DecodeSettings
 from skipsearch.evaluate.validate import MASK, NGRAMS, SERVED, Validation, evidence
 from skipsearch.model.target import Target

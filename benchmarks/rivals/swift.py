@@ -21,6 +21,7 @@ from transformers import DynamicCache
 
 from skipsearch.draft.view import draft_view
 from skipsearch.mask import SkipMask
+from skipsearch.model.cache import CACHE
 from skipsearch.model.target import Target
 
 RATIO, INTERVAL, CONTEXT, PATIENCE, ENOUGH = 0.45, 25, 32, 300, 0.95
@@ -37,7 +38,7 @@ class Window:
     @torch.no_grad()
     def of(cls, target: Target, prompt: tuple[int, ...], continuation: tuple[int, ...]) -> Window:
         cache = DynamicCache(config=target.model.config)
-        target.model(input_ids=target.ids(prompt[:-1]), past_key_values=cache, use_cache=True)
+        target.model(input_ids=target.ids(prompt[:-1]), **{CACHE: cache}, use_cache=True)
         return cls(cache, target.ids([prompt[-1], *continuation[:CONTEXT]]))
 
     @torch.no_grad()
@@ -45,7 +46,7 @@ class Window:
         """Layer 0 is never skipped, so the cache tells the right length."""
         cache = copy.deepcopy(self.before)
         view = draft_view(target.model, mask)
-        logits = view(input_ids=self.ids[:, :-1], past_key_values=cache, use_cache=True).logits
+        logits = view(input_ids=self.ids[:, :-1], **{CACHE: cache}, use_cache=True).logits
         return float((logits[0].argmax(-1) == self.ids[0, 1:]).float().mean())
 
 

@@ -21,6 +21,7 @@ from skipsearch.evaluate.prompt_row import Ids
 from skipsearch.evaluate.timing import Arm, Run, our_arm
 from skipsearch.evaluate.validate import arm_of
 from skipsearch.mask import SkipMask
+from skipsearch.model.cache import CACHE
 from skipsearch.model.device import synchronize
 from skipsearch.model.target import Target
 from skipsearch.plan import DraftPlan
@@ -97,7 +98,7 @@ def hf_static(target: Target, longest: int, rule: SelectionRule = GREEDY) -> Arm
 
     def emptied() -> dict[str, Any]:
         cache.reset()
-        return {"past_key_values": cache}
+        return {CACHE: cache}
 
     return hf_arm(target, emptied, rule, compile_config=settings)
 

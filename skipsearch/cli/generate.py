@@ -77,6 +77,7 @@ def generate(
         opt.err.print(f"decoding: {rule}", markup=False)
     if draft_model is not None:
         beams["draft_model"] = opt.load(draft_model, dtype, device, None, trust).model
+    _say_verdict(mask)
     methods = _methods(mask, on_the_fly, compare, backend, seed, share, {"decoding": decoding, **beams})
     out = Console(quiet=as_json)
     results = _continue(loaded, prompt, methods, settings, out, explain)
@@ -87,7 +88,7 @@ def generate(
     if as_json:
         print(json.dumps({**results, "greedy_equal": equal}))
     elif compare:
-        out.print(_compared(equal, joint))
+        out.print(_compared(list(results.values()), equal, joint))
     if save is not None:
         out.print(f"saved {_found(save, mask)}; next: skipsearch validate {save} --model {model}")
     # In half precision, verifying several tokens at once may round differently, so a difference there is no failure.
@@ -188,10 +189,27 @@ def _continue(
     return results
 
 
-def _compared(equal: bool | None, joint: bool) -> str:
+def _compared(results: list[dict[str, Any]], equal: bool | None, joint: bool) -> str:
+    """How the two texts of a comparison agree, and their speeds."""
+    plain, mine = (found["tokens_per_second"] for found in results)
+    speed = f"{mine / plain:.2f} times the speed on this prompt" if plain else "too short to compare speeds"
     if equal is None:
-        return f"the two texts may differ: {'mtad is lossy by design' if joint else 'they are samples'}"
-    return "same tokens as plain decoding" if equal else "tokens differ from plain decoding"
+        why = "mtad is lossy by design" if joint else "they are samples"
+        return f"the two texts may differ: {why}; {speed}"
+    return f"{'same tokens as' if equal else 'tokens differ from'} plain decoding, {speed}"
+
+
+def _say_verdict(mask: Path | None) -> None:
+    """Say so where a mask file itself advises against its use."""
+    from skipsearch.maskfile import load_mask
+
+    evidence = load_mask(mask).evidence if mask is not None else None
+    if evidence is not None and evidence.verdict != "use":
+        low, high = evidence.speedup_ci
+        opt.err.print(
+            f"note: {mask} says {evidence.verdict!r}: it was {evidence.speedup:.2f} ({low:.2f} to {high:.2f}) times as "
+            f"fast as plain decoding on {evidence.device}", markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 def _found(saved: Path, start: Path | None) -> str:

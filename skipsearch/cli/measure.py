@@ -13,7 +13,7 @@ from skipsearch.cli import options as opt
 @opt.command("validate results/demo/mask.json --model demo --num-held-out 40")
 def validate(
     mask: Annotated[Path, typer.Argument(help="mask.json")],
-    model: opt.Model = "demo",
+    model: opt.ModelOfMask = None,
     prompts: opt.PromptsFrom = "builtin", prompt_column: opt.Column = None, prompt_config: opt.Config = None,
     prompt_split: opt.Split = "test", chat: opt.Chat = True,
     num_prompts: opt.Calibration = 24, num_held_out: opt.HeldOut = 20,
@@ -35,7 +35,9 @@ def validate(
         prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds, seed=seed, backend=backend,
         temperature=temperature, contexts=tuple(context or ()),
     )  # fmt: skip
-    loaded = opt.load(model, dtype, device, revision, trust)
+    from skipsearch.model.preset import name_of
+
+    loaded = opt.load(model or name_of(file.model.id), dtype, device, revision, trust)
     from skipsearch.model.identity import check_mask_belongs
     from skipsearch.report.progress import stages
     from skipsearch.report.tables import mask_table
@@ -77,9 +79,14 @@ def bench(
     as_json: opt.Json = False, debug: opt.Debug = False,
 ) -> None:  # fmt: skip
     """Time all decoding methods side by side: transformers' own, plain, n-grams, the mask, both."""
+    from skipsearch.bench.groups import RANDOM
+    from skipsearch.evaluate.prompts import check_source
     from skipsearch.maskfile import load_mask
 
     file = load_mask(mask) if mask is not None else None
+    for source in prompts or ():
+        if source != RANDOM:
+            check_source(source)
     loaded = opt.load(model, dtype, device, revision, trust)
     from skipsearch.bench.bench import BenchOptions, bench_file
     from skipsearch.files import results_folder

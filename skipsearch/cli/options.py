@@ -25,6 +25,9 @@ err = Console(stderr=True)
 Model = Annotated[
     str, typer.Option("--model", "-m", help="preset (see `skipsearch models`), hub id, local folder or .gguf file")
 ]
+ModelOfMask = Annotated[
+    str | None, typer.Option("--model", "-m", help="preset, hub id, folder or .gguf file (default: the mask's own)")
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
@@ -94,10 +97,15 @@ def load(name: str, dtype: str, device: str, revision: str | None, trust: bool) 
 def search_options(
     source: str, column: str | None, config: str | None, split: str, chat: bool, **settings: Any
 ) -> SearchOptions:
-    """Settings of a search with this prompt source; `settings` are the other fields of `SearchOptions`."""
-    from skipsearch.evaluate.prompts import PromptSource
+    """Settings of a search with this prompt source; `settings` are the other fields of `SearchOptions`.
+
+    Raises:
+        PromptError: there is no such file.
+    """
+    from skipsearch.evaluate.prompts import PromptSource, check_source
     from skipsearch.search.options import SearchOptions
 
+    check_source(source)
     prompts = PromptSource(name=source, column=column, config=config, split=split, chat=chat)
     return SearchOptions(source=prompts, **settings)
 

@@ -25,19 +25,28 @@ def start(
 
 
 def _from_here() -> tuple[str, str]:
-    """What the newest mask file in results/ says, and the command to go on with."""
+    """What the newest results folder holds, and the command to go on with."""
     found = sorted(Path("results").glob("*/mask.json"), key=lambda path: path.stat().st_mtime)
+    begun = sorted(Path("results").glob("*/trace.json"), key=lambda path: path.stat().st_mtime)
+    if begun and not (begun[-1].parent / "mask.json").exists():
+        return (
+            f"{begun[-1].parent}: a run that has not finished.",
+            "Next: the same `skipsearch run` again; it goes on where it stopped",
+        )
     if not found:
         return (
             "No results/*/mask.json here yet. `demo` is the bundled model; yours: a hub id, folder or .gguf file.",
             "Next: skipsearch run --model demo    # or ./my-model",
         )
+    from skipsearch.files import read_checked
     from skipsearch.maskfile import load_mask
+    from skipsearch.model.preset import name_of
     from skipsearch.search.verdict import next_step
 
     path = found[-1]
     file = load_mask(path)
     if file.evidence is None:
-        return f"{path}: not timed yet.", f"Next: skipsearch validate {path} --model {file.model.id}"
+        return f"{path}: not timed yet.", f"Next: skipsearch validate {path} --model {name_of(file.model.id)}"
     verdict = file.evidence.verdict
-    return f"{path}: {verdict}.", f"Next: {next_step(verdict, file.model.id, path)}"
+    cut_short = read_checked(path.parent / "summary.json", lambda data: bool(data["cut_short"]))
+    return f"{path}: {verdict}.", f"Next: {next_step(verdict, name_of(file.model.id), path, cut_short=bool(cut_short))}"

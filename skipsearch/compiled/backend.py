@@ -16,6 +16,7 @@ from skipsearch.compiled.model import GUESS, CompiledModel
 from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendError, BackendWarning
 from skipsearch.mask import SkipMask
+from skipsearch.model.cache import CACHE
 from skipsearch.model.state import ModelState
 from skipsearch.model.target import Target
 from skipsearch.model.turns import one_at_a_time
@@ -109,7 +110,7 @@ def compile_and_prove(target: Target, progress: Progress | None) -> CompiledMode
     compiled.warm(stack, widths_of(compiled), progress)
     length = min(compiled.chunk + 9, target.context)
     ids, cache = target.random_ids(length), DynamicCache(config=target.model.config)
-    expected = target.model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0]
+    expected = target.model(input_ids=ids, **{CACHE: cache}, use_cache=True).logits[0]
     owner = _Check()
     buffers = compiled.acquire(length, owner)
     buffers.ids[:, :length] = ids

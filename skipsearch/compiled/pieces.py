@@ -41,6 +41,7 @@ from skipsearch.draft.forms import Int8Linear, is_quantised
 from skipsearch.draft.head import DraftHead
 from skipsearch.draft.view import RemovedLayer, with_layers
 from skipsearch.errors import BackendError
+from skipsearch.model.cache import CACHE
 from skipsearch.model.target import Target
 from skipsearch.model.turns import one_at_a_time
 
@@ -200,7 +201,7 @@ class Pieces:
         """The model's own forward around its layers."""
         cache = DynamicCache(config=model.config)
         cache.layers = [Slots() for _ in range(self.num_layers)]
-        given: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
+        given: dict[str, Any] = {"input_ids": ids, CACHE: cache, "use_cache": True}
         masks = self.attention.masks(slots_Q[None], lambda _window: slots_T[None])
         given["attention_mask"] = pytree.tree_map(lambda seen: _added(seen, self.dtype), masks)
         if self.takes_positions:

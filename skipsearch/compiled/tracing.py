@@ -17,6 +17,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from skipsearch.errors import BackendError
+from skipsearch.model.cache import CACHE
 from skipsearch.model.target import Target
 
 EXAMPLE_SLOTS = 208  # slots to trace with; a GPU's attention pads masks whose length is no multiple of 16
@@ -120,7 +121,7 @@ def build_of(module: nn.Module, names: list[str], tensors: list[Tensor]) -> str:
 def cache_shapes(target: Target) -> list[tuple[Shape, ...]]:
     """Heads, head size and dtype of each layer's keys and values, read off a forward of one token."""
     cache = DynamicCache(config=target.model.config)
-    target.model(input_ids=target.ids([0]), past_key_values=cache)
+    target.model(input_ids=target.ids([0]), **{CACHE: cache})
     return [
         tuple((states.shape[1], states.shape[3], states.dtype) for states in (layer.keys, layer.values))
         for layer in cache.layers

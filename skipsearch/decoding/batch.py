@@ -15,7 +15,7 @@ from transformers import Cache, LogitsProcessorList, PreTrainedModel
 from skipsearch.compiled.buffers import Scores
 from skipsearch.decoding.processors import TokenSelection, process
 from skipsearch.errors import DecodingError
-from skipsearch.model.cache import SharedCache, length_of
+from skipsearch.model.cache import CACHE, SharedCache, length_of
 from skipsearch.model.target import CompiledForwards, Target
 
 SLACK = 64  # slots behind the longest sequence for what a batch's other rows draft
@@ -105,7 +105,7 @@ class Batch:
         if aligned and (rows > 1 or self.offset < 0):
             raise DecodingError(
                 f"deterministic decoding takes one sequence with all its tokens, got {rows} sequences and "
-                f"{layout.past_only} tokens in past_key_values alone; pass whole prompts, one by one"
+                f"{layout.past_only} tokens in {CACHE} alone; pass whole prompts, one by one"
             )
 
     def draft_with(self, view: PreTrainedModel | None) -> None:
@@ -145,7 +145,7 @@ class Batch:
             extra["attention_mask"] = self.target.attention.masks(slots_BQ, keys, pads if any(self.pads) else None)
         if self.target.takes_positions:
             extra["position_ids"] = position_ids
-        out = model(input_ids=ids, past_key_values=self.cache.cache, use_cache=True, **extra)
+        out = model(input_ids=ids, **{CACHE: self.cache.cache}, use_cache=True, **extra)
         logits: Tensor = out.logits[:, -keep:]
         return logits
 
@@ -221,14 +221,14 @@ class Batch:
         """Forget all tokens of an active row behind the first `length`; the last one that stays is processed again.
 
         Raises:
-            DecodingError: the cut lies inside `past_key_values` of a sliding window, whose tokens are not known.
+            DecodingError: the cut lies inside a given cache of a sliding window, whose tokens are not known.
         """
         self.lengths[row] = length
         committed = min(self.cache.committed[row], length - 1 - self.offset)
         if committed < self.cache.floor:
             if self.offset < 0:
                 raise DecodingError(
-                    f"length is {length}, which lies inside past_key_values, and a sliding window forgets; "
+                    f"length is {length}, which lies inside {CACHE}, and a sliding window forgets; "
                     f"pass the whole prompt"
                 )
             committed = 0  # everything is processed again

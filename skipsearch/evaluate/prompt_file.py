@@ -19,10 +19,7 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         PromptError: it is missing, empty, not in UTF-8, or not in the format of its suffix.
     """
-    if not path.is_file():
-        raise PromptError(f"prompt file {path} does not exist; check --prompts")
-    if not path.stat().st_size:
-        raise PromptError(f"prompt file {path} is empty; add at least 4 prompts")
+    check_file(path)
     kind = path.suffix.lower()
     try:
         if kind == ".parquet":
@@ -40,6 +37,14 @@ def read_rows(path: Path) -> list[Row]:
         ) from error
     text = text_of(path)
     return [{"text": line} for line in _lines(text)] if kind == ".txt" else _json(text, path)
+
+
+def check_file(path: Path) -> None:
+    """Raise PromptError if there is no such file, or nothing in it."""
+    if not path.is_file():
+        raise PromptError(f"prompt file {path} does not exist; check --prompts")
+    if not path.stat().st_size:
+        raise PromptError(f"prompt file {path} is empty; add at least 4 prompts")
 
 
 def text_of(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import re
 import warnings
 from collections import Counter
@@ -32,17 +33,37 @@ class RowReader:
         self.name, self.tokenizer, self.chat = name, tokenizer, chat
         template = tokenizer.get_chat_template() if chat else ""
         self._template = CLOCK.sub(lambda found: repr(TODAY.strftime(found[2])), template)
-        self._mark: str | None = None  # found when the first row needs it
+        self._mark: str | None = None  # both are found when the first row needs them
+        self._around: tuple[Ids, Ids] | None = None
         self._counts: Counter[str] = Counter()
         self._refused: list[PromptError] = []
 
-    def tokens(self, number: int, row: Any) -> Ids:
-        """Of a row: text, a list of turns (the first one counts), or chat messages; nothing for one without text."""
+    def tokens(self, number: int, row: Any, limit: int | None = None) -> Ids:
+        """Of a row: text, a list of turns (the first one counts), or chat messages; nothing for one without text.
+
+        Args:
+            limit: a longer row loses the end of its text, not that of the chat template, which asks for the answer.
+
+        Raises:
+            PromptError: the chat template alone is longer than the limit.
+        """
         try:
-            return self._tokens(row)
+            ids = self._tokens(row)
         except PromptError as error:
             self._refused.append(PromptError(f"row {number} of {self.name}: {error}"))
             return ()
+        if limit is None or len(ids) <= limit:
+            return ids
+        if not self.chat:
+            return ids[:limit]
+        head, tail = self._template_ids()
+        if len(head) + len(tail) >= limit:
+            raise PromptError(
+                f"--prompt-tokens is {limit}, the chat template alone takes {len(head) + len(tail)}; raise it, "
+                f"or pass --no-chat"
+            )
+        tail = _common(ids[::-1], tail[::-1])[::-1]  # a text's end may make other tokens of it; some rows have none
+        return ids[: limit - len(tail)] + tail
 
     def say(self, rows: int, enough: bool) -> None:
         """Count what was left out or taken differently, in one note.
@@ -103,6 +124,13 @@ class RowReader:
                 f"the chat template refuses {shown(asked)} ({first_line(error)}); pass --no-chat"
             ) from error
 
+    def _template_ids(self) -> tuple[Ids, Ids]:
+        """What the chat template writes before and behind a user's text: what two different ones have in common."""
+        if self._around is None:
+            one, two = (self._of_messages([{"role": "user", "content": text}]) for text in ("one", "Two, at last!"))
+            self._around = _common(one, two), _common(one[::-1], two[::-1])[::-1]
+        return self._around
+
     def _templated(self, text: str) -> bool:
         """Whether a text holds the template's special token, or where it has none begins with what it writes."""
         mark = self._mark_of_template()
@@ -125,6 +153,11 @@ class RowReader:
             at = max((head.rfind(token) for token in self.tokenizer.all_special_tokens), default=-1)
             self._mark = head[max(at, 0) :] or _TEXT
         return self._mark
+
+
+def _common(one: Ids, two: Ids) -> Ids:
+    """The beginning that two rows share."""
+    return tuple(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, two, strict=False)))
 
 
 def _check_text(text: str) -> None:

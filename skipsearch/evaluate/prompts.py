@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from skipsearch.errors import PromptError, shown
 from skipsearch.evaluate.builtin import BUILT_IN, CODE, CODE_TOKENS, built_in, built_in_rows
-from skipsearch.evaluate.prompt_file import FORMATS, read_rows
+from skipsearch.evaluate.prompt_file import FORMATS, check_file, read_rows
 from skipsearch.evaluate.prompt_row import Ids, RowReader
 from skipsearch.model.load import hub_reachable
 
@@ -63,7 +63,7 @@ def load_prompts(
 
     Args:
         calibration, held_out: how many of each; a smaller source is shared out in this proportion.
-        max_tokens: cut prompts to their first so many tokens; None leaves them whole.
+        max_tokens: cut prompts to so many tokens, the end of a chat template included; None leaves them whole.
         room: the longest prompt that still fits the model's context with what will be generated.
 
     Raises:
@@ -87,7 +87,7 @@ def load_prompts(
         random.Random(seed).shuffle(order)
     unique: dict[Ids, None] = {}
     for number in order:
-        ids = reader.tokens(numbers[number], rows[number])[:limit]
+        ids = reader.tokens(numbers[number], rows[number], limit)
         if not ids or (ours and len(ids) > room):
             continue
         if len(ids) > room:
@@ -109,6 +109,14 @@ def load_prompts(
         random.Random(seed).shuffle(chosen)
     cut = min(max(2, round(len(chosen) * calibration / wanted)), len(chosen) - 2)
     return Prompts(calibration=tuple(chosen[:cut]), held_out=tuple(chosen[cut:]))
+
+
+def check_source(name: str) -> None:
+    """Raise PromptError for a source that is missing, as far as that can be told before a model is loaded."""
+    built_in(name, chat=False)
+    path = Path(name).expanduser()
+    if path.suffix.lower() in FORMATS:
+        check_file(path)
 
 
 def lengthened(prompts: Sequence[Ids], contexts: Sequence[int], new_tokens: int, room: int) -> tuple[Ids, ...]:

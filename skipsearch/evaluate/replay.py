@@ -34,6 +34,7 @@ from skipsearch.draft.view import RemovedLayer, with_layers
 from skipsearch.evaluate.reference import Grid, Group, Keeping, ReferenceLayer, Resumed, Start, group_by_length
 from skipsearch.evaluate.scores import Scores, log_probs
 from skipsearch.evaluate.trace import Trace
+from skipsearch.model.cache import CACHE
 from skipsearch.model.device import free_memory
 from skipsearch.model.target import Target
 
@@ -119,7 +120,7 @@ class Replay:
             layers = [Keeping(layer, at_PC[part]) for layer in self.target.layers] if states else []
             model = with_layers(self.target.model, self.target.sublayers.path, layers) if states else self.target.model
             few = {} if self.rule.temperature or not self.target.takes_logits_to_keep else {"logits_to_keep": 1}
-            logits = model(input_ids=ids_PT[part], past_key_values=cache, use_cache=True, **few).logits
+            logits = model(input_ids=ids_PT[part], **{CACHE: cache}, use_cache=True, **few).logits
             if self.rule.temperature:
                 self._keep_target(logits, prompts[part])
             kept.append([(layer.keys, layer.values) for layer in cache.layers])
@@ -205,7 +206,7 @@ class Replay:
         if first and self.resumes:
             view = self._resumed(view, group, first, grid, at_PQ)
         logits_PQV = view(
-            input_ids=self.ids[prompt_P[:, None], at_PQ], past_key_values=Cache(layers=list(group.layers)),
+            input_ids=self.ids[prompt_P[:, None], at_PQ], **{CACHE: Cache(layers=list(group.layers))},
             use_cache=True, **given,
         ).logits  # fmt: skip
         return (grid, prompt_P), at_PQ, logits_PQV

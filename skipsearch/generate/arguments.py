@@ -24,6 +24,7 @@ from skipsearch.decoding.batch import Layout
 from skipsearch.decoding.processors import in_order
 from skipsearch.decoding.rule import check_config
 from skipsearch.errors import DecodingError
+from skipsearch.model.cache import CACHE
 from skipsearch.model.target import Target
 
 
@@ -117,7 +118,7 @@ def read_arguments(
             f"move them with .to({str(target.device)!r})"
         )
     if input_ids.shape[0] > 1:
-        _refuse_in_batch(model_kwargs.get("past_key_values"), streamer)
+        _refuse_in_batch(model_kwargs.get(CACHE), streamer)
     eos = config._eos_token_tensor  # type: ignore[attr-defined]
     eos_ids = frozenset() if eos is None else frozenset(eos.flatten().tolist())
     return Arguments(
@@ -162,12 +163,12 @@ def _read_layout(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict
     if given is not None and (given.shape[1] != length or bool((given != expected).any())):
         raise DecodingError("position_ids are not those of the attention_mask; leave them out")
     return Layout(
-        pads=tuple(pads), past=model_kwargs.get("past_key_values"), past_only=length - input_ids.shape[1],
+        pads=tuple(pads), past=model_kwargs.get(CACHE), past_only=length - input_ids.shape[1],
         chunk=config.prefill_chunk_size,
     )  # fmt: skip
 
 
-_HONOURED = {"past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+_HONOURED = {CACHE, "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
 
 
 def _refuse_modes(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
@@ -188,4 +189,4 @@ def _refuse_in_batch(past: Cache | None, streamer: BaseStreamer | None) -> None:
     if streamer is not None:
         raise DecodingError("a streamer takes one sequence, got a batch; stream prompts one by one")
     if past is not None and past.get_seq_length():
-        raise DecodingError("past_key_values holds tokens of a batch; continue its sequences one by one")
+        raise DecodingError(f"{CACHE} holds tokens of a batch; continue its sequences one by one")

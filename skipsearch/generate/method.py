@@ -35,6 +35,7 @@ from skipsearch.generate.arguments import Arguments, dropped_arguments, read_arg
 from skipsearch.generate.drafting import Drafting, MakeTuner
 from skipsearch.generate.output import RowOutput, ending_of, made_output
 from skipsearch.joint.joint import Joint, jointly
+from skipsearch.model.cache import CACHE
 from skipsearch.model.identity import check_mask_belongs
 from skipsearch.model.state import ModelState
 from skipsearch.model.target import Target
@@ -134,7 +135,7 @@ class SelfSpeculative:
             return target
         if wanted == "compiled" and (rows > 1 or self.deterministic or padded_past):
             what = "sequences one at a time" if rows > 1 else "no deterministic decoding" if self.deterministic else ""
-            what = what or "no past_key_values behind padding"
+            what = what or f"no {CACHE} behind padding"
             self._warn(f"decoding eagerly: backend 'compiled' takes {what}")
             return target
         target = with_backend(target, wanted, progress)

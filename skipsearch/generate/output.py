@@ -12,6 +12,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from skipsearch.decoding.loop import Ending
 from skipsearch.decoding.stats import Block
 from skipsearch.generate.arguments import Arguments
+from skipsearch.model.cache import CACHE
 
 
 @dataclass(slots=True)
@@ -45,7 +46,7 @@ def made_output(
         sequences=output,  # type: ignore[arg-type]
         scores=_stacked([row.scores for row in rows]) if given.keep_scores else None,  # type: ignore[arg-type]
         logits=_stacked([row.logits for row in rows]) if given.keep_logits else None,  # type: ignore[arg-type]
-        past_key_values=past,
+        **{CACHE: past},
     )
 
 

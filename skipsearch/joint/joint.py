@@ -28,7 +28,7 @@ from skipsearch.decoding.sources import MASK, Part
 from skipsearch.decoding.stats import Block, DecodeStats
 from skipsearch.errors import DecodingError
 from skipsearch.joint.tree import Reader, TokenTree
-from skipsearch.model.cache import SharedCache
+from skipsearch.model.cache import CACHE, SharedCache
 from skipsearch.model.target import Target
 
 
@@ -221,7 +221,7 @@ def jointly(sequences: Sequences, settings: Joint, ending: Ending, stats: Decode
     """
     target = sequences.target
     if sequences.offset < 0 or sequences.cache.committed[0]:
-        raise DecodingError("past_key_values was given, which joint decoding does not take; pass the whole prompt")
+        raise DecodingError(f"{CACHE} was given, which joint decoding does not take; pass the whole prompt")
     if not rows_may_differ(target):
         raise DecodingError(f"{type(target.model).__name__} cannot read a tree of tokens; decode losslessly")
     ids = sequences.ids[:1, : sequences.lengths[0]]

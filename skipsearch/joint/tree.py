@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from skipsearch.errors import DecodingError
-from skipsearch.model.cache import SharedCache
+from skipsearch.model.cache import CACHE, SharedCache
 from skipsearch.model.target import Target
 
 
@@ -122,7 +122,7 @@ class Reader:
         given = {**given, "position_ids": position_1N}
         if mask is not None:
             given = {**given, "attention_mask": mask}
-        out = self.model(input_ids=ids_1N, past_key_values=self.cache.cache, use_cache=True, **given)
+        out = self.model(input_ids=ids_1N, **{CACHE: self.cache.cache}, use_cache=True, **given)
         logits: Tensor = out.logits
         return logits
 

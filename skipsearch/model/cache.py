@@ -17,16 +17,19 @@ Shapes: B rows, H heads, T slots, Q new tokens, D head size. A slot is a positio
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from skipsearch.errors import DecodingError
 from skipsearch.model.target import Target
 
+# What forwards and `generate` call their cache: it has a new name since transformers 5.24.
+CACHE = "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
 ROOM = 64  # slots beyond the needed ones when a buffer grows
 
 
@@ -59,7 +62,7 @@ class SharedCache:
             and never grow.
 
     Attributes:
-        cache: the `past_key_values` of a forward of target or draft.
+        cache: what forwards of target and draft are given.
         committed: for each row, how many slots hold final tokens.
         floor: the least number of slots to keep. A sliding layer of `past` holds only its window, so a rollback
             below the length of `past` is impossible.
@@ -219,16 +222,15 @@ def length_of(past: Cache | None) -> int:
     if past is None:
         return 0
     if past.offloading:
-        raise DecodingError("past_key_values offloads its layers, must stay on the device; pass a plain DynamicCache")
+        raise DecodingError(f"{CACHE} offloads its layers, must stay on the device; pass a plain DynamicCache")
     for layer in past.layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise DecodingError(
-                f"past_key_values holds a {type(layer).__name__}, which cannot be rolled back; "
-                f"pass a DynamicCache, or none"
+                f"{CACHE} holds a {type(layer).__name__}, which cannot be rolled back; pass a DynamicCache, or none"
             )
     lengths = {int(layer.get_seq_length()) for layer in past.layers}
     if len(lengths) > 1:
         raise DecodingError(
-            f"past_key_values holds layers of different lengths {sorted(lengths)}; pass the cache of a full model"
+            f"{CACHE} holds layers of different lengths {sorted(lengths)}; pass the cache of a full model"
         )
     return lengths.pop() if lengths else 0

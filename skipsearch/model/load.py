@@ -151,8 +151,9 @@ def _explain(name: str, source: str, error: Exception) -> str:
     text = str(error)
     words = text.replace(source, "")  # a model's name may contain "401" or "offline"
     what = name if name == source else f"{name} ({source})"
-    if name not in presets() and (close := get_close_matches(name, presets(), n=1, cutoff=0.75)):
-        return f"model {what} is no preset, and could not be loaded otherwise; did you mean {close[0]}?"
+    alike = [preset for preset in presets() if preset.startswith(name.lower())]
+    if name not in presets() and (close := alike or get_close_matches(name, presets(), n=1, cutoff=0.75)):
+        return f"model {what} is no preset, and could not be loaded otherwise; did you mean {' or '.join(close)}?"
     if "gated repo" in words or "401 Client" in words or "403 Client" in words:
         return (
             f"model {what} is gated: ask for access at https://huggingface.co/{source}, run `hf auth login`, "
@@ -174,5 +175,10 @@ def _explain(name: str, source: str, error: Exception) -> str:
         )
     if damage := damaged_file(Path(source)):
         return f"model {what} cannot be loaded: its {damage}"
+    if "instantiate the backend tokenizer" in words:
+        return (
+            f"model {what} has no tokenizer that can be read; put the tokenizer.json of the model it was made from "
+            f"beside its weights"
+        )
     reason = (text.strip().splitlines() or [type(error).__name__])[0]
     return f"model {what} cannot be loaded: {mended(reason, error)}"

@@ -61,6 +61,11 @@ def presets() -> dict[str, Preset]:
     return {path.stem: _read_preset(path) for path in sorted(_folder().glob("*.toml"))}
 
 
+def name_of(model_id: str) -> str:
+    """The preset with this hub id; without one the id itself."""
+    return next((name for name, preset in presets().items() if preset.model_id == model_id), model_id)
+
+
 def _read_preset(path: Path) -> Preset:
     try:
         data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8-sig"))

@@ -16,6 +16,7 @@ from typing import Any
 from skipsearch.errors import ResultsError, first_line
 from skipsearch.files import read_checked, write_text
 from skipsearch.maskfile import MaskFile, load_mask
+from skipsearch.model.preset import name_of
 from skipsearch.report import sections
 from skipsearch.search.verdict import next_step, verdict_line
 
@@ -110,7 +111,7 @@ def _lead(file: MaskFile, summary: Any, mask: Path) -> str:
     """Whether it is worth it, in one sentence, and what to do next."""
     proof, said, cut_short = file.evidence, "", False
     if proof is None:
-        then = f"skipsearch validate {mask} --model {file.model.id} --write"
+        then = f"skipsearch validate {mask} --model {name_of(file.model.id)} --write"
         return (
             f'<p class="lead">Not validated: whether it pays is not known.</p><p>Next: <code>{escape(then)}</code></p>'
         )
@@ -123,7 +124,8 @@ def _lead(file: MaskFile, summary: Any, mask: Path) -> str:
         low, high = proof.speedup_ci
         found = f"{proof.speedup:.2f}x ({low:.2f} to {high:.2f}) over plain decoding"
         said = f"It pays: {found}." if proof.verdict == "use" else f"It is not proven to pay: {found}."
-    then, pays = escape(next_step(proof.verdict, file.model.id, mask, cut_short=cut_short)), proof.verdict == "use"
+    model, pays = name_of(file.model.id), proof.verdict == "use"
+    then = escape(next_step(proof.verdict, model, mask, cut_short=cut_short))
     return (
         f'<p class="lead"><span class="verdict {"yes" if pays else "no"}">{proof.verdict}</span> {escape(said)}</p>'
         f"<p>Next: {f'<code>{then}</code>' if pays else then}</p>"

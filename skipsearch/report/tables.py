@@ -133,8 +133,10 @@ def generation_line(result: dict[str, Any]) -> str:
     line = f"[{len(result['tokens'])} tokens, {result['tokens_per_second']:.1f} tokens/s"
     if result["drafted"]:
         line += f", {result['accepted']} of {result['drafted']} drafted tokens accepted, tau {result['tau']:.2f}"
-        if any(count for source, count in result["accepted_from"].items() if source != "mask"):
-            line += "; accepted from " + ", ".join(f"{k}: {n}" for k, n in sorted(result["accepted_from"].items()))
+        drafted = {source: count for source, count in result["accepted_from"].items() if count}
+        if drafted.keys() - {"mask"}:
+            words = {"mask": "the draft", "ngram": "n-grams"}
+            line += "; from " + ", ".join(f"{words.get(k, k)} {n}" for k, n in sorted(drafted.items()))
     if result["lossy"]:
         line += "; LOSSY: joint decoding, not the model's own output"
     return line.replace("[", r"\[", 1) + "]"

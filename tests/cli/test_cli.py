@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from documents import EVIDENCE, write
 from typer.testing import CliRunner
 
 from skipsearch import cli
@@ -84,6 +86,48 @@ def test_generate_compares_with_plain_decoding(mask_path: Path) -> None:
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert data["greedy_equal"] is True and len(data["mask"]["tokens"]) == 12
+
+
+def test_generate_says_what_it_compares_and_what_the_file_advises(mask_path: Path) -> None:
+    """Prevents a comparison without its ratio, and silence about a file that says "do not use"."""
+    arguments = ["generate", "--model", "demo", "--max-new-tokens", "12", "--compare", "--mask", str(mask_path)]
+    plain = runner.invoke(cli.app, arguments)
+    assert re.search(r"same tokens as plain decoding, [0-9.]+ times the speed", " ".join(plain.output.split()))
+    assert "note:" not in plain.stderr
+    data = json.loads(mask_path.read_text())
+    del data["checksum"]
+    write(mask_path, {**data, "evidence": {**EVIDENCE, "verdict": "do not use"}})
+    said = runner.invoke(cli.app, arguments)
+    assert said.exit_code == 0 and f"note: {mask_path} says 'do not use': it was" in said.stderr
+
+
+@pytest.mark.parametrize("command", ["run --model demo", "validate MASK", "bench --model demo"])
+def test_a_missing_prompt_file_is_told_before_the_model_is_loaded(
+    command: str, mask_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Prevents minutes of loading before a mistyped name is told."""
+    monkeypatch.setattr("skipsearch.cli.options.load", lambda *_: pytest.fail("the model was loaded"))
+    arguments = command.replace("MASK", str(mask_path)).split()
+    assert run_main(monkeypatch, *arguments, "--prompts", str(tmp_path / "none.jsonl")) == 1
+    assert "none.jsonl does not exist" in capsys.readouterr().err
+    assert run_main(monkeypatch, *arguments, "--prompts", "builtin:poems") == 1
+
+
+def test_validate_takes_the_model_of_the_mask(mask_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a mask from being timed on the bundled model because --model was left out."""
+    asked: list[str] = []
+
+    def load(name: str, *_: Any) -> None:
+        asked.append(name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("skipsearch.cli.options.load", load)
+    for given, wanted in (("demo", "demo"), ("meta-llama/Llama-2-13b-hf", "llama-2-13b"), ("you/yours", "you/yours")):
+        MaskFile.of(SkipMask(attention=[1], num_layers=4), model=ModelCard(id=given, num_layers=4)).save(mask_path)
+        assert run_main(monkeypatch, "validate", str(mask_path)) == 130
+        assert asked.pop() == wanted
+    run_main(monkeypatch, "validate", str(mask_path), "--model", "./mine")
+    assert asked == ["./mine"]
 
 
 def test_the_prompt_is_printed_once_before_its_continuation() -> None:

@@ -83,6 +83,12 @@ def test_no_command_says_the_next_step(tmp_path: Path, monkeypatch: pytest.Monke
         write(path, edited("evidence.verdict", verdict))
         found = runner.invoke(cli.app, [])
         assert wanted in found.stdout and f"{path}: {verdict}." in found.stdout, found.output
+    write(path.with_name("summary.json"), {"cut_short": ["3 of 200 trials"]})
+    assert "a longer --time-budget" in runner.invoke(cli.app, []).stdout
+    begun = Path("results/other/trace.json")
+    begun.parent.mkdir()
+    begun.touch()
+    assert "results/other: a run that has not finished" in runner.invoke(cli.app, []).stdout
 
 
 @pytest.mark.parametrize(

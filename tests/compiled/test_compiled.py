@@ -19,6 +19,7 @@ from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.draft.view import draft_view
 from skipsearch.errors import BackendWarning, DecodingError
+from skipsearch.model.cache import CACHE
 from skipsearch.model.target import Target
 from skipsearch.online import incumbent
 from skipsearch.policy import DraftPolicy
@@ -173,12 +174,12 @@ def test_options_of_generate_through_the_compiled_backend(llama: Any, ids: Any) 
         for a, b in zip(ours[name], plain[name], strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     cache = DynamicCache(config=model.config)
-    model.generate(ids, past_key_values=cache, custom_generate=method, attention_mask=torch.ones_like(ids),
+    model.generate(ids, **{CACHE: cache}, custom_generate=method, attention_mask=torch.ones_like(ids),
                    max_new_tokens=9, do_sample=False)  # fmt: skip
     longer = torch.cat([ids, torch.tensor([greedy(model, ids, 9)])], 1)
     # Another sequence takes the buffers; what was handed over must not change with them.
     model.generate(ids % 50 + 3, custom_generate=method, attention_mask=torch.ones_like(ids), max_new_tokens=9)
-    more = model.generate(longer, past_key_values=cache, custom_generate=method, attention_mask=torch.ones_like(longer),
+    more = model.generate(longer, **{CACHE: cache}, custom_generate=method, attention_mask=torch.ones_like(longer),
                           max_new_tokens=8, do_sample=False)  # fmt: skip
     assert more[0, longer.shape[1] :].tolist() == greedy(model, longer, 8)
 
@@ -205,10 +206,10 @@ def test_past_behind_padding_is_decoded_eagerly(llama: Any, ids: Any) -> None:
     cache = DynamicCache(config=model.config)
     positions = (seen[:, :-2].cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        model(padded[:, :-2], attention_mask=seen[:, :-2], position_ids=positions, past_key_values=cache)
+        model(padded[:, :-2], attention_mask=seen[:, :-2], position_ids=positions, **{CACHE: cache})
     with pytest.warns(BackendWarning, match="behind padding"):
         got = model.generate(
-            padded, past_key_values=cache, custom_generate=self_speculative(MASK, backend="compiled"), **options
+            padded, **{CACHE: cache}, custom_generate=self_speculative(MASK, backend="compiled"), **options
         )  # fmt: skip
     assert torch.equal(got, expected)
 

@@ -14,6 +14,7 @@ from skipsearch.decoding.batch import ALIGNED
 from skipsearch.decoding.loop import Ending, decode
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.draft.view import draft_view
+from skipsearch.model.cache import CACHE
 from skipsearch.model.target import Target
 from skipsearch.policy import DraftPolicy
 
@@ -57,8 +58,8 @@ def test_deterministic_in_a_batch_and_from_a_cache(ids: torch.Tensor) -> None:
         alone = [model.generate(row[None], attention_mask=torch.ones_like(row[None]), custom_generate=method, **options)
                  for row in batch]  # fmt: skip
         assert torch.equal(first, torch.cat(alone))
-        cache = model(ids[:, :7], use_cache=True).past_key_values
-        went_on = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache,
+        cache = model(ids[:, :7], use_cache=True)[CACHE]
+        went_on = model.generate(ids, attention_mask=torch.ones_like(ids), **{CACHE: cache},
                                  custom_generate=method, **options)  # fmt: skip
         assert torch.equal(went_on, first[:1])
         outs.append(first)

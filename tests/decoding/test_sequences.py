@@ -19,6 +19,7 @@ from skipsearch.decoding.loop import Ending, decode
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.decoding.stats import DecodeStats
 from skipsearch.draft.view import draft_view
+from skipsearch.model.cache import CACHE
 from skipsearch.model.target import Target
 from skipsearch.policy import DraftPolicy
 
@@ -117,7 +118,7 @@ class Decoding(RuleBasedStateMachine):
             pad = self.pads[row]
             text = self.texts[row]
             fresh = DynamicCache(config=self.model.config)
-            logits = self.model(torch.tensor([text[pad:-1]]), past_key_values=fresh, use_cache=True).logits
+            logits = self.model(torch.tensor([text[pad:-1]]), **{CACHE: fresh}, use_cache=True).logits
             assert int(logits[0, -1].argmax()) == text[-1]
             assert self.sequences.ids[b, : len(text)].tolist() == text
             committed = self.sequences.cache.committed[b]

@@ -135,11 +135,11 @@ def test_bench_compares_what_obeys_the_same_config(model: Any) -> None:
     assert {row["greedy_equal"] for row in data["rows"]} == {None}
 
 
-def test_a_run_and_a_validation_obey_and_say_so(demo: Any, tmp_path: Path) -> None:
+def test_a_run_and_a_validation_obey_and_say_so(shallow: Any, tmp_path: Path) -> None:
     """Prevents evidence of greedy decoding for a model that samples with penalties, and a summary that hides it."""
-    model = copy.deepcopy(demo.model)
+    model = copy.deepcopy(shallow.model)
     asks(model, eos_token_id=[0, 5], repetition_penalty=1.2)
-    loaded = Loaded(name="tuned", model=model, tokenizer=demo.tokenizer, preset=None)
+    loaded = Loaded(name="tuned", model=model, tokenizer=shallow.tokenizer, preset=None)
     (tmp_path / "masks.toml").write_text('[space]\nforms = ["skip"]\n')
     small = SearchOptions(
         trials=3, prompts=2, held_out=2, prompt_tokens=16, new_tokens=12, trial_tokens=6, rounds=1, backend="eager",

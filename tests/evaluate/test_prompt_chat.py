@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from conftest import assert_one_sentence
-from prompt_files import TEXTS, Load, everything, ids, write
+from prompt_files import LINES, TEXTS, Load, everything, ids, write
 
 from skipsearch.errors import PromptError
 
@@ -56,3 +56,16 @@ def test_a_template_that_refuses_is_reported(tmp_path: Path, load: Load, chatty:
     with pytest.raises(PromptError) as error:
         load(write(tmp_path / "p.csv", {"prompt": TEXTS}), tokenizer=chatty)
     assert_one_sentence(error, "no system role", "--no-chat")
+
+
+def test_a_cut_prompt_keeps_the_end_of_the_template(load: Load, chatty: Any, tmp_path: Path) -> None:
+    """Prevents --prompt-tokens from cutting off what asks for the answer, or all of the text: equal prompts."""
+    path = write(tmp_path / "p.jsonl", {"prompt": [f"{line} {'again ' * 40}" for line in LINES]})
+    cut = everything(load(path, tokenizer=chatty, max_tokens=30))
+    assert len(cut) == len(LINES) and {len(prompt) for prompt in cut} == {30}
+    for prompt in cut:
+        text = chatty.decode(prompt)
+        assert text.startswith("<user>") and text.endswith("><bot>") and "again" in text, text
+    with pytest.raises(PromptError) as error:
+        load(path, tokenizer=chatty, max_tokens=4)
+    assert_one_sentence(error, "--prompt-tokens is 4", "template alone takes", "--no-chat")

@@ -10,6 +10,7 @@ from generate_calls import MASK, run
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from skipsearch import self_speculative
+from skipsearch.model.cache import CACHE
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral"])
@@ -19,13 +20,13 @@ def test_continuing_from_past_key_values(family: str, known: int, tiny: Any, bat
     model, ids = tiny(family), batch[:1]
     expected = run(model, ids)
     cache = DynamicCache(config=model.config)
-    model(ids[:, :known], past_key_values=cache, use_cache=True)
-    out = run(model, ids, past_key_values=cache, custom_generate=self_speculative(MASK))
+    model(ids[:, :known], **{CACHE: cache}, use_cache=True)
+    out = run(model, ids, **{CACHE: cache}, custom_generate=self_speculative(MASK))
     assert torch.equal(out, expected) and cache.get_seq_length() == out.shape[1] - 1
     # Plain generate goes on from where we stopped, and we from where it stops.
-    longer = run(model, out, past_key_values=cache, max_new_tokens=5)
+    longer = run(model, out, **{CACHE: cache}, max_new_tokens=5)
     assert torch.equal(longer, run(model, expected, max_new_tokens=5))
-    last = run(model, longer, past_key_values=cache, max_new_tokens=5, custom_generate=self_speculative(MASK))
+    last = run(model, longer, **{CACHE: cache}, max_new_tokens=5, custom_generate=self_speculative(MASK))
     assert torch.equal(last, run(model, expected, max_new_tokens=10))
 
 
@@ -35,8 +36,8 @@ def test_only_new_tokens_beside_a_cache(tiny: Any, batch: torch.Tensor) -> None:
     outs = []
     for method in ({}, {"custom_generate": self_speculative(MASK)}):
         cache = DynamicCache(config=model.config)
-        model(ids[:, :8], past_key_values=cache, use_cache=True)
-        options: dict[str, Any] = {"past_key_values": cache, "attention_mask": torch.ones_like(ids), **method}
+        model(ids[:, :8], **{CACHE: cache}, use_cache=True)
+        options: dict[str, Any] = {CACHE: cache, "attention_mask": torch.ones_like(ids), **method}
         outs.append(run(model, ids[:, 8:], **options))
     assert torch.equal(*outs)
 
@@ -56,10 +57,10 @@ def test_an_error_in_a_block_leaves_model_and_cache_usable(tiny: Any, batch: tor
             return scores
 
     cache = DynamicCache(config=model.config)
-    model(ids[:, :6], past_key_values=cache, use_cache=True)
+    model(ids[:, :6], **{CACHE: cache}, use_cache=True)
     method = self_speculative(MASK)
     with pytest.raises(KeyboardInterrupt):
-        run(model, ids, past_key_values=cache, logits_processor=LogitsProcessorList([Breaks()]), custom_generate=method)
+        run(model, ids, **{CACHE: cache}, logits_processor=LogitsProcessorList([Breaks()]), custom_generate=method)
     assert cache.get_seq_length() == 6
-    assert torch.equal(run(model, ids, past_key_values=cache, custom_generate=method), expected)
+    assert torch.equal(run(model, ids, **{CACHE: cache}, custom_generate=method), expected)
     assert torch.equal(run(model, ids), expected)

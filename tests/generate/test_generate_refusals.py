@@ -11,6 +11,7 @@ from transformers import DynamicCache, StaticCache
 
 from skipsearch import draft_view, self_speculative
 from skipsearch.errors import DecodingError
+from skipsearch.model.cache import CACHE
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "beams": ({"num_beams": 2}, "beam_search"),
@@ -40,11 +41,11 @@ def test_arguments_that_generate_drops_are_refused(tiny: Any, batch: torch.Tenso
         run(model, batch[:1], assistant_model=draft_view(model, MASK), custom_generate=self_speculative(MASK))
     cache = StaticCache(config=model.config, max_cache_len=64)
     with pytest.raises(DecodingError, match="StaticLayer"):
-        run(model, batch[:1], past_key_values=cache, custom_generate=self_speculative(MASK))
+        run(model, batch[:1], **{CACHE: cache}, custom_generate=self_speculative(MASK))
     filled = DynamicCache(config=model.config)
-    model(batch[:, :4], past_key_values=filled, use_cache=True)
+    model(batch[:, :4], **{CACHE: filled}, use_cache=True)
     with pytest.raises(DecodingError, match="one by one"):
-        run(model, batch, past_key_values=filled, custom_generate=self_speculative(MASK))
+        run(model, batch, **{CACHE: filled}, custom_generate=self_speculative(MASK))
 
 
 def test_inputs_on_another_device_are_refused(tiny: Any, batch: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

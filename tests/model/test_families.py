@@ -18,6 +18,7 @@ from skipsearch.decoding.loop import Ending, decode
 from skipsearch.decoding.rows import rows_may_differ
 from skipsearch.decoding.sequences import Sequences
 from skipsearch.errors import UnsupportedModel
+from skipsearch.model.cache import CACHE
 from skipsearch.model.sublayers import find_sublayers
 from skipsearch.model.target import Target
 from skipsearch.policy import DraftPolicy
@@ -126,7 +127,7 @@ def test_cache_after_every_commit_equals_a_fresh_prefill(family: str, tiny: Any,
         size = sequences.lengths[0] - 1
         assert sequences.cache.committed == [size]
         fresh = DynamicCache(config=model.config)
-        model(sequences.ids[:, :size], past_key_values=fresh, use_cache=True)
+        model(sequences.ids[:, :size], **{CACHE: fresh}, use_cache=True)
         for mine, theirs in zip(sequences.cache.cache.layers, fresh.layers, strict=True):
             seen = theirs.keys.shape[-2]
             for buffer, states in zip(mine.buffers, (theirs.keys, theirs.values), strict=True):

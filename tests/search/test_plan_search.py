@@ -161,7 +161,7 @@ def test_a_token_that_others_do_not_use_is_not_drafted(tiny: Any) -> None:
     assert sum(n for _, n in DraftReplay(replay, plan).walk(DraftPolicy(max_length=4)).elements()) == 0
 
 
-def test_a_run_finds_a_plan_that_decodes(demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_finds_a_plan_that_decodes(shallow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents a plan that is searched and cannot be exported, read again and decoded with."""
     monkeypatch.setattr("skipsearch.search.prepare.paying_forms", lambda seconds: ["int8"])
     monkeypatch.setattr("skipsearch.search.prepare.paying_space", lambda space, point, forms: replace(
@@ -169,14 +169,14 @@ def test_a_run_finds_a_plan_that_decodes(demo: Any, tmp_path: Path, monkeypatch:
     options = SearchOptions(
         trials=8, prompts=3, held_out=2, prompt_tokens=16, new_tokens=16, trial_tokens=12, rounds=1, backend="eager"
     )
-    result = search(demo, out=tmp_path, options=options)
+    result = search(shallow, out=tmp_path, options=options)
     file = load_mask(tmp_path / "mask.json")
     assert not result.plan.skip and result.plan.drafts and "plan" in result.measured.arms
-    plan = file.drafting_plan or DraftPlan.everywhere("int8", 20)
+    plan = file.drafting_plan or DraftPlan.everywhere("int8", 6)
     assert file.evidence is not None and file.evidence.greedy_equal
-    inputs = demo.tokenizer("def main(argv):\n", return_tensors="pt")
+    inputs = shallow.tokenizer("def main(argv):\n", return_tensors="pt")
     given: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "attention_mask": inputs.attention_mask}
-    out = demo.model.generate(inputs.input_ids, custom_generate=self_speculative(plan), **given)
-    assert torch.equal(out, demo.model.generate(inputs.input_ids, **given))
-    again = search(demo, out=tmp_path, options=replace(options, trials=9))
+    out = shallow.model.generate(inputs.input_ids, custom_generate=self_speculative(plan), **given)
+    assert torch.equal(out, shallow.model.generate(inputs.input_ids, **given))
+    again = search(shallow, out=tmp_path, options=replace(options, trials=9))
     assert again.trials == 9

@@ -225,7 +225,7 @@ def test_a_sampler_that_proposes_what_others_run_ends(sampler: str, tmp_path: Pa
     plans = [{name: bits >> place & 1 for place, name in enumerate(small.bounds)} for bits in range(5)]
     for params in plans:
         claimed_elsewhere(study, params)
-    study.optimize(slow_scorer, trials=100, time_budget=8, report=lambda *_: None)
+    study.optimize(slow_scorer, trials=100, time_budget=3, report=lambda *_: None)
     done = {study.plan_of(t) for t in study.finished()}  # it may repeat its own
     assert len(done) == 3 and not done & set(map(study.space.plan, plans))
     assert len(study.study.get_trials(deepcopy=False)) < 40

@@ -6,9 +6,11 @@ import os
 import platform
 import shutil
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
+
+from packaging.requirements import Requirement
 
 from skipsearch.plan import QUANTISED
 
@@ -48,6 +50,20 @@ def _forms(device: Any) -> str:
     return f"{', '.join(said)} of a {str(dtype).removeprefix('torch.')} product's time ({target.backend})"
 
 
+def _other_versions(versions: dict[str, str]) -> list[str]:
+    """One sentence for each package of another version than this one was tested with."""
+    try:
+        wanted = [Requirement(text) for text in requires("skipsearch") or ()]
+    except PackageNotFoundError:  # run from a folder, without being installed
+        return []
+    return [
+        f"{need.name} {need.specifier}, {found} is installed: `pip install '{need.name}{need.specifier}'`"
+        for need in wanted
+        if not need.marker and (found := versions.get(need.name, "not installed")) != "not installed"
+        and not need.specifier.contains(found, prereleases=True)
+    ]  # fmt: skip
+
+
 def examine() -> dict[str, Any]:
     """Facts by name, and "missing": one sentence for each thing that a run needs and does not find."""
     missing = []
@@ -58,6 +74,7 @@ def examine() -> dict[str, Any]:
         except PackageNotFoundError:
             versions[name] = "not installed"
             missing.append(f"{name}: install it with `pip install {name}`")
+    missing += _other_versions(versions)
     facts: dict[str, Any] = {"versions": versions}
     if versions["torch"] != "not installed":
         import torch

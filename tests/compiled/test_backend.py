@@ -14,7 +14,7 @@ from test_compiled import MASK
 from skipsearch import self_speculative
 from skipsearch.compiled import backend
 from skipsearch.compiled.backend import compile_and_prove, with_backend
-from skipsearch.compiled.model import CompiledModel
+from skipsearch.compiled.model import WIDTHS, CompiledModel
 from skipsearch.errors import BackendError, BackendWarning
 from skipsearch.model.target import Target
 
@@ -46,6 +46,7 @@ def test_logits_that_differ_are_refused(tiny: Any, monkeypatch: Any) -> None:
         return forward(self, replace(stack, layers=stack.layers[:-1], programs={}), *given, **named)
 
     monkeypatch.setattr(CompiledModel, "forward", wrong)
+    monkeypatch.setitem(WIDTHS, "cpu", (1,))
     with pytest.raises(BackendError, match="compiled logits differ"):
         compile_and_prove(Target.of(model), None)
 

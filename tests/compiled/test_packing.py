@@ -11,6 +11,7 @@ from torch import nn
 
 from skipsearch.compiled import packing
 from skipsearch.compiled.backend import with_backend
+from skipsearch.compiled.model import WIDTHS
 from skipsearch.compiled.packing import Packed, PackedLinear, pack
 from skipsearch.compiled.tracing import tensors_of
 from skipsearch.model.target import Target
@@ -80,6 +81,7 @@ def test_changed_weights_are_noticed(faster: None) -> None:
 def test_a_merged_adapter_is_decoded_with(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents the compiled model from serving the weights of before: it compiles and packs anew."""
     monkeypatch.setattr(Packed, "seconds", lambda self, packed, linears: 1.0 if packed else 2.0)
+    monkeypatch.setitem(WIDTHS, "cpu", (1, 4))  # each takes seconds to compile
     model = copy.deepcopy(demo.model)
     first = with_backend(Target.of(model), "compiled", lambda *_: None)
     assert first.compiled is not None and first.compiled.packs

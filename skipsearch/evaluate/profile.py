@@ -31,7 +31,7 @@ from skipsearch.mask import KINDS, SkipMask
 from skipsearch.model.target import Target
 from skipsearch.plan import DraftPlan, Form, Quantised
 
-WARM_UP, LEAST, MOST = 1, 3, 12  # turns that are not counted; the fewest and the most that are
+WARM_UP, LEAST, MOST = 1, 3, 12  # turns that are not counted; the fewest that are where there is time; the most
 RESAMPLED = 16  # times, for a standard error
 ERROR = 0.02  # relative standard error at which costs are known
 FIRST_CONTEXT = 0.65  # of the seconds; the others price attention and verify anew, and nothing else
@@ -84,17 +84,19 @@ def _take_turns(
     sequence: Sequences, arms: Sequence[Arm | None], views: list[PreTrainedModel],
     solve: Callable[[Times], Point], end: float, turned: Callable[[float], None],
 ) -> Times:  # fmt: skip
-    """Seconds of each arm, turn by turn, until what they give is known well enough."""
+    """Seconds of each arm, turn by turn, until what they give is known well enough, or there is no time for more."""
     times: Times = {arm: [] for arm in arms}
     for turn in range(WARM_UP + MOST):
         begin = time.perf_counter()
         for arm, known in times.items():
             sequence.draft_with(views[0 if arm is None else arm.plan])
-            found = timed_arm(sequence, arm)
-            if turn >= WARM_UP:
-                known.append(found)
+            known.append(timed_arm(sequence, arm))
         counted, now = turn + 1 - WARM_UP, time.perf_counter()
         left = (end - now) / max(now - begin, 1e-9)  # turns for which there is time
+        if left < 0:  # a slow machine's budget is kept: in its first turn too each arm ran once before it was timed
+            break
+        if turn < WARM_UP:
+            times = {arm: [] for arm in times}
         turned(min(1.0, (turn + 1) / min(WARM_UP + MOST, max(turn + 1 + left, WARM_UP + LEAST))))
         if counted >= LEAST and (left < 1 or _relative_error(times, solve) < ERROR):
             break

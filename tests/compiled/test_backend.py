@@ -51,8 +51,9 @@ def test_logits_that_differ_are_refused(tiny: Any, monkeypatch: Any) -> None:
         compile_and_prove(Target.of(model), None)
 
 
-def test_changed_weights_are_seen(ids: Any, tiny: Any) -> None:
+def test_changed_weights_are_seen(ids: Any, tiny: Any, monkeypatch: Any) -> None:
     """Prevents a model that was changed after compiling from being decoded with what it was before."""
+    monkeypatch.setitem(WIDTHS, "cpu", (1, 13))
     model = copy.deepcopy(tiny("llama"))
     options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
     method = self_speculative(MASK, backend="compiled")

@@ -69,7 +69,7 @@ def test_profile_prices_every_part(tiny: Any, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_profile_ends_when_its_seconds_are_spent(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prevents a noisy machine from being timed for ever, and a profile of fewer turns than a median needs."""
+    """Prevents a noisy machine from being timed for ever, and a slow one for many times its budget."""
     noise, turns = random.Random(0), list[bool]()
 
     def seconds(_sequence: Any, arm: Arm | None) -> list[tuple[float, float]]:
@@ -78,7 +78,7 @@ def test_a_profile_ends_when_its_seconds_are_spent(tiny: Any, monkeypatch: pytes
 
     monkeypatch.setattr("skipsearch.evaluate.profile.timed_arm", seconds)
     profile(Target.of(tiny("llama")), contexts=[16], max_length=4, progress=quiet, seconds=0)
-    assert sum(turns) == 1 + 3
+    assert sum(turns) == 1
     turns.clear()
     profile(Target.of(tiny("llama")), contexts=[16], max_length=4, progress=quiet, seconds=100)
     assert sum(turns) == 1 + 12

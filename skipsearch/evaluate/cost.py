@@ -68,10 +68,15 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """Curves over context length, linear between the measured points and constant beyond them."""
+    """Curves over context length, linear between the measured points and constant beyond them.
+
+    Attributes:
+        cut_short: seconds that did not suffice to time each part as often as a median needs; 0: they did.
+    """
 
     identity: str
     points: tuple[Point, ...]
+    cut_short: float = 0.0
 
     @classmethod
     def of(cls, data: dict[str, Any]) -> Costs:
@@ -81,7 +86,7 @@ class Costs:
             KeyError, TypeError: it is another dictionary, or holds something else than finite numbers.
         """
         points = tuple(Point(**{name: _tuples(value) for name, value in point.items()}) for point in data["points"])
-        return cls(identity=data["identity"], points=points)
+        return cls(identity=data["identity"], points=points, cut_short=float(data.get("cut_short", 0.0)))
 
     def at(self, context: float) -> Point:
         """The point at a context length, interpolated."""

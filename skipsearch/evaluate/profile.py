@@ -42,7 +42,7 @@ Times = dict[Arm | None, list[list[tuple[float, float]]]]
 def profile(
     target: Target, *, contexts: list[int], max_length: int, progress: Progress, seconds: float = 60,
     rule: SelectionRule = GREEDY, forms: Sequence[Quantised] = (), known: Sequence[Point] = (),
-    keep: Callable[[list[Point]], None] = lambda points: None,
+    keep: Callable[[list[Point], bool], None] = lambda points, hurried: None,
 ) -> tuple[Point, ...]:  # fmt: skip
     """Measure whole blocks at each context length, as decoding runs them, and separate their parts by difference.
 
@@ -59,11 +59,11 @@ def profile(
         seconds: the most that timing may take.
         forms: quantised forms to price.
         known: points of the first contexts, which are not measured again.
-        keep: called with all points so far after each context.
+        keep: called after each context with all points so far, and whether there was too little time for one.
     """
     design = choose_design(target, max_length, forms)
     views = [draft_view(target.model, plan) for plan in design.plans]
-    points = list(known)
+    points, hurried = list(known), False
     begin = time.perf_counter()
     for number, context in enumerate(contexts[len(points) :], len(points)):
         share = FIRST_CONTEXT + (1 - FIRST_CONTEXT) * number / max(1, len(contexts) - 1) if len(contexts) > 1 else 1.0
@@ -76,7 +76,8 @@ def profile(
         arms = design.again if points else design.arms
         times = _take_turns(sequence, [None, *arms], views, solve, begin + share * seconds, turned)
         points.append(solve(times))
-        keep(points)
+        hurried |= len(times[None]) < LEAST
+        keep(points, hurried)
     return tuple(points)
 
 
@@ -190,18 +191,27 @@ def profile_or_load(
 ) -> Costs:  # fmt: skip
     """The costs in `path` if they were measured for this model and set-up at these lengths; else new ones, saved.
 
-    They are saved context by context, and a profile that was stopped goes on behind the last one.
+    They are saved context by context, and a profile that was stopped goes on behind the last one. One that had too
+    little time is made anew where there is twice as much.
     """
     key = f"{identity} | contexts {contexts} | K <= {max_length} | drafts and verifies apart, rising, crowding"
     key += f" | {rule}" * (rule != GREEDY)
     key += f" | {', '.join(forms)}" * bool(forms)
     key += " | packed weights" * (target.compiled is not None and target.compiled.packs)
     found = read_checked(path, Costs.of)
-    known = found.points if found is not None and found.identity == key else ()  # others are another set-up's
-    if len(known) < len(contexts):
-        known = profile(
-            target, contexts=contexts, max_length=max_length, progress=progress, seconds=seconds,
-            rule=rule, forms=forms, known=known,
-            keep=lambda points: write_checked(path, asdict(Costs(identity=key, points=tuple(points)))),
+    if found is None or found.identity != key or (found.cut_short and seconds > 2 * found.cut_short):
+        found = Costs(identity=key, points=())  # others are another set-up's
+
+    def keep(points: list[Point], hurried: bool) -> None:
+        nonlocal found
+        assert found is not None
+        short = found.cut_short or (seconds if hurried else 0.0)
+        found = Costs(identity=key, points=tuple(points), cut_short=short)
+        write_checked(path, asdict(found))
+
+    if len(found.points) < len(contexts):
+        profile(
+            target, contexts=contexts, max_length=max_length, progress=progress, seconds=seconds, rule=rule,
+            forms=forms, known=found.points, keep=keep,
         )  # fmt: skip
-    return Costs(identity=key, points=known)
+    return found

@@ -33,8 +33,7 @@ class RowReader:
         self.name, self.tokenizer, self.chat = name, tokenizer, chat
         template = tokenizer.get_chat_template() if chat else ""
         self._template = CLOCK.sub(lambda found: repr(TODAY.strftime(found[2])), template)
-        self._mark: str | None = None  # both are found when the first row needs them
-        self._around: tuple[Ids, Ids] | None = None
+        self._mark: str | None = None  # found when the first row needs it
         self._counts: Counter[str] = Counter()
         self._refused: list[PromptError] = []
 
@@ -42,28 +41,13 @@ class RowReader:
         """Of a row: text, a list of turns (the first one counts), or chat messages; nothing for one without text.
 
         Args:
-            limit: a longer row loses the end of its text, not that of the chat template, which asks for the answer.
-
-        Raises:
-            PromptError: the chat template alone is longer than the limit.
+            limit: most tokens; a longer row loses the end of its last text, not that of the chat template.
         """
         try:
-            ids = self._tokens(row)
+            return self._tokens(row, limit)
         except PromptError as error:
             self._refused.append(PromptError(f"row {number} of {self.name}: {error}"))
             return ()
-        if limit is None or len(ids) <= limit:
-            return ids
-        if not self.chat:
-            return ids[:limit]
-        head, tail = self._template_ids()
-        if len(head) + len(tail) >= limit:
-            raise PromptError(
-                f"--prompt-tokens is {limit}, the chat template alone takes {len(head) + len(tail)}; raise it, "
-                f"or pass --no-chat"
-            )
-        tail = _common(ids[::-1], tail[::-1])[::-1]  # a text's end may make other tokens of it; some rows have none
-        return ids[: limit - len(tail)] + tail
 
     def say(self, rows: int, enough: bool) -> None:
         """Count what was left out or taken differently, in one note.
@@ -79,9 +63,9 @@ class RowReader:
         if said:
             warnings.warn(f"of the rows read from {self.name}, {'; '.join(said)}", PromptWarning, stacklevel=3)
 
-    def _tokens(self, row: Any) -> Ids:
+    def _tokens(self, row: Any, limit: int | None) -> Ids:
         if isinstance(row, list) and row and isinstance(row[0], dict):
-            return self._of_messages(row)
+            return self._of_messages(row, limit)
         text = row[0] if isinstance(row, list) and row else row
         if not isinstance(text, str):
             raise PromptError(
@@ -92,10 +76,10 @@ class RowReader:
         _check_text(text)
         if self.chat and self._templated(text):
             self._counts[TEMPLATED] += 1
-            return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return self._of_messages([{"role": "user", "content": text}])
+            return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"][:limit])
+        return self._of_messages([{"role": "user", "content": text}], limit)
 
-    def _of_messages(self, messages: list[Any]) -> Ids:
+    def _of_messages(self, messages: list[Any], limit: int | None) -> Ids:
         wrong = [m for m in messages if not (isinstance(m, dict) and isinstance(m.get("content"), str))]
         if wrong:
             raise PromptError(
@@ -112,24 +96,33 @@ class RowReader:
         if not any(m["content"].strip() for m in asked):
             return ()
         if not self.chat:
-            return tuple(self.tokenizer("\n".join(m["content"] for m in asked))["input_ids"])
+            return tuple(self.tokenizer("\n".join(m["content"] for m in asked))["input_ids"][:limit])
+        ids = self._in_template(asked)
+        return ids if limit is None or len(ids) <= limit else self._cut(ids, asked, limit)
+
+    def _in_template(self, messages: list[Any]) -> Ids:
         try:
             return tuple(
                 self.tokenizer.apply_chat_template(
-                    asked, add_generation_prompt=True, return_dict=True, chat_template=self._template
+                    messages, add_generation_prompt=True, return_dict=True, chat_template=self._template
                 )["input_ids"]
             )
         except Exception as error:  # a template raises whatever its expressions do
             raise PromptError(
-                f"the chat template refuses {shown(asked)} ({first_line(error)}); pass --no-chat"
+                f"the chat template refuses {shown(messages)} ({first_line(error)}); pass --no-chat"
             ) from error
 
-    def _template_ids(self) -> tuple[Ids, Ids]:
-        """What the chat template writes before and behind a user's text: what two different ones have in common."""
-        if self._around is None:
-            one, two = (self._of_messages([{"role": "user", "content": text}]) for text in ("one", "Two, at last!"))
-            self._around = _common(one, two), _common(one[::-1], two[::-1])[::-1]
-        return self._around
+    def _cut(self, ids: Ids, messages: list[Any], limit: int) -> Ids:
+        """The ids without the end of the last message's text: what stands around it is common to any two texts."""
+        one, two = (self._in_template([*messages[:-1], {**messages[-1], "content": text}]) for text in ("one", "Two!"))
+        head, tail = _common(one, two), _common(one[::-1], two[::-1])[::-1]
+        if len(head) + len(tail) >= limit:
+            raise PromptError(
+                f"a prompt may have {limit} tokens, {len(head) + len(tail)} stand around its last text already "
+                f"(chat template, earlier turns); raise --prompt-tokens, or pass --no-chat"
+            )
+        tail = _common(ids[::-1], tail[::-1])[::-1]  # a text's end may make other tokens of it
+        return ids[: limit - len(tail)] + tail
 
     def _templated(self, text: str) -> bool:
         """Whether a text holds the template's special token, or where it has none begins with what it writes."""

@@ -102,7 +102,7 @@ def load_prompts(
     if len(unique) < 4:
         raise PromptError(
             f"prompt source {source.name} holds {len(unique)} different prompts, at least 4 are needed "
-            f"(two to search with, two held out); add prompts"
+            f"(two to search with, two held out); add prompts" + ", or raise --prompt-tokens" * bool(max_tokens)
         )
     chosen = list(unique)
     if ours:
@@ -117,6 +117,8 @@ def check_source(name: str) -> None:
     path = Path(name).expanduser()
     if path.suffix.lower() in FORMATS:
         check_file(path)
+    elif path.is_file():
+        raise PromptError(f"prompt file {name} must end in one of {', '.join(FORMATS)}; rename or convert it")
 
 
 def lengthened(prompts: Sequence[Ids], contexts: Sequence[int], new_tokens: int, room: int) -> tuple[Ids, ...]:

@@ -151,8 +151,9 @@ def _explain(name: str, source: str, error: Exception) -> str:
     text = str(error)
     words = text.replace(source, "")  # a model's name may contain "401" or "offline"
     what = name if name == source else f"{name} ({source})"
-    alike = [preset for preset in presets() if preset.startswith(name.lower())]
-    if name not in presets() and (close := alike or get_close_matches(name, presets(), n=1, cutoff=0.75)):
+    alike = [preset for preset in presets() if preset.startswith(name.lower())][:3]
+    close = alike or get_close_matches(name, presets(), n=1, cutoff=0.75)
+    if name not in presets() and close and not Path(source).is_dir():
         return f"model {what} is no preset, and could not be loaded otherwise; did you mean {' or '.join(close)}?"
     if "gated repo" in words or "401 Client" in words or "403 Client" in words:
         return (

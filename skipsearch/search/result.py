@@ -94,6 +94,8 @@ def cut_short(
     prompts, found = len(prepared.prompts.calibration), list[str]()
     if len(prepared.trace.prompts) < prompts:
         found.append(f"{len(prepared.trace.prompts)} of {prompts} prompts recorded (another --out records anew)")
+    if prepared.costs.cut_short:
+        found.append("a profile of fewer timings than it needs")
     if trials < options.trials and not used_up:
         found.append(f"{trials} of {options.trials} trials")
     if not measured.decided:

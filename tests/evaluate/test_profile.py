@@ -115,7 +115,7 @@ def test_attention_grows_dear_with_the_context() -> None:
 def test_a_stopped_profile_goes_on(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents contexts from being timed again after a stop."""
     path, target, turns = tmp_path / "costs.json", Target.of(tiny("llama")), list[bool]()
-    settings: dict[str, Any] = {"contexts": [8, 16], "max_length": 2, "seconds": 0}
+    settings: dict[str, Any] = {"contexts": [8, 16], "max_length": 2, "seconds": 60}
 
     def stop(_stage: str, done: int, _total: int) -> None:
         if done > 50:
@@ -131,3 +131,13 @@ def test_a_stopped_profile_goes_on(tiny: Any, tmp_path: Path, monkeypatch: pytes
     turns.clear()
     assert [p.context for p in profile_or_load(path, target, "here", progress=quiet, **settings).points] == [8, 16]
     assert sum(turns) == 1 + 3
+
+
+def test_a_profile_that_lacked_time_is_made_anew_with_more(tiny: Any, tmp_path: Path) -> None:
+    """Prevents the costs of a hurried first run from deciding all later ones, and timing again without reason."""
+    path, target = tmp_path / "costs.json", Target.of(tiny("llama"))
+    settings: dict[str, Any] = {"contexts": [8], "max_length": 2, "progress": quiet}
+    hurried = profile_or_load(path, target, "here", seconds=0.001, **settings)
+    assert hurried.cut_short == 0.001 and profile_or_load(path, target, "here", seconds=0.002, **settings) == hurried
+    whole = profile_or_load(path, target, "here", seconds=60, **settings)
+    assert not whole.cut_short and profile_or_load(path, target, "here", seconds=600, **settings) == whole

@@ -68,4 +68,20 @@ def test_a_cut_prompt_keeps_the_end_of_the_template(load: Load, chatty: Any, tmp
         assert text.startswith("<user>") and text.endswith("><bot>") and "again" in text, text
     with pytest.raises(PromptError) as error:
         load(path, tokenizer=chatty, max_tokens=4)
-    assert_one_sentence(error, "--prompt-tokens is 4", "template alone takes", "--no-chat")
+    assert_one_sentence(error, "may have 4 tokens", "stand around its last text", "--prompt-tokens", "--no-chat")
+
+
+def test_a_cut_conversation_loses_the_end_of_its_last_turn(load: Load, chatty: Any, tmp_path: Path) -> None:
+    """Prevents a cut in an earlier turn, and a template that insists on its system message from refusing the cut."""
+    chatty.chat_template = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}" + (
+        chatty.chat_template
+    )
+    before = [{"role": "system", "content": "short"}, {"role": "user", "content": "a"}]
+    talks = [[*before, {"role": "user", "content": f"{text} {'again ' * 40}"}] for text in TEXTS]
+    cut = everything(load(write(tmp_path / "p.jsonl", {"messages": talks}), tokenizer=chatty, max_tokens=50))
+    assert len(cut) == len(TEXTS) and {len(prompt) for prompt in cut} == {50}
+    for prompt in cut:
+        text = chatty.decode(prompt)
+        assert text.startswith("<system>short</><user>a</><user>") and text.endswith("><bot>"), text
+    with pytest.raises(PromptError, match="stand around its last text"):
+        load(write(tmp_path / "p.jsonl", {"messages": talks}), tokenizer=chatty, max_tokens=12)

@@ -28,7 +28,7 @@ MASK = SkipMask(attention=[0, 2], mlp=[1], num_layers=4)
 
 def greedy(model: Any, ids: torch.Tensor, **changes: Any) -> Any:
     options: dict[str, Any] = {
-        "max_new_tokens": 32, "do_sample": False, "eos_token_id": None, "pad_token_id": 0,
+        "max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0,
         "attention_mask": torch.ones_like(ids),
     }  # fmt: skip
     return model.generate(ids, **{**options, **changes})
@@ -110,11 +110,11 @@ def test_greedy_output_equals_generate(family: str, tiny: Any, ids: torch.Tensor
     model = tiny(family)
     expected = greedy(model, ids)
     rng = random.Random(1)
-    masks = [*MASKS, *(SkipMask.from_bits([rng.random() < p for _ in range(8)]) for p in (0.2, 0.4, 0.6))]
+    masks = [*MASKS, *(SkipMask.from_bits([rng.random() < p for _ in range(8)]) for p in (0.2, 0.5))]
     for mask in masks:
         method = self_speculative(mask, max_length=rng.randint(1, 7), exit_threshold=rng.choice([None, 0.3]))
         assert torch.equal(greedy(model, ids, custom_generate=method), expected), (str(mask), method.policy)
-        assert method.stats.committed == 32
+        assert method.stats.committed == 24
 
 
 @pytest.mark.parametrize("family", SUPPORTED)

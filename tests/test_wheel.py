@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
 import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +74,10 @@ def test_the_wheel_runs_where_there_is_no_repository(unpacked: Path) -> None:
     assert "skipsearch run --model demo" in run(unpacked).stdout
     presets: dict[str, Any] = json.loads(run(unpacked, "models", "--json").stdout)
     assert {"demo", "llama-2-13b"} <= set(presets)
-    found = run(unpacked, "generate", "--model", "demo", "--max-new-tokens", "6", "--backend", "eager", "--json")
-    assert found.returncode == 0 and len(json.loads(found.stdout)["plain"]["tokens"]) == 6, found.stderr
+    few = "--trials 2 --time-budget 1 --num-prompts 2 --num-held-out 2 --prompt-tokens 12 --new-tokens 8 --rounds 1"
+    found = run(unpacked, "run", "--model", "demo", "--backend", "eager", *few.split(), "--json")
+    assert found.returncode in (0, 1) and json.loads(found.stdout)["trials"] >= 1, found.stderr
+    assert (unpacked.parent / "elsewhere/results/demo/report.html").is_file()
     assert not found.stderr  # no bar of weights that are loaded
 
 
@@ -87,3 +93,18 @@ def test_the_source_distribution_builds_the_same_wheel(unpacked: Path, tmp_path:
         names = {name for name in wheel.namelist() if not name.endswith("/")}
     assert names == {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*")
                      if path.is_file() and "__pycache__" not in path.parts}  # fmt: skip
+
+
+def test_every_import_is_declared() -> None:
+    """Prevents a package that another one brings today from missing tomorrow, or in an empty environment."""
+    texts = [*PROJECT["dependencies"], *itertools.chain.from_iterable(PROJECT["optional-dependencies"].values())]
+    declared = {re.split("[^A-Za-z0-9_-]", text)[0].replace("_", "-").lower() for text in texts}
+    known, missing = {"pynvml": ["nvidia-ml-py"], **packages_distributions()}, set[str]()
+    for path in (REPOSITORY / "skipsearch").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for top in {name.partition(".")[0] for name in names} - {"skipsearch", ""} - sys.stdlib_module_names:
+                if not {found.replace("_", "-").lower() for found in known.get(top, [top])} & declared:
+                    missing.add(top)
+    assert not missing

@@ -81,6 +81,7 @@ def generate(
     methods = _methods(mask, on_the_fly, compare, backend, seed, share, {"decoding": decoding, **beams})
     out = Console(quiet=as_json)
     results = _continue(loaded, prompt, methods, settings, out, explain)
+    exact = str(loaded.model.dtype) == "torch.float32"
     must_agree = compare and not joint and not rule.temperature
     equal = len({tuple(found["tokens"]) for found in results.values()}) == 1 if must_agree else None
     if save is not None:  # before the results are told: an error is the one object on stdout
@@ -88,11 +89,11 @@ def generate(
     if as_json:
         print(json.dumps({**results, "greedy_equal": equal}))
     elif compare:
-        out.print(_compared(list(results.values()), equal, joint))
+        out.print(_compared(list(results.values()), equal, joint, exact))
     if save is not None:
         out.print(f"saved {_found(save, mask)}; next: skipsearch validate {save} --model {model}")
     # In half precision, verifying several tokens at once may round differently, so a difference there is no failure.
-    raise typer.Exit(1 if equal is False and str(loaded.model.dtype) == "torch.float32" else 0)
+    raise typer.Exit(1 if equal is False and exact else 0)
 
 
 def _check(
@@ -189,14 +190,15 @@ def _continue(
     return results
 
 
-def _compared(results: list[dict[str, Any]], equal: bool | None, joint: bool) -> str:
+def _compared(results: list[dict[str, Any]], equal: bool | None, joint: bool, exact: bool) -> str:
     """How the two texts of a comparison agree, and their speeds."""
     plain, mine = (found["tokens_per_second"] for found in results)
     speed = f"{mine / plain:.2f} times the speed on this prompt" if plain else "too short to compare speeds"
     if equal is None:
         why = "mtad is lossy by design" if joint else "they are samples"
         return f"the two texts may differ: {why}; {speed}"
-    return f"{'same tokens as' if equal else 'tokens differ from'} plain decoding, {speed}"
+    why = "" if equal or exact else "; in half precision near-ties may, `skipsearch validate --audit` explains each"
+    return f"{'same tokens as' if equal else 'tokens differ from'} plain decoding, {speed}{why}"
 
 
 def _say_verdict(mask: Path | None) -> None:
@@ -207,8 +209,9 @@ def _say_verdict(mask: Path | None) -> None:
     if evidence is not None and evidence.verdict != "use":
         low, high = evidence.speedup_ci
         opt.err.print(
-            f"note: {mask} says {evidence.verdict!r}: it was {evidence.speedup:.2f} ({low:.2f} to {high:.2f}) times as "
-            f"fast as plain decoding on {evidence.device}", markup=False, highlight=False, soft_wrap=True,
+            f"note: {mask} says {evidence.verdict!r}: the draft alone was {evidence.speedup:.2f} ({low:.2f} to "
+            f"{high:.2f}) times as fast as plain decoding on {evidence.device}; `skipsearch validate` times it here",
+            markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
 
 

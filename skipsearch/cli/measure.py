@@ -37,7 +37,10 @@ def validate(
     )  # fmt: skip
     from skipsearch.model.preset import name_of
 
-    loaded = opt.load(model or name_of(file.model.id), dtype, device, revision, trust)
+    model = model or name_of(file.model.id)
+    if model is None:  # the file names it, and does not say where it lies
+        raise typer.BadParameter(f"the mask is for {file.model.id}; say where that lies", param_hint="--model")
+    loaded = opt.load(model, dtype, device, revision, trust)
     from skipsearch.model.identity import check_mask_belongs
     from skipsearch.report.progress import stages
     from skipsearch.report.tables import mask_table

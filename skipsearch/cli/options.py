@@ -26,7 +26,8 @@ Model = Annotated[
     str, typer.Option("--model", "-m", help="preset (see `skipsearch models`), hub id, local folder or .gguf file")
 ]
 ModelOfMask = Annotated[
-    str | None, typer.Option("--model", "-m", help="preset, hub id, folder or .gguf file (default: the mask's own)")
+    str | None,
+    typer.Option("--model", "-m", help="preset, hub id, folder or .gguf file (default: the mask's own preset)"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]

@@ -75,26 +75,30 @@ def run(
     from skipsearch.report.tables import front_table
     from skipsearch.search.result import summary
     from skipsearch.search.run import search
-    from skipsearch.search.verdict import next_step, verdict_line
+    from skipsearch.search.verdict import verdict_line
 
     with stages(opt.err, quiet=as_json) as progress:
         result = search(loaded, out=folder, options=options, progress=progress.stage, report=progress.best)
     result.seconds["load"] = loading
     data = summary(result)
     fronts = [front_table(result.front, result.file.provenance.trial)] if pareto else []
-    chat = chat and bool(loaded.tokenizer.chat_template)
     try:
         page = data["files"]["report.html"] = write_report(result.folder)["report"]
     except SkipsearchError as error:  # the results are told all the same
         page = f"not written: {error}"
-    verdict, mask = data["evidence"]["verdict"], result.folder / "mask.json"
-    then = next_step(verdict, model, mask, cut_short=bool(data["cut_short"]), chat=chat)
     cells = draw_plan(result.plan)
     layers = result.mask.num_layers
     drawn = read_checked(result.folder / "sensitivity.json", lambda data: draw_sensitivity(data["loss"], layers))
     if drawn is not None:  # None: of a study that was finished elsewhere
         cells.append("\n").append_text(drawn)
     opt.print_result(
-        data, as_json, verdict_line(data), *fronts, summary_table(data), cells, f"\nReport: {page}", f"Next: {then}"
+        data,
+        as_json,
+        verdict_line(data),
+        *fronts,
+        summary_table(data),
+        cells,
+        f"\nReport: {page}",
+        f"Next: {data['next']}",
     )
     raise typer.Exit(0 if result.file.evidence and result.file.evidence.verdict == "use" else 1)

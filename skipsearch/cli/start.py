@@ -26,27 +26,20 @@ def start(
 
 def _from_here() -> tuple[str, str]:
     """What the newest results folder holds, and the command to go on with."""
-    found = sorted(Path("results").glob("*/mask.json"), key=lambda path: path.stat().st_mtime)
-    begun = sorted(Path("results").glob("*/trace.json"), key=lambda path: path.stat().st_mtime)
-    if begun and not (begun[-1].parent / "mask.json").exists():
-        return (
-            f"{begun[-1].parent}: a run that has not finished.",
-            "Next: the same `skipsearch run` again; it goes on where it stopped",
-        )
-    if not found:
+    files = [path for name in ("mask.json", "trace.json") for path in Path("results").glob(f"*/{name}")]
+    if not files:
         return (
             "No results/*/mask.json here yet. `demo` is the bundled model; yours: a hub id, folder or .gguf file.",
             "Next: skipsearch run --model demo    # or ./my-model",
         )
+    folder = max(files, key=lambda path: path.stat().st_mtime).parent
+    path = folder / "mask.json"
+    if not path.exists():
+        return f"{folder}: a run that has not finished.", "Next: the same `skipsearch run` again; it goes on"
     from skipsearch.files import read_checked
     from skipsearch.maskfile import load_mask
-    from skipsearch.model.preset import name_of
-    from skipsearch.search.verdict import next_step
+    from skipsearch.search.verdict import next_of
 
-    path = found[-1]
     file = load_mask(path)
-    if file.evidence is None:
-        return f"{path}: not timed yet.", f"Next: skipsearch validate {path} --model {name_of(file.model.id)}"
-    verdict = file.evidence.verdict
-    cut_short = read_checked(path.parent / "summary.json", lambda data: bool(data["cut_short"]))
-    return f"{path}: {verdict}.", f"Next: {next_step(verdict, name_of(file.model.id), path, cut_short=bool(cut_short))}"
+    said = "not timed yet" if file.evidence is None else file.evidence.verdict
+    return f"{path}: {said}.", f"Next: {next_of(file, path, read_checked(folder / 'summary.json', dict))}"

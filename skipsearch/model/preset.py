@@ -61,9 +61,9 @@ def presets() -> dict[str, Preset]:
     return {path.stem: _read_preset(path) for path in sorted(_folder().glob("*.toml"))}
 
 
-def name_of(model_id: str) -> str:
-    """The preset with this hub id; without one the id itself."""
-    return next((name for name, preset in presets().items() if preset.model_id == model_id), model_id)
+def name_of(model_id: str) -> str | None:
+    """The preset with this hub id, if there is one."""
+    return next((name for name, preset in presets().items() if preset.model_id == model_id), None)
 
 
 def _read_preset(path: Path) -> Preset:

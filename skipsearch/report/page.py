@@ -16,9 +16,8 @@ from typing import Any
 from skipsearch.errors import ResultsError, first_line
 from skipsearch.files import read_checked, write_text
 from skipsearch.maskfile import MaskFile, load_mask
-from skipsearch.model.preset import name_of
 from skipsearch.report import sections
-from skipsearch.search.verdict import next_step, verdict_line
+from skipsearch.search.verdict import next_of, verdict_line
 
 REPORT = "report.html"
 MASK = "mask.json"
@@ -109,23 +108,21 @@ def _why(name: str, error: Exception) -> str:
 
 def _lead(file: MaskFile, summary: Any, mask: Path) -> str:
     """Whether it is worth it, in one sentence, and what to do next."""
-    proof, said, cut_short = file.evidence, "", False
+    proof, said, then = file.evidence, "", next_of(file, mask, summary)
     if proof is None:
-        then = f"skipsearch validate {mask} --model {name_of(file.model.id)} --write"
         return (
             f'<p class="lead">Not validated: whether it pays is not known.</p><p>Next: <code>{escape(then)}</code></p>'
         )
     try:
         if summary["evidence"] == proof.model_dump(mode="json"):  # else it was validated again since
-            said, cut_short = verdict_line(summary), bool(summary["cut_short"])
+            said = verdict_line(summary)
     except FAULTS:
         pass
     if not said:
         low, high = proof.speedup_ci
         found = f"{proof.speedup:.2f}x ({low:.2f} to {high:.2f}) over plain decoding"
         said = f"It pays: {found}." if proof.verdict == "use" else f"It is not proven to pay: {found}."
-    model, pays = name_of(file.model.id), proof.verdict == "use"
-    then = escape(next_step(proof.verdict, model, mask, cut_short=cut_short))
+    pays, then = proof.verdict == "use", escape(then)
     return (
         f'<p class="lead"><span class="verdict {"yes" if pays else "no"}">{proof.verdict}</span> {escape(said)}</p>'
         f"<p>Next: {f'<code>{then}</code>' if pays else then}</p>"

@@ -13,7 +13,7 @@ from skipsearch.plan import DraftPlan
 from skipsearch.search.result import SearchResult, summary
 from skipsearch.search.storage import EXPERIMENTAL
 from skipsearch.search.study import Study
-from skipsearch.search.verdict import next_step, times, verdict_line
+from skipsearch.search.verdict import times, verdict_line
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -43,8 +43,7 @@ def show_in_dashboard(study: Study, result: SearchResult) -> None:
 def note(result: SearchResult) -> str:
     """Verdict, intervals and the next command, as Markdown."""
     data = summary(result)
-    verdict, model = data["evidence"]["verdict"], data["model"]
-    then = next_step(verdict, model, result.folder / "mask.json", cut_short=bool(result.cut_short))
+    verdict, then = data["evidence"]["verdict"], data["next"]
     return "\n".join([
         f"**{verdict}**: {verdict_line(data)}", "",
         f"Speed-up over plain decoding on {result.measured.prompts} held-out prompts, with 95 % intervals:", "",

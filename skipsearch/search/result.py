@@ -14,6 +14,7 @@ from skipsearch.maskfile import MaskFile
 from skipsearch.plan import DraftPlan
 from skipsearch.search.options import SearchOptions
 from skipsearch.search.prepare import Prepared
+from skipsearch.search.verdict import next_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,8 @@ class SearchResult:
         seconds: wall-clock time by stage.
         cut_short: what the time budget did not suffice for.
         used_up: whether every plan of the space was tried.
+        given: the model as it was named, for the next command.
+        chat: whether prompts were asked through a chat template.
     """
 
     plan: DraftPlan
@@ -47,6 +50,8 @@ class SearchResult:
     seconds: dict[str, float]
     cut_short: tuple[str, ...] = ()
     used_up: bool = False
+    given: str = "MODEL"
+    chat: bool = False
 
     @property
     def mask(self) -> SkipMask:
@@ -57,6 +62,10 @@ class SearchResult:
 def summary(result: SearchResult) -> dict[str, Any]:
     """The result as plain JSON, for the CLI and for summary.json."""
     assert result.file.evidence is not None
+    then = next_step(
+        result.file.evidence.verdict, result.given, result.folder / "mask.json", cut_short=bool(result.cut_short),
+        chat=result.chat,
+    )  # fmt: skip
     return {
         "model": result.file.model.id, "mask": result.mask.to_dict(), "plan": result.plan.to_dict(),
         "quantised_bytes": result.file.quantised_bytes, "draft": asdict(result.file.draft),
@@ -76,7 +85,7 @@ def summary(result: SearchResult) -> dict[str, Any]:
             for name, arm in result.measured.arms.items()
         },
         "serves": "n-grams" if result.file.drafting_plan is None else arm_of(result.plan),
-        "cut_short": list(result.cut_short), "used_up": result.used_up,
+        "cut_short": list(result.cut_short), "used_up": result.used_up, "next": then,
         "trials": result.trials, "seconds": {k: round(v, 1) for k, v in result.seconds.items()},
         "files": {name: str(result.folder / name) for name in ("mask.json", "trials.csv", "sensitivity.json")},
     }  # fmt: skip

@@ -118,6 +118,8 @@ def _search(
         plan=predicted.plan, file=file, predicted=predicted, standard_error=error, folder=folder, measured=measured,
         scored_tokens=prepared.trace.tokens, front=study.front(), trials=len(study.finished()), seconds=budget.spent,
         cut_short=cut_short(prepared, len(study.finished()), study.used_up, options, measured), used_up=study.used_up,
+        given=str((loaded.given or {}).get("model", "MODEL")),
+        chat=options.source.chat and bool(loaded.tokenizer.chat_template),
     )  # fmt: skip
     publish(result, study, loaded.tokenizer, prepared.prompts.held_out)
     return result

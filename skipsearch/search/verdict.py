@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+from skipsearch.maskfile import MaskFile
+from skipsearch.model.preset import name_of
 
 
 def verdict_line(data: dict[str, Any]) -> str:
@@ -36,10 +41,24 @@ def times(arm: dict[str, Any]) -> str:
     return f"{arm['speedup']:.2f}x ({low:.2f} to {high:.2f})"
 
 
+def next_of(file: MaskFile, path: Path, summary: Any) -> str:
+    """The next command for a mask file: what its run said, which knows how the model was named, if it still holds.
+
+    Args:
+        summary: of the run, as read from summary.json; anything else is left aside.
+    """
+    model, proof = name_of(file.model.id) or "MODEL", file.evidence
+    if proof is None:
+        return f"skipsearch validate {shlex.quote(str(path))} --model {model} --write"
+    told = summary if isinstance(summary, dict) and summary.get("evidence") == proof.model_dump(mode="json") else {}
+    then = str(told.get("next") or next_step(proof.verdict, model, path))
+    return "".join(c for c in then if c.isprintable())
+
+
 def next_step(verdict: str, model: str, mask: object, *, cut_short: bool = False, chat: bool = False) -> str:
     """The command that uses a mask file; or what to try, if the verdict is against it."""
     if verdict != "use":
         more = "a longer --time-budget" if cut_short else "more --trials"
         return f"try {more}, other --prompts, or a model that tolerates skipping"
     prompt = "What is a hash table?" if chat else "def read_config(path):"
-    return f"skipsearch generate --model {model} --mask {mask} --prompt '{prompt}'"
+    return f"skipsearch generate --model {shlex.quote(model)} --mask {shlex.quote(str(mask))} --prompt '{prompt}'"

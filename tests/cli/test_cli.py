@@ -98,7 +98,7 @@ def test_generate_says_what_it_compares_and_what_the_file_advises(mask_path: Pat
     del data["checksum"]
     write(mask_path, {**data, "evidence": {**EVIDENCE, "verdict": "do not use"}})
     said = runner.invoke(cli.app, arguments)
-    assert said.exit_code == 0 and f"note: {mask_path} says 'do not use': it was" in said.stderr
+    assert said.exit_code == 0 and f"note: {mask_path} says 'do not use': the draft alone was" in said.stderr
 
 
 @pytest.mark.parametrize("command", ["run --model demo", "validate MASK", "bench --model demo"])
@@ -122,10 +122,12 @@ def test_validate_takes_the_model_of_the_mask(mask_path: Path, monkeypatch: pyte
         raise KeyboardInterrupt
 
     monkeypatch.setattr("skipsearch.cli.options.load", load)
-    for given, wanted in (("demo", "demo"), ("meta-llama/Llama-2-13b-hf", "llama-2-13b"), ("you/yours", "you/yours")):
+    for given, wanted in (("demo", "demo"), ("meta-llama/Llama-2-13b-hf", "llama-2-13b")):
         MaskFile.of(SkipMask(attention=[1], num_layers=4), model=ModelCard(id=given, num_layers=4)).save(mask_path)
         assert run_main(monkeypatch, "validate", str(mask_path)) == 130
         assert asked.pop() == wanted
+    MaskFile.of(SkipMask(attention=[1], num_layers=4), model=ModelCard(id="mine", num_layers=4)).save(mask_path)
+    assert run_main(monkeypatch, "validate", str(mask_path)) == 2 and not asked  # the hub may hold another "mine"
     run_main(monkeypatch, "validate", str(mask_path), "--model", "./mine")
     assert asked == ["./mine"]
 

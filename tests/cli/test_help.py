@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import typer
-from documents import edited, write
+from documents import DOCUMENT, edited, write
 from typer.testing import CliRunner
 
 from skipsearch import SkipMask, cli
 from skipsearch.cli.help import COMMANDS, GROUPS, OWN
-from skipsearch.maskfile import MaskFile, ModelCard
+from skipsearch.maskfile import MaskFile, ModelCard, load_mask
 
 runner = CliRunner()
 GROUP: Any = typer.main.get_command(cli.app)
@@ -83,8 +83,9 @@ def test_no_command_says_the_next_step(tmp_path: Path, monkeypatch: pytest.Monke
         write(path, edited("evidence.verdict", verdict))
         found = runner.invoke(cli.app, [])
         assert wanted in found.stdout and f"{path}: {verdict}." in found.stdout, found.output
-    write(path.with_name("summary.json"), {"cut_short": ["3 of 200 trials"]})
-    assert "a longer --time-budget" in runner.invoke(cli.app, []).stdout
+    for known, told in ((DOCUMENT["evidence"], False), (load_mask(path).evidence.model_dump(mode="json"), True)):
+        write(path.with_name("summary.json"), {"evidence": known, "next": "skipsearch generate --model ./mine"})
+        assert ("--model ./mine" in runner.invoke(cli.app, []).stdout) == told
     begun = Path("results/other/trace.json")
     begun.parent.mkdir()
     begun.touch()

@@ -59,7 +59,7 @@ def finished(url: str, folder: Path) -> tuple[Study, SearchResult]:
     )
     return study, SearchResult(
         plan=BEST, file=file, predicted=scorer(BEST), standard_error=0.1, scored_tokens=100, front=study.front(),
-        measured=measured, folder=folder, trials=8, seconds={},
+        measured=measured, folder=folder, trials=8, seconds={}, given="m",
     )  # fmt: skip
 
 

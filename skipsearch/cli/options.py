@@ -39,7 +39,7 @@ PromptsFrom = Annotated[
     str,
     typer.Option(
         "--prompts",
-        help="builtin:code, builtin:chat, builtin (which fits), a .txt/.jsonl/.csv/.parquet file, data set id",
+        help="builtin:code, builtin:chat, builtin (the one that fits), a .txt/.jsonl/.csv/.parquet file, data set id",
     ),
 ]
 Column = Annotated[str | None, typer.Option("--prompt-column", help="column that holds the prompts")]

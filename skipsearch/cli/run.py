@@ -40,7 +40,7 @@ def run(
     ] = None,
     study: opt.StudyName = "search",
     workers: Annotated[
-        int, typer.Option(min=1, max=256, help="processes here that run trials, one a GPU where there are several")
+        int, typer.Option(min=1, max=256, help="processes here that run trials, one per GPU where there are several")
     ] = 1,
     dtype: opt.Dtype = "auto", device: opt.Device = "auto", revision: opt.Revision = None, trust: opt.Trust = False,
     as_json: opt.Json = False, debug: opt.Debug = False,

@@ -31,7 +31,7 @@ from skipsearch.mask import KINDS, SkipMask
 from skipsearch.model.target import Target
 from skipsearch.plan import DraftPlan, Form, Quantised
 
-WARM_UP, LEAST, MOST = 1, 3, 12  # turns that are not counted; the fewest that are where there is time; the most
+WARM_UP, LEAST, MOST = 1, 3, 12  # turns that are not counted; the fewest that are counted if there is time; the most
 RESAMPLED = 16  # times, for a standard error
 ERROR = 0.02  # relative standard error at which costs are known
 FIRST_CONTEXT = 0.65  # of the seconds; the others price attention and verify anew, and nothing else

@@ -52,7 +52,7 @@ def evidence_rows(proof: dict[str, Any]) -> list[tuple[str, Any]]:
             "tokens/s",
             f"{proof['tokens_per_second']:.1f} drafting, {proof['baseline_tokens_per_second']:.1f} plain",
         ),
-        ("acceptance rate, tau", f"{proof['acceptance_rate']:.3f}, {proof['tau']:.2f} tokens a verify"),
+        ("acceptance rate, tau", f"{proof['acceptance_rate']:.3f}, {proof['tau']:.2f} tokens per verify"),
     ]
     if proof["cost_ratio"]:  # n-grams cost nothing to draft
         rows.append(("cost ratio c, bound 1/c", f"{proof['cost_ratio']:.3f}, {bound:.2f}x"))

@@ -1,4 +1,4 @@
-"""Crew: further workers of a run on this machine, one a GPU where there are several."""
+"""Crew: further workers of a run on this machine, one per GPU where there are several."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from rich.progress import (
 
 _WHAT = {
     "compile": "compile: about a minute once, then read from the disk",
+    "drafts": "compile: drafts of each form",
     "warm-up": "warm-up: each arm once",
     "record": "record: output of the full model",
     "profile": "profile: seconds of each sublayer, in percent",
@@ -40,7 +41,7 @@ class Stages:
         self.tasks: dict[str, TaskID] = {}
         self.notes: dict[str, str] = {}
         self.begun: dict[str, tuple[float, int]] = {}  # when a stage was first heard of, and where it was then
-        self.last = time.monotonic()
+        self.last, self.said = time.monotonic(), ""  # when a line was printed, and which
 
     def stage(self, name: str, done: int, total: int) -> None:
         """Report that `done` of `total` steps of a stage are finished."""
@@ -51,9 +52,11 @@ class Stages:
             self.bars.update(self.tasks[name], completed=done, total=total, note=note)
         elif self.console is not None:
             left = self._left(name, done, total)
-            if done >= total or time.monotonic() - self.last > 10:
-                self.last = time.monotonic()  # few lines, so that a log file stays readable
-                self.console.print(f"{_WHAT.get(name, name)} {done}/{total}{left} {note}".rstrip(), highlight=False)
+            line = f"{_WHAT.get(name, name)} {done}/{total}{left} {note}".rstrip()
+            # Few lines, so that a log file stays readable; what several models compile is one of them.
+            if line != self.said and (done >= total or time.monotonic() - self.last > 10):
+                self.last, self.said = time.monotonic(), line
+                self.console.print(line, highlight=False)
 
     def _left(self, name: str, done: int, total: int) -> str:
         """What is left of a stage at its pace so far, in words."""

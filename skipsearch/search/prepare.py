@@ -183,7 +183,7 @@ def _warm(target: Target, forms: Sequence[Quantised], progress: Progress) -> Non
     plans = [*map(DraftPlan, masks), *(choose_design(target, MAX_LENGTH, forms).plans if forms else ())]
     for number, plan in enumerate(plans):
         warm_plan(target, plan, lambda *_: None)
-        progress("compile", number + 1, len(plans))
+        progress("drafts", number + 1, len(plans))
 
 
 def candidate_forms(target: Target, space: Space) -> list[Quantised]:

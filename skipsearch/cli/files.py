@@ -65,9 +65,12 @@ def models(
     if families:
         from dataclasses import asdict
 
+        from transformers.utils import logging
+
         from skipsearch.model.families import FAMILIES, prove
         from skipsearch.report.tables import family_table
 
+        logging.set_verbosity_error()  # what the library says of tiny configurations
         with opt.err.status("building a tiny model of each family, and proving its sublayers"):
             rows = [asdict(prove(family)) for family in FAMILIES]
         count = sum(row["supported"] for row in rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -173,12 +174,12 @@ def _continue(
             continue_text(loaded, prompt, method, few, progress=progress.stage)
     if explain:
         out.print(legend(out))
-    results = {}
+    results, chat = {}, settings.chat and bool(loaded.tokenizer.chat_template)  # whose text would stand around it
     for name, method in methods.items():
         if len(methods) > 1:
             out.rule(name)
-        streamer = ExplainingStreamer(loaded.tokenizer, method, out) if explain else TextStreamer(loaded.tokenizer)
-        streamer = None if out.quiet else streamer
+        made = partial(ExplainingStreamer, method=method, console=out) if explain else TextStreamer
+        streamer = None if out.quiet else made(loaded.tokenizer, skip_prompt=chat)
         results[name] = found = continue_text(loaded, prompt, method, settings, streamer=streamer)
         if explain:
             found["pieces"] = pieces(loaded.tokenizer, found["tokens"], method.stats.trails[0].sources)

@@ -15,7 +15,7 @@ from skipsearch.cli.options import app, out
 def start(
     ctx: typer.Context, tell_version: Annotated[bool, typer.Option("--version", help="print the version")] = False
 ) -> None:
-    """Find which sublayers an LLM may skip while drafting, prove it, and decode with it."""
+    """Find a cheap draft inside an LLM (sublayers skipped or quantised), prove that it pays, and decode with it."""
     if tell_version:
         print(version("skipsearch"))
         raise typer.Exit
@@ -24,7 +24,7 @@ def start(
             out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _from_here() -> tuple[str, str]:
+def _from_here() -> tuple[str, ...]:
     """What the newest results folder holds, and the command to go on with."""
     files = [path for name in ("mask.json", "trace.json") for path in Path("results").glob(f"*/{name}")]
     if not files:
@@ -41,5 +41,10 @@ def _from_here() -> tuple[str, str]:
     from skipsearch.search.verdict import next_of
 
     file = load_mask(path)
-    said = "not timed yet" if file.evidence is None else file.evidence.verdict
-    return f"{path}: {said}.", f"Next: {next_of(file, path, read_checked(folder / 'summary.json', dict))}"
+    proof, then = file.evidence, f"Next: {next_of(file, path, read_checked(folder / 'summary.json', dict))}"
+    if proof is None:
+        return f"{path}: not timed yet.", then
+    low, high = proof.speedup_ci
+    said = f"{path}: {proof.verdict}, {proof.speedup:.2f}x ({low:.2f} to {high:.2f}) over plain decoding."
+    code = f'model.generate(**inputs, custom_generate=skipsearch.self_speculative("{path}"))'
+    return (said, then, f"In Python: {code}") if proof.verdict == "use" else (said, then)

@@ -115,7 +115,7 @@ def check_source(name: str) -> None:
     """Raise PromptError for a source that is missing, as far as that can be told before a model is loaded."""
     built_in(name, chat=False)
     path = Path(name).expanduser()
-    if path.suffix.lower() in FORMATS:
+    if path.suffix.lower() in FORMATS or (name.startswith((".", "/", "~")) and not path.exists()):
         check_file(path)
     elif path.is_file():
         raise PromptError(f"prompt file {name} must end in one of {', '.join(FORMATS)}; rename or convert it")

@@ -110,7 +110,9 @@ class Validation:
             timing.turn(turn, i)
             if self.path is not None:
                 _write(self.path, self.key, timing)
-            progress("validate", step + 1, steps)
+            pace = (time.monotonic() - begin) / (step + 1)
+            within = step + 1 + max(0.0, seconds - (time.monotonic() - begin)) / pace  # what the seconds suffice for
+            progress("validate", step + 1, round(min(steps, max(LEAST, within))))
             look = look_after(i + 1, prompts) if turn == 0 and step + 1 < steps else None
             if look is not None and all(map(decides, self._intervals(look, i + 1, 1).values())):
                 miss, seen = look, (i + 1, 1)
@@ -119,7 +121,7 @@ class Validation:
             if step + 1 >= LEAST and step + 1 < steps and spent * (1 + 1 / (step + 1)) > seconds:
                 decided = step + 1 >= prompts  # then each prompt is timed, if only once
                 break
-        progress("validate", steps, steps)
+        progress("validate", step + 1, step + 1)
         return self._measured(miss, decided, *seen)
 
     def _intervals(

@@ -39,16 +39,22 @@ class ExplainingStreamer(BaseStreamer):  # type: ignore[misc]
 
     Args:
         method: decodes; its statistics name the sources.
+        skip_prompt: print the tokens behind the prompt alone.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, method: SelfSpeculative, console: Console) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, method: SelfSpeculative, console: Console, skip_prompt: bool = False
+    ) -> None:  # fmt: skip
         self._text, self._method, self._console = TextPieces(tokenizer), method, console
+        self._skip_prompt = skip_prompt
         self._source, self._prompted, self._at = "", False, 0  # of the last text; and its place in the trail
 
     def put(self, value: Tensor) -> None:
         """Take the prompt, then token after token."""
         for token in value.flatten().tolist():
-            self._write(self._text.put(token), self._next_source() if self._prompted else "")
+            text = self._text.put(token)
+            if self._prompted or not self._skip_prompt:
+                self._write(text, self._next_source() if self._prompted else "")
         self._prompted = True
 
     def _next_source(self) -> str:

@@ -63,7 +63,7 @@ def write_report(folder: Path, out: Path | None = None) -> dict[str, Any]:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}: skipsearch</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{NO_NETWORK}">\n<style>\n{css}</style></head>\n<body>'
-        f"<header><h1>{name}: what a draft may leave out</h1>{_lead(file, summary, folder / MASK)}</header>\n"
+        f"<header><h1>{name}: what its draft skips and quantises</h1>{_lead(file, summary, folder / MASK)}</header>\n"
         f"<main>{''.join(body)}</main></body></html>\n"
     ))  # fmt: skip
     return {"report": str(out), "verdict": file.evidence and file.evidence.verdict, "lacks": lacks}

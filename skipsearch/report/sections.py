@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import asdict
 from html import escape
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any, cast
 
 from skipsearch.errors import ResultsError
@@ -143,13 +143,16 @@ def prompts(_file: MaskFile, data: Any, texts: Any) -> str:
         {name: _seconds_a_token(runs["plain"][i]) / _seconds_a_token(runs[name][i]) for name in arms} for i in done
     ]
     most, body = max(speed[arm] for speed in speeds), []
+    known = [text["prompt"] for text in texts["prompts"] if text]
+    same = takewhile(lambda letters: len(set(letters)) == 1, zip(*known, strict=False)) if len(known) > 1 else ()
+    shared = list(same)  # the beginning of a chat template
     for i, speed in zip(done, speeds, strict=True):
         blocks = [(k, n, count) for (k, n), count in runs[arm][i][-1]["stats"]["blocks"]]
         drafted, accepted = (sum(block[place] * block[2] for block in blocks) for place in (0, 1))
         share = f"{accepted / drafted:.0%} accepted" if drafted else "nothing drafted"
         head, text = f"<b>{i + 1}: {speed[arm]:.2f}x</b>{_bar(speed[arm] / most)} {share}", ""
         if found := (texts["prompts"][i : i + 1] or [None])[0]:
-            begin = " ".join(found["prompt"].split())[:60]
+            begin = " ".join(found["prompt"][len(shared) :].split())[:60]
             head, text = f"{head} <span class='soft'>{escape(begin)}</span>", _text(found)
         others = ", ".join(f"{name} {value:.2f}x" for name, value in speed.items())
         figures = _soft(f"{others}; {accepted} of {drafted} drafted tokens accepted")

@@ -35,6 +35,7 @@ def summary_table(data: dict[str, Any]) -> Table:
             "predicted", f"{predicted['speedup']:.2f}x (standard error {predicted['standard_error']:.2f}), "
             f"{predicted['tokens_per_second']:.1f} tokens/s; scored on {predicted['tokens']:,} tokens{few}",
         ),
+        *([("found as", data["origin"])] if data.get("origin") else []),
         (f"n-grams, no {what}", times(data["measured"]["n-grams"])),
         ("trials", f"{data['trials']}, every plan of the space" if data["used_up"] else data["trials"]),
         ("seconds", f"{sum(seconds.values()):.0f}: {', '.join(f'{k} {v:.0f}' for k, v in seconds.items())}"),
@@ -43,5 +44,5 @@ def summary_table(data: dict[str, Any]) -> Table:
     if data["quantised_bytes"]:
         rows.insert(2, ("quantised copies", megabytes(data["quantised_bytes"])))
     if data["cut_short"]:
-        rows.insert(-1, ("cut short", f"{'; '.join(data['cut_short'])}: a longer --time-budget takes all"))
+        rows.insert(-1, ("cut short", f"{'; '.join(data['cut_short'])}; a longer --time-budget goes on from here"))
     return pairs("summary", rows)

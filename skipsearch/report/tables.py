@@ -12,6 +12,7 @@ from rich.text import Text
 
 from skipsearch.maskfile import MaskFile
 from skipsearch.report.cells import draw_plan
+from skipsearch.search.verdict import FEW_PROMPTS
 
 FEW = ": few, the interval is rough; --num-held-out takes more"
 Justify = Literal["left", "center"]
@@ -70,7 +71,7 @@ def evidence_rows(proof: dict[str, Any]) -> list[tuple[str, Any]]:
     rows += [
         ("same tokens as plain", equal),
         *([("decoding", proof["decoding"])] if proof.get("decoding") else []),
-        ("held-out", f"{proof['prompts']} prompts, {proof['tokens']} tokens" + FEW * (proof["prompts"] < 10)),
+        ("held-out", f"{proof['prompts']} prompts, {proof['tokens']} tokens" + FEW * (proof["prompts"] < FEW_PROMPTS)),
         ("on", f"{proof['device']}, {proof['dtype']}, {proof['backend']}"),
         ("verdict", good if proof["verdict"] == "use" else bad),
     ]
@@ -112,7 +113,7 @@ def mask_table(file: MaskFile) -> Panel:
 
 def megabytes(count: float) -> str:
     """Bytes, in words."""
-    return f"{count / 1e6:,.0f} MB of memory while serving"
+    return f"{count / 1e6:,.0f} MB of memory beside the model's"
 
 
 def front_table(front: list[dict[str, Any]], exported: int | None = None) -> Table:

@@ -36,6 +36,7 @@ class SearchResult:
         used_up: whether every plan of the space was tried.
         given: the model as it was named, for the next command.
         chat: whether prompts were asked through a chat template.
+        origin: where the plan came from, in words.
     """
 
     plan: DraftPlan
@@ -52,6 +53,7 @@ class SearchResult:
     used_up: bool = False
     given: str = "MODEL"
     chat: bool = False
+    origin: str = ""
 
     @property
     def mask(self) -> SkipMask:
@@ -86,6 +88,7 @@ def summary(result: SearchResult) -> dict[str, Any]:
         },
         "serves": "n-grams" if result.file.drafting_plan is None else arm_of(result.plan),
         "cut_short": list(result.cut_short), "used_up": result.used_up, "next": then,
+        "origin": result.origin,
         "trials": result.trials, "seconds": {k: round(v, 1) for k, v in result.seconds.items()},
         "files": {name: str(result.folder / name) for name in ("mask.json", "trials.csv", "sensitivity.json")},
     }  # fmt: skip
@@ -102,7 +105,7 @@ def cut_short(
     """
     prompts, found = len(prepared.prompts.calibration), list[str]()
     if len(prepared.trace.prompts) < prompts:
-        found.append(f"{len(prepared.trace.prompts)} of {prompts} prompts recorded (another --out records anew)")
+        found.append(f"{len(prepared.trace.prompts)} of {prompts} prompts recorded (kept; another --out records anew)")
     if prepared.costs.cut_short:
         found.append("a profile of fewer timings than it needs")
     if trials < options.trials and not used_up:

@@ -119,7 +119,7 @@ def _search(
         scored_tokens=prepared.trace.tokens, front=study.front(), trials=len(study.finished()), seconds=budget.spent,
         cut_short=cut_short(prepared, len(study.finished()), study.used_up, options, measured), used_up=study.used_up,
         given=str((loaded.given or {}).get("model", "MODEL")),
-        chat=options.source.chat and bool(loaded.tokenizer.chat_template),
+        chat=options.source.chat and bool(loaded.tokenizer.chat_template), origin=study.origin(trial),
     )  # fmt: skip
     publish(result, study, loaded.tokenizer, prepared.prompts.held_out)
     return result

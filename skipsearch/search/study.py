@@ -130,6 +130,11 @@ class Study:
         """
         self._worker.queue += seeds
 
+    def origin(self, trial: int) -> str:
+        """Where a trial's plan came from: a seed's name, or that the sampler proposed it."""
+        seed = self.study.get_trials(deepcopy=False)[trial].user_attrs.get("seed")
+        return f"the seed '{seed}'" if seed else f"trial {trial}, which the sampler proposed"
+
     def enqueue(self, seeds: list[Seed]) -> None:
         """`queue` of plans with names."""
         self.queue((self.space.params(plan), label) for label, plan in seeds)

@@ -10,6 +10,8 @@ from typing import Any
 from skipsearch.maskfile import MaskFile
 from skipsearch.model.preset import name_of
 
+FEW_PROMPTS = 10  # of a validation: with fewer its interval is rough
+
 
 def verdict_line(data: dict[str, Any]) -> str:
     """What a run found, in one sentence."""
@@ -22,7 +24,9 @@ def verdict_line(data: dict[str, Any]) -> str:
         )
     served = f"; as served, with n-grams: {arms['served']}" if "served" in arms else ""
     if data["evidence"]["verdict"] == "use":
-        return f"The {what} pays: {arms[what]} over plain decoding{served}."
+        prompts = data["evidence"]["prompts"]
+        rough = f" On {prompts} prompts alone, so roughly." if prompts < FEW_PROMPTS else ""
+        return f"The {what} pays: {arms[what]} over plain decoding{served}; n-grams alone: {arms['n-grams']}.{rough}"
     found = f"the {what} {arms[what]} over plain decoding, n-grams {arms['n-grams']}"
     low, high = data["measured"][what]["speedup_ci"]
     if data.get("cut_short") and low <= 1 <= high:
@@ -61,4 +65,6 @@ def next_step(verdict: str, model: str, mask: object, *, cut_short: bool = False
         more = "a longer --time-budget" if cut_short else "more --trials"
         return f"try {more}, other --prompts, or a model that tolerates skipping"
     prompt = "What is a hash table?" if chat else "def read_config(path):"
-    return f"skipsearch generate --model {shlex.quote(model)} --mask {shlex.quote(str(mask))} --prompt '{prompt}'"
+    return shlex.join(
+        ["skipsearch", "generate", "--model", model, "--mask", str(mask), "--compare", "--prompt", prompt]
+    )

@@ -202,3 +202,24 @@ def test_a_dashboard_of_a_database_without_a_study(
     path.touch()
     assert run_main(monkeypatch, "dashboard", "--storage", f"sqlite:///{path}") == 1
     assert "holds no study" in capsys.readouterr().err and path.stat().st_size == 0
+
+
+def test_a_chat_template_is_not_printed_around_the_answer(tmp_path: Path, chatty: Any, demo: Any) -> None:
+    """Prevents an answer that stands behind a screen of markers and a system message that the user did not write."""
+    for part in (demo.model, chatty):
+        part.save_pretrained(tmp_path)
+    arguments = [
+        "generate",
+        "--model",
+        str(tmp_path),
+        "--prompt",
+        "zebra",
+        "--max-new-tokens",
+        "4",
+        "--dtype",
+        "float32",
+    ]
+    for explain in ([], ["--explain", "--on-the-fly", "--backend", "eager"]):
+        shown = runner.invoke(cli.app, [*arguments, *explain])
+        assert shown.exit_code == 0 and "<user>" not in shown.stdout and "zebra" not in shown.stdout, shown.output
+        assert "zebra" in runner.invoke(cli.app, [*arguments, *explain, "--no-chat"]).stdout

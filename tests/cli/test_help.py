@@ -82,7 +82,7 @@ def test_no_command_says_the_next_step(tmp_path: Path, monkeypatch: pytest.Monke
     for verdict, wanted in (("use", f"generate --model demo --mask {path}"), ("do not use", "more --trials")):
         write(path, edited("evidence.verdict", verdict))
         found = runner.invoke(cli.app, [])
-        assert wanted in found.stdout and f"{path}: {verdict}." in found.stdout, found.output
+        assert wanted in found.stdout and f"{path}: {verdict}, 1.25x" in found.stdout, found.output
     for known, told in ((DOCUMENT["evidence"], False), (load_mask(path).evidence.model_dump(mode="json"), True)):
         write(path.with_name("summary.json"), {"evidence": known, "next": "skipsearch generate --model ./mine"})
         assert ("--model ./mine" in runner.invoke(cli.app, []).stdout) == told

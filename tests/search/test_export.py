@@ -120,9 +120,11 @@ def test_nothing_that_pays_is_not_called_ngrams_that_do(demo: Any, monkeypatch: 
 def test_the_first_line_says_what_pays() -> None:
     """Prevents a verdict that hides what a user can use."""
     arms = {name: {"speedup": 1.3, "speedup_ci": (1.1, 1.5)} for name in ("mask", "n-grams", "served")}
-    data: dict[str, Any] = {"measured": arms, "serves": "n-grams", "evidence": {"verdict": "use"}}
+    data: dict[str, Any] = {"measured": arms, "serves": "n-grams", "evidence": {"verdict": "use", "prompts": 4}}
     assert verdict_line(data).startswith("No mask pays on this model") and "n-grams do: 1.30x" in verdict_line(data)
-    assert verdict_line({**data, "serves": "mask"}).startswith("The mask pays: 1.30x (1.10 to 1.50)")
+    line = verdict_line({**data, "serves": "mask"})
+    assert line.startswith("The mask pays: 1.30x (1.10 to 1.50)") and "; n-grams alone: 1.30x" in line
+    assert line.endswith("On 4 prompts alone, so roughly.")
     bad = {**data, "serves": "mask", "evidence": {"verdict": "do not use"}}
     assert verdict_line(bad).startswith("Nothing is proven to pay")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import transformers
 from hypothesis import settings
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from skipsearch.compiled.model import WIDTHS
 from skipsearch.evaluate.prompts import Prompts, PromptSource, load_prompts
 from skipsearch.model.families import FAMILIES, prove, tiny_model
 from skipsearch.model.load import DEMO
@@ -23,14 +25,26 @@ transformers.logging.set_verbosity_error()
 settings.register_profile("same", derandomize=True, deadline=None)  # a red run must be red again
 settings.load_profile("same")
 torch.set_num_threads(1)  # two workers share two cores
+WIDTHS["cpu"] = (1, 6, 9, 13)  # two fewer than served with: each takes seconds to compile
 prepare.MOST_PROFILE = 2  # seconds: where two tests share a machine, a profile never gets as exact as it would wait for
 pytest.register_assert_rewrite("traces")
 
 make_tiny = tiny_model
-# What the installed library's models turn out to be, one list for every contract test.
-PROVEN = {family: prove(family) for family in FAMILIES}
-SUPPORTED = [name for name, row in PROVEN.items() if row.supported]
-REFUSED = [name for name, row in PROVEN.items() if not row.supported]
+
+
+@cache
+def proven() -> dict[str, Any]:
+    """What the installed library's models turn out to be, one list for every contract test."""
+    found = {family: prove(family) for family in FAMILIES}
+    supported = [name for name, row in found.items() if row.supported]
+    return {"PROVEN": found, "SUPPORTED": supported, "REFUSED": [name for name in found if name not in supported]}
+
+
+def __getattr__(name: str) -> Any:
+    """Made where it is asked for: the process that hands out tests needs none of it."""
+    if name in ("PROVEN", "SUPPORTED", "REFUSED"):
+        return proven()[name]
+    raise AttributeError(name)
 
 
 def quiet(*_: Any) -> None:

@@ -75,7 +75,9 @@ def test_the_wheel_runs_where_there_is_no_repository(unpacked: Path) -> None:
     presets: dict[str, Any] = json.loads(run(unpacked, "models", "--json").stdout)
     assert {"demo", "llama-2-13b"} <= set(presets)
     few = "--trials 2 --time-budget 1 --num-prompts 2 --num-held-out 2 --prompt-tokens 12 --new-tokens 8 --rounds 1"
-    found = run(unpacked, "run", "--model", "demo", "--backend", "eager", *few.split(), "--json")
+    space = unpacked.parent / "space.toml"
+    space.write_text('[space]\nforms = ["skip"]\n')
+    found = run(unpacked, "run", "-m", "demo", "--backend", "eager", "--space", str(space), *few.split(), "--json")
     assert found.returncode in (0, 1) and json.loads(found.stdout)["trials"] >= 1, found.stderr
     assert (unpacked.parent / "elsewhere/results/demo/report.html").is_file()
     assert not found.stderr  # no bar of weights that are loaded

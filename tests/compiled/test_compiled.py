@@ -270,6 +270,7 @@ def test_the_fastest_width_serves(tiny: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(compiled, "_padded_to", {})
     now = [0.0]
     took = {1: 3.0, 2: 4.0, 4: 2.0, 6: 1.95, 9: 5.0, 13: 4.9}
+    monkeypatch.setattr(compiled, "widths", tuple(took))
     monkeypatch.setattr("skipsearch.compiled.model.time.perf_counter", lambda: now[0])
     monkeypatch.setattr(compiled, "run", lambda _l, _b, _at, width, _s: now.__setitem__(0, now[0] + took[width]))
     compiled.choose_widths([], SimpleNamespace(at=torch.zeros(2, dtype=torch.long)))

@@ -198,7 +198,7 @@ def _compared(results: list[dict[str, Any]], equal: bool | None, joint: bool, ex
     if equal is None:
         why = "mtad is lossy by design" if joint else "they are samples"
         return f"the two texts may differ: {why}; {speed}"
-    why = "" if equal or exact else "; in half precision near-ties may, `skipsearch validate --audit` explains each"
+    why = "" if equal or exact else "; near-ties may in half precision: see `skipsearch validate --audit`"
     return f"{'same tokens as' if equal else 'tokens differ from'} plain decoding, {speed}{why}"
 
 

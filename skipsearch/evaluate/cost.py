@@ -86,7 +86,7 @@ class Costs:
             KeyError, TypeError: it is another dictionary, or holds something else than finite numbers.
         """
         points = tuple(Point(**{name: _tuples(value) for name, value in point.items()}) for point in data["points"])
-        return cls(identity=data["identity"], points=points, cut_short=float(data.get("cut_short", 0.0)))
+        return cls(identity=data["identity"], points=points, cut_short=float(_tuples(data.get("cut_short", 0.0))))
 
     def at(self, context: float) -> Point:
         """The point at a context length, interpolated."""

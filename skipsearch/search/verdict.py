@@ -25,7 +25,7 @@ def verdict_line(data: dict[str, Any]) -> str:
     served = f"; as served, with n-grams: {arms['served']}" if "served" in arms else ""
     if data["evidence"]["verdict"] == "use":
         prompts = data["evidence"]["prompts"]
-        rough = f" On {prompts} prompts alone, so roughly." if prompts < FEW_PROMPTS else ""
+        rough = f" The intervals are rough: they rest on {prompts} prompts." if prompts < FEW_PROMPTS else ""
         return f"The {what} pays: {arms[what]} over plain decoding{served}; n-grams alone: {arms['n-grams']}.{rough}"
     found = f"the {what} {arms[what]} over plain decoding, n-grams {arms['n-grams']}"
     low, high = data["measured"][what]["speedup_ci"]

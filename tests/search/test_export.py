@@ -124,7 +124,7 @@ def test_the_first_line_says_what_pays() -> None:
     assert verdict_line(data).startswith("No mask pays on this model") and "n-grams do: 1.30x" in verdict_line(data)
     line = verdict_line({**data, "serves": "mask"})
     assert line.startswith("The mask pays: 1.30x (1.10 to 1.50)") and "; n-grams alone: 1.30x" in line
-    assert line.endswith("On 4 prompts alone, so roughly.")
+    assert line.endswith("The intervals are rough: they rest on 4 prompts.")
     bad = {**data, "serves": "mask", "evidence": {"verdict": "do not use"}}
     assert verdict_line(bad).startswith("Nothing is proven to pay")
 
